@@ -1,0 +1,29 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="fairseq_stack",
+    version="0.1.0",
+    description="Fast distillation of speech foundation models by interleaved stacking, for fairseq",
+    license="MIT",
+    packages=find_packages(include=["fairseq_stack", "fairseq_stack.*"]),
+    python_requires=">=3.9",
+    install_requires=[
+        # ve-fairseq follows fairseq's main branch and has wheels for Python 3.11 and later;
+        # the last official release works up to 3.10 and predates numpy 2.
+        'fairseq==0.12.2; python_version < "3.11"',
+        've-fairseq==0.12.3; python_version >= "3.11"',
+        'numpy<2; python_version < "3.11"',
+        'numpy; python_version >= "3.11"',
+        "torch>=2.4",
+        "torchaudio>=2.4",
+        "soundfile",
+        "sentencepiece",
+        "transformers>=4.44",
+        "safetensors",
+        "tensorboard",
+        "matplotlib",
+        # espnet-s3prl is the s3prl that is kept up; its omegaconf excludes fairseq 0.12.2.
+        'espnet-s3prl==2026.5.14; python_version >= "3.11"',
+    ],
+    extras_require={"test": ["pytest"]},
+)
