@@ -1,8 +1,27 @@
 """What users get wrong, said in one line."""
 
+import functools
+
 
 class InputError(ValueError):
     """Bad input: a file, a folder or a configuration field that cannot be used.
 
     The message is one line that names the file or field and its value and says what to do.
     """
+
+
+def one_line_errors(function):
+    """Let an InputError end the program with its one line on stderr and exit code 1.
+
+    For the places where fairseq or a shell enters the package: both would print a traceback of
+    their own code around the message.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except InputError as error:
+            raise SystemExit(f"error: {error}") from None
+
+    return wrapped

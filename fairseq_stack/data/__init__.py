@@ -1,0 +1,1 @@
+"""From recordings to batches: manifests, audio and the dataset."""

@@ -1,0 +1,24 @@
+"""Normalisation of waveforms, as the models that want it were trained with."""
+
+import torch
+
+
+def normalize_waveforms(waveforms, lengths):
+    """Shift and scale each utterance to zero mean and unit variance over its own samples.
+
+    What fairseq's `task.normalize` does to one waveform before padding (F.layer_norm), for a padded
+    batch.
+
+    Args:
+        waveforms: [B, S] with zeros behind the end of an utterance.
+        lengths: [B], samples.
+
+    Returns:
+        [B, S], zeros behind the end.
+    """
+    valid = torch.arange(waveforms.size(1), device=waveforms.device) < lengths[:, None]
+    count = lengths[:, None]
+    wide = waveforms.float()
+    centred = (wide - wide.sum(1, keepdim=True) / count) * valid
+    variance = centred.pow(2).sum(1, keepdim=True) / count
+    return (centred * torch.rsqrt(variance + 1e-5)).type_as(waveforms)

@@ -1,0 +1,158 @@
+"""HuBERT's encoder, the shape of both the teacher and the student.
+
+The modules and so the parameter names are fairseq's: a checkpoint of fairseq's HubertModel fits
+without a key map. The forward pass differs in three points. It knows where each utterance ends, so
+that an utterance gives the same features alone and in a padded batch. It returns every hidden state.
+And it visits the layers that it is told to visit.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from fairseq.models import BaseFairseqModel
+from fairseq.models.wav2vec.wav2vec2 import ConvFeatureExtractionModel, TransformerEncoder, Wav2Vec2Config
+from fairseq.modules import GradMultiply, LayerNorm
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.lengths import frames_from_samples, parse_conv_layers
+
+
+class HubertEncoder(BaseFairseqModel):
+    """Waveforms to hidden states.
+
+    Args:
+        cfg: fairseq's names for the shape: extractor_mode, conv_feature_layers, conv_bias,
+            encoder_layers, encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads,
+            activation_fn, layer_norm_first, conv_pos, conv_pos_groups; and for training dropout,
+            attention_dropout, activation_dropout, dropout_input, feature_grad_mult.
+
+    Raises:
+        InputError: conv_feature_layers is not a list of (channels, kernel, stride).
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        try:
+            self.conv_layers = parse_conv_layers(cfg.conv_feature_layers)
+        except ValueError:
+            raise InputError(
+                f"model.conv_feature_layers={cfg.conv_feature_layers} is not a list of (channels, kernel, stride)"
+            ) from None
+        channels = self.conv_layers[-1][0]
+        self.feature_extractor = ConvExtractor(self.conv_layers, mode=cfg.extractor_mode, conv_bias=cfg.conv_bias)
+        self.feature_grad_mult = cfg.feature_grad_mult
+        self.layer_norm = LayerNorm(channels)
+        self.post_extract_proj = (
+            nn.Linear(channels, cfg.encoder_embed_dim) if channels != cfg.encoder_embed_dim else None
+        )
+        self.dropout_input = nn.Dropout(cfg.dropout_input)
+        self.encoder = LayerStack(
+            Wav2Vec2Config(
+                encoder_layers=cfg.encoder_layers,
+                encoder_embed_dim=cfg.encoder_embed_dim,
+                encoder_ffn_embed_dim=cfg.encoder_ffn_embed_dim,
+                encoder_attention_heads=cfg.encoder_attention_heads,
+                activation_fn=str(cfg.activation_fn),
+                layer_norm_first=cfg.layer_norm_first,
+                conv_pos=cfg.conv_pos,
+                conv_pos_groups=cfg.conv_pos_groups,
+                dropout=cfg.dropout,
+                attention_dropout=cfg.attention_dropout,
+                activation_dropout=cfg.activation_dropout,
+                # A dropped layer would leave a gap in the hidden states.
+                encoder_layerdrop=0.0,
+            )
+        )
+
+    def frames(self, samples):
+        """Frames of `samples` samples (an int, or an integer tensor)."""
+        return frames_from_samples(samples, self.conv_layers)
+
+    def encode(self, waveforms, lengths, seats, upto=None):
+        """Run the layers in `seats` and return what goes in and what comes out of them.
+
+        Args:
+            waveforms: [B, S], samples at 16 kHz, zeros behind the end of an utterance.
+            lengths: [B], the samples of each utterance.
+            seats: indices of the layers to run, in order; all layers that the model has in use.
+            upto: run only the first `upto` of them (default: all).
+
+        Returns:
+            hidden_states: list of [B, T, D]; 0 is the input of the first layer and i the output of
+                the i-th, as transformers and s3prl count. In a pre-norm encoder the output of the
+                last layer in use has passed the final layer norm.
+            frames: [B], the frames of each utterance; what lies behind is padding.
+        """
+        frames = self.frames(lengths)
+        if self.feature_grad_mult > 0:
+            features = self.feature_extractor(waveforms, lengths)
+            if self.feature_grad_mult != 1.0:
+                features = GradMultiply.apply(features, self.feature_grad_mult)
+        else:
+            with torch.no_grad():
+                features = self.feature_extractor(waveforms, lengths)
+        x = self.layer_norm(features.transpose(1, 2))
+        if self.post_extract_proj is not None:
+            x = self.post_extract_proj(x)
+        x = self.dropout_input(x)
+        return self.encoder(x, frames, seats, upto), frames
+
+
+class ConvExtractor(ConvFeatureExtractionModel):
+    """fairseq's extractor, with the group norm's statistics taken over each utterance's own frames.
+
+    fairseq, transformers and s3prl let the group norm of the `default` mode run over the padding
+    too, so that features depend on what else is in the batch. Without padding all agree.
+    """
+
+    def __init__(self, conv_layers, mode, conv_bias):
+        super().__init__(conv_layers=conv_layers, mode=mode, conv_bias=conv_bias)
+        self.shapes = conv_layers
+        self.has_group_norm = mode == "default"
+
+    def forward(self, waveforms, lengths):
+        """[B, S] samples and [B] lengths to [B, C, T] features."""
+        x = waveforms.unsqueeze(1)
+        blocks = list(self.conv_layers)
+        if self.has_group_norm and bool((lengths < waveforms.size(1)).any()):
+            conv, dropout, norm, activation = blocks.pop(0)
+            frames = frames_from_samples(lengths, self.shapes[:1])
+            x = activation(_masked_group_norm(dropout(conv(x)), frames, norm))
+        for block in blocks:
+            x = block(x)
+        return x
+
+
+def _masked_group_norm(x, frames, norm):
+    """Normalise each channel of [B, C, T] over the first frames[b] frames, in fp32."""
+    valid = (torch.arange(x.size(2), device=x.device) < frames[:, None])[:, None]
+    wide = x.float() * valid
+    count = frames[:, None, None]
+    mean = wide.sum(2, keepdim=True) / count
+    variance = ((wide - mean) * valid).pow(2).sum(2, keepdim=True) / count
+    normed = (wide - mean) * torch.rsqrt(variance + norm.eps)
+    return (normed * norm.weight.float()[:, None] + norm.bias.float()[:, None]).type_as(x)
+
+
+class LayerStack(TransformerEncoder):
+    """fairseq's transformer with its positional convolution, run over chosen layers."""
+
+    def forward(self, x, frames, seats, upto=None):
+        """[B, T, D] features and [B] frames to a list of 1 + min(upto, len(seats)) times [B, T, D]."""
+        padding = torch.arange(x.size(1), device=x.device) >= frames[:, None]
+        if bool(padding.any()):
+            x = x.masked_fill(padding[:, :, None], 0.0)
+        else:
+            padding = None
+        x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+        if not self.layer_norm_first:
+            x = self.layer_norm(x)
+        x = F.dropout(x, p=self.dropout, training=self.training)
+
+        hidden_states = [x]
+        x = x.transpose(0, 1)
+        for position, seat in enumerate(seats[:upto], start=1):
+            x, _ = self.layers[seat](x, self_attn_padding_mask=padding)
+            last = self.layer_norm_first and position == len(seats)
+            hidden_states.append((self.layer_norm(x) if last else x).transpose(0, 1))
+        return hidden_states

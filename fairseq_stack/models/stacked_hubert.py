@@ -1,0 +1,247 @@
+"""The student: a HuBERT whose depth grows while it trains."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, List
+
+import torch
+import torch.nn as nn
+from fairseq import utils
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import register_model
+from fairseq.models.wav2vec.wav2vec2 import EXTRACTOR_MODE_CHOICES
+from omegaconf import II, OmegaConf
+
+from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.growth.plan import METHODS, plan_growth
+from fairseq_stack.growth.schedule import SCHEDULES, stage_at, stage_starts
+from fairseq_stack.growth.surgery import copy_weights, paired_parameters
+from fairseq_stack.models.hubert_encoder import HubertEncoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StackedHubertConfig(FairseqDataclass):
+    """Shape of the finished student and the way it grows. The defaults are the paper's student."""
+
+    extractor_mode: EXTRACTOR_MODE_CHOICES = field(
+        default="default",
+        metadata={"help": "norm of the CNN: default (group norm in the first layer) or layer_norm (in every layer)"},
+    )
+    conv_feature_layers: str = field(
+        default="[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2",
+        metadata={"help": "layers of the CNN as [(channels, kernel, stride), ...]"},
+    )
+    conv_bias: bool = field(default=False, metadata={"help": "biases in the CNN"})
+    feature_grad_mult: float = field(
+        default=1.0, metadata={"help": "factor on the gradient of the CNN; 0 freezes it"}
+    )
+    encoder_layers: int = field(default=12, metadata={"help": "transformer layers of the finished student"})
+    encoder_embed_dim: int = field(default=384, metadata={"help": "width of the transformer"})
+    encoder_ffn_embed_dim: int = field(default=1536, metadata={"help": "width of the feed-forward layers"})
+    encoder_attention_heads: int = field(default=8, metadata={"help": "attention heads of each layer"})
+    activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
+        default="gelu", metadata={"help": "activation of the feed-forward layers"}
+    )
+    layer_norm_first: bool = field(
+        default=False, metadata={"help": "layer norm before attention and feed-forward (pre-norm) instead of after"}
+    )
+    conv_pos: int = field(default=128, metadata={"help": "kernel of the positional convolution, in frames"})
+    conv_pos_groups: int = field(default=16, metadata={"help": "groups of the positional convolution"})
+    dropout: float = field(default=0.1, metadata={"help": "dropout in the transformer"})
+    attention_dropout: float = field(default=0.1, metadata={"help": "dropout of the attention weights"})
+    activation_dropout: float = field(default=0.0, metadata={"help": "dropout after the activation"})
+    dropout_input: float = field(default=0.0, metadata={"help": "dropout of the transformer's input"})
+
+    stack_method: ChoiceEnum(METHODS) = field(
+        default="interleaved",
+        metadata={"help": "how the depth grows: interleaved (each copy right behind its original) or none"},
+    )
+    stack_stages: int = field(
+        default=4, metadata={"help": "stages B; stage b trains b * encoder_layers / B layers (1 for method none)"}
+    )
+    stack_schedule: ChoiceEnum(SCHEDULES) = field(
+        default="prop",
+        metadata={"help": "updates of each stage: equal, prop (stage b in proportion to b ** alpha) or milestones"},
+    )
+    stack_alpha: float = field(default=1.0, metadata={"help": "alpha of the prop schedule"})
+    stack_milestones: List[int] = field(
+        default_factory=list,
+        metadata={"help": "first updates of stages 2, 3, ... for the milestones schedule"},
+    )
+    stack_optimizer_state: ChoiceEnum(["copy", "reset"]) = field(
+        default="copy", metadata={"help": "the optimiser's moments of a new layer: those of its original, or zeros"}
+    )
+
+    teacher_layers: Any = II("criterion.teacher_layers")
+    max_update: int = II("optimization.max_update")
+
+
+@register_model("stacked_hubert", dataclass=StackedHubertConfig)
+class StackedHubert(HubertEncoder):
+    """A HuBERT student with one linear prediction head for each teacher layer that it learns from.
+
+    All layers exist from the start, each in its final seat. `stage`, a buffer, says how many of them
+    are in use; it is saved with the weights and is the only truth about the depth.
+
+    Args:
+        cfg: a StackedHubertConfig.
+        head_widths: {teacher layer: teacher width}.
+        teacher_depth: transformer layers of the teacher.
+
+    Raises:
+        InputError: the method, stages and layers do not fit, or a teacher layer has no student layer
+            at the same relative depth.
+    """
+
+    def __init__(self, cfg, head_widths, teacher_depth):
+        plan = plan_growth(str(cfg.stack_method), cfg.encoder_layers, cfg.stack_stages)
+        super().__init__(cfg)
+        self.plan = plan
+        self.teacher_depth = teacher_depth
+        self.heads = nn.ModuleDict(
+            {str(layer): nn.Linear(cfg.encoder_embed_dim, width) for layer, width in head_widths.items()}
+        )
+        self.stack_optimizer_state = str(cfg.stack_optimizer_state)
+        self.starts = None  # set for training; a model that is only evaluated never grows
+        # A float, because fairseq's moving average multiplies every entry of the state dict.
+        self.register_buffer("stage", torch.zeros(()))
+        self._stage_index = 0
+        self._unfinished = []
+
+    @classmethod
+    @one_line_errors
+    def build_model(cls, cfg, task):
+        teacher = task.teacher
+        unknown = [layer for layer in cfg.teacher_layers if not 1 <= layer <= teacher.depth]
+        if unknown:
+            raise InputError(
+                f"criterion.teacher_layers: {unknown[0]} is no layer of task.teacher={teacher.name}; choose from 1 to"
+                f" {teacher.depth}"
+            )
+        layers = sorted({*cfg.teacher_layers, teacher.depth})
+        model = cls(cfg, {layer: teacher.width for layer in layers}, teacher.depth)
+        for layer in layers:
+            for depth in model.plan.depths:
+                student_position(layer, teacher.depth, depth)
+        model.starts = stage_starts(
+            str(cfg.stack_schedule), len(model.plan.stages), cfg.max_update, cfg.stack_alpha, cfg.stack_milestones
+        )
+        return model
+
+    @classmethod
+    def from_checkpoint(cls, state):
+        """The student of a fairseq checkpoint's content, in fp32 and eval mode, at the depth it had reached."""
+        cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), state["cfg"]["model"])
+        heads = {
+            int(name.split(".")[1]): weight.size(0)
+            for name, weight in state["model"].items()
+            if name.startswith("heads.") and name.endswith(".weight")
+        }
+        model = cls(cfg, heads, teacher_depth=max(heads))
+        model.load_state_dict(state["model"])
+        return model.float().eval()
+
+    # Growth
+
+    @property
+    def seats(self):
+        """The seats in use, in the order of the forward pass."""
+        return self.plan.stages[self._stage_index]
+
+    @property
+    def depth(self):
+        """Number of layers in use."""
+        return len(self.seats)
+
+    @property
+    def stage_number(self):
+        """The current stage, counted from 1 as the paper does."""
+        return self._stage_index + 1
+
+    def due_stage(self, update):
+        """The stage (from 1) that the schedule asks for at `update`, never less than the current one."""
+        return max(stage_at(update, self.starts) + 1, self.stage_number) if self.starts else self.stage_number
+
+    def set_num_updates(self, num_updates):
+        """fairseq's hook before every forward pass in training: grow if the schedule asks for it.
+
+        Called again at the same update (gradient accumulation) it does nothing more.
+        """
+        super().set_num_updates(num_updates)
+        self.grow_to(self.due_stage(num_updates))
+
+    def grow_to(self, stage):
+        """Wake layers until `stage` (from 1) is reached; `finish_growth` tells which parameters were copied."""
+        while self.stage_number < stage:
+            growth = self.plan.growths[self._stage_index]
+            copy_weights(paired_parameters(self.encoder.layers, growth))
+            self._unfinished.extend(growth)
+            self._stage_index += 1
+            self.stage.fill_(self._stage_index)
+
+    def finish_growth(self):
+        """Pairs (source, woken) of parameters copied since the last call, for the optimiser's surgery."""
+        growth, self._unfinished = self._unfinished, []
+        return list(paired_parameters(self.encoder.layers, growth))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # fairseq calls set_num_updates on a fresh model before it loads the weights of a resumed
+        # run. What grew then was a copy of random weights, and the checkpoint has replaced it.
+        self._stage_index = round(self.stage.item())
+        self._unfinished = []
+
+    # Forward pass
+
+    def forward(self, waveforms, lengths):
+        """Hidden states and what the heads predict of the teacher from them.
+
+        Args:
+            waveforms: [B, S], samples at 16 kHz.
+            lengths: [B], samples.
+
+        Returns:
+            a dict: `hidden_states`, depth + 1 times [B, T, D]; `frames` [B]; `predictions`, a dict
+            from teacher layer to [B, T, teacher width]; `stage`, counted from 1.
+        """
+        hidden_states, frames = self.hidden_states(waveforms, lengths)
+        predictions = {
+            int(layer): head(hidden_states[student_position(int(layer), self.teacher_depth, self.depth)])
+            for layer, head in self.heads.items()
+        }
+        return {
+            "hidden_states": hidden_states,
+            "frames": frames,
+            "predictions": predictions,
+            "stage": self.stage_number,
+        }
+
+    def hidden_states(self, waveforms, lengths):
+        """[B, S] samples and [B] lengths to a list of depth + 1 times [B, T, D], and [B] frames."""
+        return self.encode(waveforms, lengths, self.seats)
+
+
+def student_position(teacher_layer, teacher_depth, student_depth):
+    """The hidden state of the student at the same relative depth as a teacher layer.
+
+    At stage b of interleaved stacking block i ends at position i * b, which learns from teacher layer
+    i * teacher_depth / K in every stage (the paper does not say which copy of a block is supervised;
+    the last one keeps the relative depth exact).
+
+    Raises:
+        InputError: no student layer lies at that depth.
+    """
+    position, rest = divmod(teacher_layer * student_depth, teacher_depth)
+    if rest:
+        raise InputError(
+            f"criterion.teacher_layers: teacher layer {teacher_layer} of {teacher_depth} has no student layer at the"
+            f" same relative depth when the student is {student_depth} layers deep; choose multiples of"
+            f" {_least_layer(teacher_depth, student_depth)}"
+        )
+    return position
+
+
+def _least_layer(teacher_depth, student_depth):
+    return next(layer for layer in range(1, teacher_depth + 1) if layer * student_depth % teacher_depth == 0)

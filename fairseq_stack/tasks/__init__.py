@@ -1,0 +1,3 @@
+"""What fairseq registers as tasks."""
+
+from fairseq_stack.tasks import speech_distillation  # noqa: F401

@@ -1,0 +1,156 @@
+"""The task: owns the teacher, reads the manifests, and completes a growth before it trains on a batch."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II, MISSING
+
+from fairseq_stack.data.manifest import missing_files, read_manifest
+from fairseq_stack.data.speech import SpeechDataset
+from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.growth.surgery import copy_optimizer_state
+from fairseq_stack.lengths import receptive_field
+from fairseq_stack.teachers import load_teacher
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SpeechDistillationConfig(FairseqDataclass):
+    """Where the speech and the teacher are."""
+
+    data: str = field(default=MISSING, metadata={"help": "folder with the manifests train.tsv and valid.tsv"})
+    teacher: str = field(default=MISSING, metadata={"help": "fairseq checkpoint of the teacher"})
+    max_sample_size: int = field(
+        default=250_000, metadata={"help": "crop longer recordings to this many samples (at 16 kHz)"}
+    )
+    normalize: bool = field(
+        default=False,
+        metadata={"help": "give the student waveforms of zero mean and unit variance (the teacher gets what it needs)"},
+    )
+    seed: int = II("common.seed")
+
+
+@register_task("speech_distillation", dataclass=SpeechDistillationConfig)
+class SpeechDistillation(FairseqTask):
+    """Distil a teacher's hidden states into a student that may grow.
+
+    The teacher is the task's: the model would be halved, saved and trained with it, and the
+    criterion would be wrapped for distributed training.
+    """
+
+    # fairseq then hands the moving average to train_step, where it grows with the student.
+    uses_ema = True
+
+    def __init__(self, cfg, teacher):
+        super().__init__(cfg)
+        self.teacher = teacher
+        self.target_layers = None
+
+    @classmethod
+    @one_line_errors
+    def setup_task(cls, cfg, **kwargs):
+        for name in ("data", "teacher"):
+            path = getattr(cfg, name)
+            if not os.path.exists(path):
+                raise InputError(f"task.{name}={path} does not exist")
+        return cls(cfg, load_teacher(cfg.teacher))
+
+    @one_line_errors
+    def load_dataset(self, split, **kwargs):
+        """Read the manifest `split`.tsv of task.data and check that its files are there."""
+        path = os.path.join(self.cfg.data, f"{split}.tsv")
+        manifest = read_manifest(path)
+        missing = missing_files(manifest)
+        if missing:
+            raise InputError(
+                f"{path} lists {len(missing)} files that do not exist, first {missing[0]}; prepare the speech again"
+            )
+        shortest = int(manifest.samples.argmin())
+        if self.teacher.frames(int(manifest.samples[shortest])) < 1:
+            raise InputError(
+                f"{path} lists {manifest.path(shortest)} with {manifest.samples[shortest]} samples, which is shorter"
+                " than one frame of the teacher; remove it from the manifest"
+            )
+        self.datasets[split] = SpeechDataset(
+            manifest, self.cfg.max_sample_size, self.cfg.seed, random_crop=split == "train"
+        )
+
+    @one_line_errors
+    def build_model(self, cfg, from_checkpoint=False):
+        model = super().build_model(cfg, from_checkpoint)
+        check_frames(model, self.teacher, self.cfg.max_sample_size)
+        return model
+
+    def build_criterion(self, cfg, from_checkpoint=False):
+        criterion = super().build_criterion(cfg, from_checkpoint)
+        self.target_layers = sorted({*criterion.teacher_layers, self.teacher.depth})
+        return criterion
+
+    @one_line_errors
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
+        """Grow if it is time, then forward and backward as every fairseq task does."""
+        sample = self.with_targets(sample)
+        if model.due_stage(update_num) > model.stage_number:
+            self.grow(sample, model, criterion, optimizer, update_num, ema_model)
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    @one_line_errors
+    def valid_step(self, sample, model, criterion):
+        return super().valid_step(self.with_targets(sample), model, criterion)
+
+    def with_targets(self, sample):
+        """The batch with the teacher's hidden states, and waveforms as the student wants them."""
+        if sample["problems"]:
+            raise InputError(sample["problems"][0])
+        waveforms, lengths = sample["waveforms"], sample["lengths"]
+        targets = self.teacher.hidden_states(waveforms, lengths, self.target_layers)
+        if self.cfg.normalize:
+            waveforms = normalize_waveforms(waveforms, lengths)
+        return {**sample, "waveforms": waveforms, "targets": targets}
+
+    def grow(self, sample, model, criterion, optimizer, update_num, ema_model):
+        """Let the model wake its layers and carry the optimiser and the moving average along.
+
+        Logs the loss on the batch at hand before and after, which tells how gently the growth went.
+        """
+        before, depth = self._loss(sample, model, criterion, optimizer), model.depth
+        model.set_num_updates(update_num)
+        copy_optimizer_state(optimizer, model.finish_growth(), model.stack_optimizer_state)
+        if ema_model is not None:
+            ema_model.grow_to(model.stage_number)
+            ema_model.finish_growth()
+        after = self._loss(sample, model, criterion, optimizer)
+        logger.info(
+            f"growth | update {update_num} | stage {model.stage_number} | depth {depth} -> {model.depth}"
+            f" | loss on this batch {before:.4f} -> {after:.4f}"
+        )
+
+    def _loss(self, sample, model, criterion, optimizer):
+        """Loss per frame of one batch without dropout or gradient."""
+        with torch.autocast("cuda", enabled=isinstance(optimizer, AMPOptimizer)):
+            loss, sample_size, _ = super().valid_step(sample, model, criterion)
+        model.train()
+        return loss.item() / sample_size
+
+
+def check_frames(student, teacher, max_samples):
+    """Teacher and student must cut every recording into the same frames.
+
+    Raises:
+        InputError: for some length up to `max_samples` samples they do not.
+    """
+    longest = receptive_field(student.conv_layers)
+    for samples in (*range(longest, 4 * longest), max_samples):
+        ours, theirs = student.frames(samples), teacher.frames(samples)
+        if ours != theirs:
+            raise InputError(
+                f"model.conv_feature_layers makes {ours} frames of {samples} samples, but task.teacher={teacher.name}"
+                f" makes {theirs}; choose strides and kernels that give the teacher's frames"
+            )
