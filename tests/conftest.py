@@ -1,0 +1,63 @@
+"""Small real parts that many tests need: recordings, manifests, a HuBERT of fairseq's own.
+
+The teacher's weights are random: these tests are about mechanics, not about what a teacher knows.
+"""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+TINY = {
+    "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2",
+    "encoder_layers": 12,
+    "encoder_embed_dim": 16,
+    "encoder_ffn_embed_dim": 32,
+    "encoder_attention_heads": 4,
+    "conv_pos": 8,
+    "conv_pos_groups": 4,
+}
+
+
+def stock_hubert(seed=0, normalize=False, dictionary=None, final_dim=8, **shape):
+    """fairseq's own HubertModel with random weights, and the configuration that its checkpoint would hold."""
+    from fairseq.data import Dictionary
+    from fairseq.models.hubert.hubert import HubertConfig, HubertModel
+    from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig
+    from omegaconf import OmegaConf
+
+    torch.manual_seed(seed)
+    model_cfg = OmegaConf.structured(HubertConfig(label_rate=50, final_dim=final_dim, **shape))
+    task_cfg = OmegaConf.structured(HubertPretrainingConfig(data="", labels=["km"], normalize=normalize))
+    model = HubertModel(model_cfg, task_cfg, [dictionary or Dictionary()]).eval()
+    cfg = {
+        "model": {**OmegaConf.to_container(model_cfg, enum_to_str=True), "_name": "hubert"},
+        "task": {"_name": "hubert_pretraining", "normalize": normalize},
+    }
+    return model, cfg
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory):
+    """A checkpoint of a random HuBERT of 12 layers x 16, as fairseq's pre-training writes it."""
+    model, cfg = stock_hubert(**TINY)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.save({"args": None, "cfg": cfg, "model": model.state_dict(), "task_state": {}}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def speech(tmp_path_factory):
+    """A folder of manifests, 24 recordings for training and 6 for validation: sweeps of 0.2 to 0.6 s."""
+    root = tmp_path_factory.mktemp("speech")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("valid", 6)):
+        lines = [str(root)]
+        for number in range(count):
+            samples = int(generator.integers(3200, 9600))
+            phase = np.cumsum(np.linspace(generator.uniform(0.02, 0.1), generator.uniform(0.1, 0.5), samples))
+            noise = 0.02 * generator.standard_normal(samples)
+            soundfile.write(root / f"{split}{number}.flac", 0.3 * np.sin(phase) + noise, 16_000)
+            lines.append(f"{split}{number}.flac\t{samples}")
+        (root / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return root

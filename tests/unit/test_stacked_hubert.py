@@ -1,0 +1,148 @@
+"""The student: its size, what it computes, and how it grows."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from conftest import TINY, stock_hubert
+from fairseq_stack.errors import InputError
+from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig, student_position
+
+TEACHER = SimpleNamespace(name="teacher.pt", depth=12, width=16)
+
+
+def student_config(**fields):
+    return OmegaConf.merge(
+        OmegaConf.structured(StackedHubertConfig), {"teacher_layers": [4, 8, 12], "max_update": 1000}, fields
+    )
+
+
+def tiny_student(seed=0, **fields):
+    torch.manual_seed(seed)
+    cfg = student_config(**{**TINY, "dropout": 0.0, "attention_dropout": 0.0, **fields})
+    return StackedHubert.build_model(cfg, SimpleNamespace(teacher=TEACHER))
+
+
+WAVEFORMS, LENGTHS = torch.randn(2, 4000, generator=torch.Generator().manual_seed(3)), torch.tensor([4000, 3000])
+
+
+def test_the_papers_student_has_26_87_million_parameters_without_heads():
+    task = SimpleNamespace(teacher=SimpleNamespace(name="hubert", depth=12, width=768))
+    student = StackedHubert.build_model(student_config(), task)
+    count = sum(
+        parameter.numel() for name, parameter in student.named_parameters() if not name.startswith("heads.")
+    )
+    assert round(count / 1e6, 2) == 26.87
+    assert student.plan.depths == (3, 6, 9, 12) and student.depth == 3
+
+
+def test_the_finished_student_computes_what_fairseqs_hubert_computes_with_its_weights():
+    student = tiny_student().eval()
+    student.grow_to(4)
+    reference, _ = stock_hubert(seed=1, **TINY)
+    weights = {name: value for name, value in student.state_dict().items() if not name.startswith(("heads.", "stage"))}
+    missing, left_over = reference.load_state_dict(weights, strict=False)
+    assert not left_over and all(name.startswith(("mask_emb", "final_proj", "label_embs")) for name in missing)
+    with torch.no_grad():
+        expected, _ = reference.extract_features(WAVEFORMS[:1])
+        states, _ = student.hidden_states(WAVEFORMS[:1], LENGTHS[:1])
+    torch.testing.assert_close(states[12], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_stage_is_the_stack_of_its_seats():
+    student = tiny_student().eval()
+    student.grow_to(2)
+    ran = []
+    for seat, layer in enumerate(student.encoder.layers):
+        layer.register_forward_hook(lambda *_, seat=seat: ran.append(seat))
+    output = student(WAVEFORMS, LENGTHS)
+    assert ran == [0, 1, 4, 5, 8, 9]
+    assert len(output["hidden_states"]) == 7 and output["stage"] == 2
+
+
+def test_a_growth_copies_every_weight_of_its_source_and_touches_nothing_else():
+    student = tiny_student()
+    before = copy.deepcopy(student.state_dict())
+    student.set_num_updates(300)  # PROP-1 of 1,000 updates: stage 3 of 4
+    assert student.depth == 9
+    copied = {1: 0, 2: 0, 5: 4, 6: 4, 9: 8, 10: 8}
+    for name, value in student.state_dict().items():
+        if name.startswith("encoder.layers."):
+            seat = int(name.split(".")[2])
+            source = name.replace(f"layers.{seat}.", f"layers.{copied.get(seat, seat)}.")
+            assert torch.equal(value, before[source]), name
+        elif name != "stage":
+            assert torch.equal(value, before[name]), name
+
+
+def test_growth_happens_once_and_never_back():
+    student = tiny_student()
+    student.set_num_updates(100)
+    with torch.no_grad():
+        student.encoder.layers[0].fc1.weight.add_(1.0)
+    weights = copy.deepcopy(student.state_dict())
+    for update in (100, 101, 0):
+        student.set_num_updates(update)
+        assert student.depth == 6
+    assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
+
+
+def test_the_depth_is_restored_with_the_weights_whatever_grew_before():
+    saved = tiny_student(seed=1)
+    saved.set_num_updates(100)
+    resumed = tiny_student(seed=2)
+    resumed.set_num_updates(300)  # fairseq announces the update before it loads the weights
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.depth == 6 and resumed.finish_growth() == []
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
+def test_a_checkpoint_gives_back_the_student_at_its_depth():
+    student = tiny_student().eval()
+    student.grow_to(3)
+    state = {
+        "model": student.state_dict(),
+        "cfg": {"model": OmegaConf.to_container(student_config(**TINY), enum_to_str=True)},
+    }
+    loaded = StackedHubert.from_checkpoint(state)
+    with torch.no_grad():
+        ours, theirs = student(WAVEFORMS, LENGTHS), loaded(WAVEFORMS, LENGTHS)
+    assert loaded.depth == 9 and set(theirs["predictions"]) == {4, 8, 12}
+    assert torch.equal(ours["predictions"][12], theirs["predictions"][12])
+
+
+def test_idle_layers_neither_learn_nor_matter():
+    student = tiny_student()
+    student(WAVEFORMS, LENGTHS)["predictions"][12].sum().backward()
+    learning = {seat for seat, layer in enumerate(student.encoder.layers) if layer.fc1.weight.grad is not None}
+    assert learning == {0, 4, 8}
+
+
+def test_blocks_learn_from_the_same_teacher_layers_in_every_stage():
+    positions = {depth: [student_position(layer, 12, depth) for layer in (4, 8, 12)] for depth in (3, 6, 9, 12)}
+    assert positions == {3: [1, 2, 3], 6: [2, 4, 6], 9: [3, 6, 9], 12: [4, 8, 12]}
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"teacher_layers": [6]}, "teacher layer 6 of 12 has no student layer at the same relative depth"),
+        ({"teacher_layers": [4, 13]}, "criterion.teacher_layers: 13 is no layer of task.teacher=teacher.pt"),
+        ({"teacher_layers": [0]}, "criterion.teacher_layers: 0 is no layer"),
+        ({"encoder_layers": 10}, "model.encoder_layers=10 is not divisible by model.stack_stages=4"),
+        ({"conv_feature_layers": "__import__('os')"}, "model.conv_feature_layers=__import__"),
+        ({"stack_schedule": "milestones", "stack_milestones": [5, 4, 6]}, "strictly ascending"),
+    ],
+)
+def test_an_impossible_student_ends_with_one_line(fields, message):
+    with pytest.raises(SystemExit, match=message) as ended:
+        tiny_student(**fields)
+    assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
+
+
+def test_errors_inside_the_package_stay_exceptions():
+    with pytest.raises(InputError):
+        student_position(5, 12, 3)
