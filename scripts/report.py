@@ -1,0 +1,48 @@
+"""Report a training: losses, time per stage, similarity of the student's layers."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fairseq_stack.analysis.hidden_states import hidden_states_of
+from fairseq_stack.analysis.report import write_report
+from fairseq_stack.errors import InputError
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of the training, with tensorboard/ in it")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the report to")
+    parser.add_argument("--student", type=Path, help="Hugging Face folder of the student, for the layer similarity")
+    parser.add_argument("--speech", type=Path, help="manifest (TSV) of the speech to run the student on")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of that speech to use (default: 60)")
+    parser.add_argument(
+        "--block", type=int, help="layers per block (stages of interleaved stacking), marked in the similarity matrix"
+    )
+    parser.add_argument(
+        "--config", type=Path, help="resolved configuration to show (default: RUN/.hydra/config.yaml where it exists)"
+    )
+    args = parser.parse_args()
+    if (args.student is None) != (args.speech is None):
+        parser.error("--student and --speech belong together")
+
+    try:
+        states = hidden_states_of(args.student, args.speech, args.seconds) if args.student else None
+        print(write_report(args.run, args.output, states, args.block, _config_text(args)), end="")
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(f"report: {args.output / 'index.html'}")
+
+
+def _config_text(args):
+    path = args.config or args.run / ".hydra" / "config.yaml"
+    if args.config is None and not path.exists():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path} cannot be read; give a YAML file or leave the option out") from error
+
+
+if __name__ == "__main__":
+    main()
