@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import yaml
+
 from fairseq_stack.analysis.hidden_states import hidden_states_of
 from fairseq_stack.analysis.report import write_report
 from fairseq_stack.errors import InputError
@@ -17,9 +19,6 @@ def main():
     parser.add_argument("--speech", type=Path, help="manifest (TSV) of the speech to run the student on")
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds of that speech to use (default: 60)")
     parser.add_argument(
-        "--block", type=int, help="layers per block (stages of interleaved stacking), marked in the similarity matrix"
-    )
-    parser.add_argument(
         "--config", type=Path, help="resolved configuration to show (default: RUN/.hydra/config.yaml where it exists)"
     )
     args = parser.parse_args()
@@ -28,7 +27,8 @@ def main():
 
     try:
         states = hidden_states_of(args.student, args.speech, args.seconds) if args.student else None
-        print(write_report(args.run, args.output, states, args.block, _config_text(args)), end="")
+        config = _config_text(args)
+        print(write_report(args.run, args.output, states, _layers_per_block(config), config), end="")
     except InputError as error:
         sys.exit(f"error: {error}")
     print(f"report: {args.output / 'index.html'}")
@@ -42,6 +42,15 @@ def _config_text(args):
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path} cannot be read; give a YAML file or leave the option out") from error
+
+
+def _layers_per_block(config):
+    """In a finished interleaved student every layer of the first stage has become one layer per stage."""
+    try:
+        model = (yaml.safe_load(config or "") or {}).get("model") or {}
+        return model["stack_stages"] if model.get("stack_method") == "interleaved" else None
+    except (yaml.YAMLError, AttributeError, KeyError) as error:
+        raise InputError("--config is not the resolved configuration of a training; leave the option out") from error
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from transformers import AutoFeatureExtractor, HubertModel
+from safetensors import SafetensorError
+from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.errors import InputError
+from fairseq_stack.lengths import receptive_field
 
 
 def hidden_states_of(student, manifest, seconds=60.0, seed=0):
@@ -36,14 +38,18 @@ def hidden_states_of(student, manifest, seconds=60.0, seed=0):
         # Checked here, because transformers would look for a missing folder on the web.
         if not (student / name).is_file():
             raise InputError(f"{student} has no {name}; give the folder that scripts/export_student.py wrote")
-    model = HubertModel.from_pretrained(student, local_files_only=True).eval()
-    preprocessor = AutoFeatureExtractor.from_pretrained(student, local_files_only=True)
+    try:
+        model = HubertModel.from_pretrained(student, local_files_only=True).eval()
+        preprocessor = Wav2Vec2FeatureExtractor.from_pretrained(student, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{student} cannot be loaded as a HubertModel; export the student again") from error
+    conv_layers = list(zip(model.config.conv_dim, model.config.conv_kernel, model.config.conv_stride))
 
     files = _listed_files(manifest)
     random.Random(seed).shuffle(files)
     layers, left = [], seconds
     for file in files:
-        wave = _read(file, preprocessor.sampling_rate)
+        wave = _read(file, preprocessor.sampling_rate, receptive_field(conv_layers))
         left -= len(wave) / preprocessor.sampling_rate
         if layers and left < 0:
             break
@@ -65,7 +71,7 @@ def _listed_files(manifest):
     return files
 
 
-def _read(file, rate):
+def _read(file, rate, shortest):
     try:
         wave, found = soundfile.read(file, dtype="float32")
     except (OSError, soundfile.LibsndfileError) as error:
@@ -75,4 +81,6 @@ def _read(file, rate):
             f"{file} has {found} Hz and {1 if wave.ndim == 1 else wave.shape[1]} channels;"
             f" convert it to {rate} Hz mono with scripts/prepare_speech.py"
         )
+    if len(wave) < shortest:
+        raise InputError(f"{file} has {len(wave)} samples, less than one frame ({shortest}); take it off the manifest")
     return wave

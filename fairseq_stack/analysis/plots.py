@@ -64,7 +64,7 @@ def draw_losses(train, valid, stages):
                 fontsize=10,
             )
         axes[-1].set_xlabel("updates")
-        axes[-1].set_xlim(0, stages[-1].end)
+        axes[-1].set_xlim(0, 1.01 * stages[-1].end)
     return figure
 
 
@@ -109,8 +109,10 @@ def draw_similarity(similarity, block=None):
         image = axis.imshow(similarity, origin="lower", cmap="viridis", vmin=min(lowest, 0.9), vmax=1)
         figure.colorbar(image, label="linear CKA", shrink=0.85)
         for edge in range(0, layers, block) if block else ():
-            axis.axhline(edge + 0.5, color="white", linewidth=2)
-            axis.axvline(edge + 0.5, color="white", linewidth=2)
+            # Black on white: seen on the dark and on the light end of the colours.
+            for colour, width in (("white", 4), ("black", 1.5)):
+                axis.axhline(edge + 0.5, color=colour, linewidth=width)
+                axis.axvline(edge + 0.5, color=colour, linewidth=width)
         ticks = range(0, layers + 1, max(1, (layers + 1) // 13))
         axis.set_xticks(ticks)
         axis.set_yticks(ticks)

@@ -18,10 +18,10 @@ STAGE_COLUMNS = (
     "layers",
     "updates",
     "seconds",
-    "seconds per update",
-    "relative to last stage",
-    "first validation loss",
-    "last validation loss",
+    "s/update",
+    "relative",
+    "first valid loss",
+    "last valid loss",
 )
 
 
@@ -177,8 +177,9 @@ def _page(name, facts, rows, images, config):
     stage_section = (
         f'<h2>Stages</h2>\n<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         "<p>Seconds are training time: validation, growth and the time between two starts are left out."
-        " Relative to last stage compares the seconds per update; the speed-up assumes that a training at full"
-        " depth spends every update as the last stage did.</p>"
+        " The relative cost compares an update with one of the last stage; the speed-up assumes that a training"
+        " at full depth spends every update as the last stage did. Valid loss is the first and the last"
+        " validation at the stage's depth.</p>"
     )
     sections = [
         f'<h2>{html.escape(title)}</h2>\n<figure><img alt="{html.escape(title)}"'
