@@ -14,7 +14,8 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.9,
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
 }
@@ -44,7 +45,8 @@ def draw_losses(train, valid, stages):
         figure = Figure(figsize=(7.5, 7.5 if parts else 4.2))
         axes = figure.subplots(2 if parts else 1, 1, sharex=True, squeeze=False)[:, 0]
         _curves(axes[0], [("loss", "", BLUE)], train, valid)
-        axes[0].set_title("Loss", loc="left", pad=22)
+        labelled = len(stages) <= 5
+        axes[0].set_title("Loss" if labelled else "Loss (numbers: layers in use)", loc="left", pad=22)
         if parts:
             _curves(axes[1], parts, train, valid)
             axes[1].set_title("Parts of the loss", loc="left")
@@ -54,7 +56,7 @@ def draw_losses(train, valid, stages):
                 axis.axvline(stage.begin, color=GREY, linestyle="--", linewidth=1)
         for stage in stages:
             axes[0].annotate(
-                f"{stage.depth} layers" if len(stages) <= 5 else f"{stage.depth}",
+                f"{stage.depth} layers" if labelled else f"{stage.depth}",
                 ((stage.begin + stage.end) / 2, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 5),
@@ -64,6 +66,7 @@ def draw_losses(train, valid, stages):
                 fontsize=10,
             )
         axes[-1].set_xlabel("updates")
+        axes[-1].xaxis.set_major_formatter("{x:,.0f}")
         axes[-1].set_xlim(0, 1.01 * stages[-1].end)
     return figure
 
@@ -113,7 +116,7 @@ def draw_similarity(similarity, block=None):
             for colour, width in (("white", 4), ("black", 1.5)):
                 axis.axhline(edge + 0.5, color=colour, linewidth=width)
                 axis.axvline(edge + 0.5, color=colour, linewidth=width)
-        ticks = range(0, layers + 1, max(1, (layers + 1) // 13))
+        ticks = range(0, layers + 1, 1 + layers // 14)
         axis.set_xticks(ticks)
         axis.set_yticks(ticks)
         axis.set_xlabel("hidden state (0: input of the first layer)")

@@ -161,8 +161,9 @@ figure { margin: 0; }
 img { width: 100%; max-width: 50rem; height: auto; display: block; margin: 0 auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.4rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th { font-size: 0.85rem; font-weight: 600; color: #555; vertical-align: bottom; }
+th, td { padding: 0.4rem clamp(0.25rem, 1.2vw, 0.7rem); text-align: right; border-bottom: 1px solid #ddd; }
+td { font-size: clamp(0.85rem, 3.4vw, 1rem); }
+th { font-size: clamp(0.75rem, 3vw, 0.85rem); font-weight: 600; color: #555; vertical-align: bottom; }
 p { max-width: 45rem; color: #444; font-size: 0.95rem; }
 summary { cursor: pointer; }
 pre { overflow-x: auto; background: #f3f5f7; padding: 0.8rem; font-size: 0.8rem; border-radius: 0.4rem; }
@@ -175,7 +176,7 @@ def _page(name, facts, rows, images, config):
     head = "".join(f'<th scope="col">{column}</th>' for column in STAGE_COLUMNS)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     stage_section = (
-        f'<h2>Stages</h2>\n<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<h2>Stages</h2>\n<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         "<p>Seconds are training time: validation, growth and the time between two starts are left out."
         " The relative cost compares an update with one of the last stage; the speed-up assumes that a training"
         " at full depth spends every update as the last stage did. Valid loss is the first and the last"

@@ -33,8 +33,8 @@ def find_stages(stage, depth, last_update):
 
     An entry at update v speaks for the updates since the entry before it, at u. Where it holds the
     stage as it was at v, a growth is placed at u, which is exact when the training grows at a
-    multiple of the log interval. Where it holds the average over those updates, the average gives
-    the update itself.
+    multiple of the log interval. Where it holds the average over those updates, the average tells
+    the update; roughly, if it is an average over their frames.
 
     Args:
         stage: Series of the stage, from 1.
