@@ -15,11 +15,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the training, with tensorboard/ in it")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the report to")
-    parser.add_argument("--student", type=Path, help="Hugging Face folder of the student, for the layer similarity")
+    parser.add_argument("--student", type=Path, help="Hugging Face folder of the student: adds layer similarity")
     parser.add_argument("--speech", type=Path, help="manifest (TSV) of the speech to run the student on")
-    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of that speech to use (default: 60)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of that speech (default: 60)")
     parser.add_argument(
-        "--config", type=Path, help="resolved configuration to show (default: RUN/.hydra/config.yaml where it exists)"
+        "--config",
+        type=Path,
+        help="resolved configuration to show (default: RUN/.hydra/config.yaml where it exists)",
     )
     args = parser.parse_args()
     if (args.student is None) != (args.speech is None):
@@ -41,7 +43,7 @@ def _config_text(args):
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} cannot be read; give a YAML file or leave the option out") from error
+        raise InputError(f"--config {path} cannot be read; give another or leave it out") from error
 
 
 def _layers_per_block(config):
@@ -50,7 +52,7 @@ def _layers_per_block(config):
         model = (yaml.safe_load(config or "") or {}).get("model") or {}
         return model["stack_stages"] if model.get("stack_method") == "interleaved" else None
     except (yaml.YAMLError, AttributeError, KeyError) as error:
-        raise InputError("--config is not the resolved configuration of a training; leave the option out") from error
+        raise InputError("--config is no resolved configuration of a training; leave it out") from error
 
 
 if __name__ == "__main__":

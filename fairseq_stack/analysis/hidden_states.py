@@ -64,7 +64,9 @@ def _listed_files(manifest):
     try:
         lines = manifest.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{manifest} cannot be read as a manifest; write one with scripts/prepare_speech.py") from error
+        raise InputError(
+            f"{manifest} cannot be read as a manifest; write one with scripts/prepare_speech.py"
+        ) from error
     files = [Path(lines[0]) / line.split("\t")[0] for line in lines[1:] if line]
     if not files:
         raise InputError(f"{manifest} lists no audio; write one with scripts/prepare_speech.py")
@@ -82,5 +84,7 @@ def _read(file, rate, shortest):
             f" convert it to {rate} Hz mono with scripts/prepare_speech.py"
         )
     if len(wave) < shortest:
-        raise InputError(f"{file} has {len(wave)} samples, less than one frame ({shortest}); take it off the manifest")
+        raise InputError(
+            f"{file} has {len(wave)} samples, less than one frame ({shortest}); take it off the manifest"
+        )
     return wave

@@ -74,18 +74,14 @@ def draw_losses(train, valid, stages):
 def _curves(axis, parts, train, valid):
     drawn = []
     for name, label, colour in parts:
-        if name in train:
-            axis.plot(
-                train[name].updates, train[name].values, color=colour, alpha=0.45, linewidth=1.2,
-                label=f"{label} training".strip(),
-            )
-            drawn.append(train[name].values)
-        if name in valid:
-            axis.plot(
-                valid[name].updates, valid[name].values, color=colour, linewidth=1.5, marker="o", markersize=4,
-                label=f"{label} validation".strip(),
-            )
-            drawn.append(valid[name].values)
+        for curves, source, style in (
+            (train, "training", {"alpha": 0.45, "linewidth": 1.2}),
+            (valid, "validation", {"linewidth": 1.5, "marker": "o", "markersize": 4}),
+        ):
+            if name in curves:
+                updates, values = curves[name].updates, curves[name].values
+                axis.plot(updates, values, color=colour, label=f"{label} {source}".strip(), **style)
+                drawn.append(values)
     values = np.concatenate(drawn)
     # A loss that falls by an order of magnitude is a flat line on a linear axis.
     if values.min() > 0 and values.max() > 10 * values.min():

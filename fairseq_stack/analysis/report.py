@@ -70,7 +70,8 @@ def markdown_table(header, rows):
     """A Markdown table whose columns also line up as plain text."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [header, ["-" * (width - 1) + ":" for width in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+    padded = [[cell.rjust(width) for cell, width in zip(line, widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def write_report(run, output, hidden_states=None, block=None, config=None):
@@ -93,7 +94,9 @@ def write_report(run, output, hidden_states=None, block=None, config=None):
     train = read_scalars(run / "tensorboard" / "train_inner")
     for name in ("loss", "stage", "depth"):
         if name not in train:
-            raise InputError(f"{run / 'tensorboard'} has no scalar {name!r}; give the run of a speech_distillation")
+            raise InputError(
+                f"{run / 'tensorboard'} has no scalar {name!r}; give a training of the task speech_distillation"
+            )
     valid = read_scalars(run / "tensorboard" / "valid") if (run / "tensorboard" / "valid").is_dir() else {}
     valid_loss = valid.get("loss")
 
@@ -176,11 +179,12 @@ def _page(name, facts, rows, images, config):
     head = "".join(f'<th scope="col">{column}</th>' for column in STAGE_COLUMNS)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     stage_section = (
-        f'<h2>Stages</h2>\n<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        '<h2>Stages</h2>\n<div class="scroll" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         "<p>Seconds are training time: validation, growth and the time between two starts are left out."
-        " The relative cost compares an update with one of the last stage; the speed-up assumes that a training"
-        " at full depth spends every update as the last stage did. Valid loss is the first and the last"
-        " validation at the stage's depth.</p>"
+        " The relative cost compares an update with one of the last stage; the speed-up assumes that a"
+        " training at full depth spends every update as the last stage did. Valid loss is the first and"
+        " the last validation at the stage's depth.</p>"
     )
     sections = [
         f'<h2>{html.escape(title)}</h2>\n<figure><img alt="{html.escape(title)}"'

@@ -97,7 +97,7 @@ def seconds_per_update(stages, train, valid=None):
                 if (valid.updates[between] != train.updates[i]).any():
                     continue
                 since = max([since, *valid.clock[between]])
-            seconds += train.clock[j] - since
+            seconds += float(train.clock[j] - since)
             updates += int(train.updates[j] - train.updates[i])
         found.append(seconds / updates if updates else float("nan"))
     return found

@@ -90,7 +90,7 @@ def assert_is_image(png):
 
 def test_the_script_writes_the_whole_report_without_fairseq_and_hydra(run, student, speech, tmp_path):
     report = tmp_path / "new" / "report"
-    arguments = ["report.py", run, "--output", report, "--student", student, "--speech", speech, "--seconds", "2"]
+    arguments = ["report.py", run, "--output", report, "--student", student, "--speech", speech]
     without = "import runpy, sys; sys.modules.update(fairseq=None, hydra=None); sys.argv = sys.argv[1:]; "
     script = without + f"runpy.run_path({str(ROOT / 'scripts' / 'report.py')!r}, run_name='__main__')"
     done = subprocess.run(
@@ -100,17 +100,20 @@ def test_the_script_writes_the_whole_report_without_fairseq_and_hydra(run, stude
     assert done.returncode == 0, done.stderr
 
     # Stage 1 trains 40 updates at 0.25 s and stage 2 sixty at 0.5 s, whatever pauses lie between.
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    lines = [line for line in done.stdout.splitlines() if "|" in line]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert rows[2:] == [
         ["1", "2", "40", "10.0", "0.250", "0.50", "0.1500", "0.0750"],
         ["2", "4", "60", "30.0", "0.500", "1.00", "0.0500", "0.0300"],
     ]
     assert (report / "stages.md").read_text() in done.stdout
-    assert sorted(path.name for path in report.iterdir()) == ["index.html", "loss.png", "similarity.png", "stages.md"]
+    names = sorted(path.name for path in report.iterdir())
+    assert names == ["index.html", "loss.png", "similarity.png", "stages.md"]
 
     page = (report / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<link|<script|@import|url\(|file:", page)
-    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'(?:src|href)="([^"]*)"', page))
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
     embedded = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)]
     assert embedded == [(report / name).read_bytes() for name in ("loss.png", "similarity.png")]
     for png in embedded:

@@ -47,7 +47,8 @@ def test_one_frame_sees_its_receptive_field_and_the_next_is_one_hop_later():
     samples = torch.zeros(1, 1, 200, requires_grad=True)
     with torch.enable_grad():
         frames = extractor(samples)[0, 0]
-        seen = [torch.autograd.grad(frames[index], samples, retain_graph=True)[0].nonzero()[:, 2] for index in (0, 1)]
+        gradients = [torch.autograd.grad(frame, samples, retain_graph=True)[0] for frame in frames[:2]]
+    seen = [gradient.nonzero()[:, 2] for gradient in gradients]
     assert (seen[0].min(), seen[0].max()) == (0, receptive_field(layers) - 1)
     assert seen[1].min() == samples_per_frame(layers)
 

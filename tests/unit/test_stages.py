@@ -36,8 +36,8 @@ def test_growths_at_a_multiple_of_the_log_interval_are_found_exactly():
 def test_an_average_over_the_log_interval_gives_the_update_between_two_entries():
     # Update 10 to 20: four updates in stage 1 and six in stage 2.
     updates = [10, 20, 30]
-    stages = find_stages(series(updates, np.float32([1, 1.6, 2])), series(updates, np.float32([3, 4.8, 6])), 30)
-    assert stages == [Stage(1, 3, 0, 14), Stage(2, 6, 14, 30)]
+    stage, depth = series(updates, np.float32([1, 1.6, 2])), series(updates, np.float32([3, 4.8, 6]))
+    assert find_stages(stage, depth, last_update=30) == [Stage(1, 3, 0, 14), Stage(2, 6, 14, 30)]
 
 
 def test_a_training_that_does_not_grow_has_one_stage():
@@ -71,7 +71,8 @@ def test_a_stretch_with_a_validation_at_an_unknown_moment_does_not_count():
 
 
 def test_a_stage_with_one_entry_has_no_known_cost():
-    first, second = seconds_per_update([Stage(1, 3, 0, 10), Stage(2, 6, 10, 30)], series([10, 20, 30], clock=[1, 3, 8]))
+    stages = [Stage(1, 3, 0, 10), Stage(2, 6, 10, 30)]
+    first, second = seconds_per_update(stages, series([10, 20, 30], clock=[1, 3, 8]))
     assert math.isnan(first)
     assert second == 0.5
 
@@ -88,5 +89,5 @@ def test_the_stage_table_by_hand():
 
 def test_speedup_of_prop_1_is_4_thirds_where_only_the_layers_cost():
     # 4 / (0.1 * 1 + 0.2 * 2 + 0.3 * 3 + 0.4 * 4)
-    stages = [Stage(b, 3 * b, begin, end) for b, begin, end in ((1, 0, 10), (2, 10, 30), (3, 30, 60), (4, 60, 100))]
+    stages = [Stage(1, 3, 0, 10), Stage(2, 6, 10, 30), Stage(3, 9, 30, 60), Stage(4, 12, 60, 100)]
     assert speedup(stages, [1, 2, 3, 4]) == pytest.approx(4 / 3)
