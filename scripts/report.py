@@ -15,7 +15,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the training, with tensorboard/ in it")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the report to")
-    parser.add_argument("--student", type=Path, help="Hugging Face folder of the student: adds layer similarity")
+    parser.add_argument("--student", type=Path, help="Hugging Face folder, for the layer similarity")
     parser.add_argument("--speech", type=Path, help="manifest (TSV) of the speech to run the student on")
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds of that speech (default: 60)")
     parser.add_argument(

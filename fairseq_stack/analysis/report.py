@@ -95,7 +95,7 @@ def write_report(run, output, hidden_states=None, block=None, config=None):
     for name in ("loss", "stage", "depth"):
         if name not in train:
             raise InputError(
-                f"{run / 'tensorboard'} has no scalar {name!r}; give a training of the task speech_distillation"
+                f"{run / 'tensorboard'} has no scalar {name!r}; give a training of speech_distillation"
             )
     valid = read_scalars(run / "tensorboard" / "valid") if (run / "tensorboard" / "valid").is_dir() else {}
     valid_loss = valid.get("loss")
