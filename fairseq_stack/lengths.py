@@ -30,7 +30,8 @@ def parse_conv_layers(text):
             return value(node.left) + value(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             left, right = value(node.left), value(node.right)
-            if isinstance(left, list) and isinstance(right, int) and right <= 100:
+            # The product is bounded, not the factor: a chain of factors would fill the memory.
+            if isinstance(left, list) and isinstance(right, int) and len(left) * right <= 100:
                 return left * right
         raise ValueError(text)
 
@@ -41,7 +42,8 @@ def parse_conv_layers(text):
     if (
         not isinstance(layers, list)
         or not layers
-        or not all(isinstance(layer, tuple) and len(layer) == 3 and min(layer) > 0 for layer in layers)
+        or not all(isinstance(layer, tuple) and len(layer) == 3 for layer in layers)
+        or not all(isinstance(number, int) and number > 0 for layer in layers for number in layer)
     ):
         raise ValueError(text)
     return layers
