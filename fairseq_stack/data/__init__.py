@@ -1,0 +1,1 @@
+"""Speech on its way to the student: audio files, manifests, preparation."""
