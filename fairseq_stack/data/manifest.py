@@ -1,0 +1,159 @@
+"""fairseq's manifests: which audio files make a split, and how long they are.
+
+A manifest is a text file. Its first line is the root folder; every other line is the path of an
+audio file below the root and its length in samples, separated by a tab. An utterance is known by
+its path without the suffix.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from fairseq_stack.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """The utterances of one split.
+
+    Attributes:
+        root: the folder that holds the files.
+        paths: the files, relative to the root.
+        samples: int64 [utterances], the length of each file in samples.
+    """
+
+    root: str
+    paths: list
+    samples: np.ndarray
+
+    def __len__(self):
+        return len(self.paths)
+
+    def path(self, index):
+        """Where the file of utterance `index` is."""
+        return os.path.join(self.root, self.paths[index])
+
+    def utterance(self, index):
+        """The id of utterance `index`."""
+        return utterance_id(self.paths[index])
+
+
+def utterance_id(path):
+    """The id of the utterance in a listed file: its path below the root, without the suffix."""
+    return os.path.splitext(path)[0]
+
+
+def read_manifest(path):
+    """Read a manifest. The listed files are not touched: see `missing_files` and `check_manifest`.
+
+    Raises:
+        InputError: the manifest or its root is missing, it lists nothing, or a line is malformed
+            or lists an utterance for the second time.
+    """
+    try:
+        # File names need not be UTF-8; surrogateescape keeps their bytes.
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this manifest ({error.strerror}); "
+                         f"make one with scripts/prepare_speech.py") from error
+    if "\0" in text:
+        raise InputError(f"{path}: is not a text file; a manifest is expected")
+    root, *lines = text.removesuffix("\n").split("\n")
+    if not text:
+        raise InputError(f"{path}: is empty; make it again with scripts/prepare_speech.py")
+    if not os.path.isdir(root):
+        raise InputError(f"{path}:1: the root folder {root!r} does not exist; correct the line or prepare again")
+    if not lines:
+        raise InputError(f"{path}: lists no files after its first line; prepare again with more audio")
+
+    paths, samples, seen = [], np.empty(len(lines), dtype=np.int64), set()
+    for number, line in enumerate(lines):
+        name, tab, count = line.partition("\t")
+        problem = None
+        if not name or not tab:
+            problem = f"{line!r} is not a path, a tab and a number of samples"
+        # Eighteen digits still fit an int64.
+        elif not (count.isascii() and count.isdigit() and len(count) <= 18 and int(count) > 0):
+            problem = f"{count!r} is not a positive whole number of samples"
+        elif name[0] == "/" or (".." in name and ".." in name.split("/")):
+            problem = f"{name!r} does not lie below the root folder"
+        elif utterance_id(name) in seen:
+            problem = f"the utterance {utterance_id(name)!r} is listed before"
+        if problem:
+            raise InputError(f"{path}:{number + 2}: {problem}; correct the line or prepare again")
+        seen.add(utterance_id(name))
+        paths.append(name)
+        samples[number] = int(count)
+    return Manifest(root=root, paths=paths, samples=samples)
+
+
+def missing_files(manifest):
+    """Return the listed paths that do not exist, in the manifest's order.
+
+    Every folder is listed once, because asking file by file takes minutes on a network disk.
+    """
+    folders = {}
+    for path in manifest.paths:
+        folder = os.path.dirname(path)
+        if folder not in folders:
+            try:
+                with os.scandir(os.path.join(manifest.root, folder)) as entries:
+                    folders[folder] = {entry.name for entry in entries if entry.is_file()}
+            except OSError:
+                folders[folder] = set()
+    return [path for path in manifest.paths if os.path.basename(path) not in folders[os.path.dirname(path)]]
+
+
+def write_manifest(path, root, entries):
+    """Write the manifest of `entries`, pairs (path below the root, samples), in their order.
+
+    Raises:
+        InputError: there are no entries, or a name cannot be written in a line.
+    """
+    lines = [os.path.abspath(root)]
+    for name, samples in entries:
+        lines.append(f"{name}\t{samples}")
+        if any(mark in name for mark in "\t\n\r"):
+            raise InputError(f"{name!r}: a manifest has no room for tabs or line breaks; rename the file")
+    if len(lines) == 1:
+        raise InputError(f"{path}: there is no audio to list")
+    write_lines(path, lines)
+
+
+def write_lines(path, lines):
+    """Write a text file as a whole or not at all."""
+    beside = f"{path}.part"
+    with open(beside, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    os.replace(beside, path)
+
+
+def check_manifest(path):
+    """Read every listed file to its end and return the problems, one line each.
+
+    Raises:
+        InputError: the manifest itself cannot be read.
+    """
+    from tqdm import tqdm
+
+    from fairseq_stack.data.audio import read_audio
+
+    manifest = read_manifest(path)
+
+    def problem(index):
+        try:
+            samples = len(read_audio(manifest.path(index)))
+        except InputError as error:
+            return str(error)
+        if samples != manifest.samples[index]:
+            return f"{manifest.path(index)}: has {samples} samples, {path} says {manifest.samples[index]}"
+        return None
+
+    # Threads are enough: libsndfile decodes outside of Python's global lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checks = pool.map(problem, range(len(manifest)))
+        bar = tqdm(checks, total=len(manifest), desc=os.path.basename(path), unit=" files", mininterval=1)
+        return [line for line in bar if line]
