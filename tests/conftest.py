@@ -50,6 +50,7 @@ def teacher_file(tmp_path_factory):
 def speech(tmp_path_factory):
     """A folder of manifests, 24 recordings for training and 6 for validation: sweeps of 0.2 to 0.6 s."""
     root = tmp_path_factory.mktemp("speech")
+    (root / "audio").mkdir()
     generator = np.random.default_rng(0)
     for split, count in (("train", 24), ("valid", 6)):
         lines = [str(root)]
@@ -57,7 +58,7 @@ def speech(tmp_path_factory):
             samples = int(generator.integers(3200, 9600))
             phase = np.cumsum(np.linspace(generator.uniform(0.02, 0.1), generator.uniform(0.1, 0.5), samples))
             noise = 0.02 * generator.standard_normal(samples)
-            soundfile.write(root / f"{split}{number}.flac", 0.3 * np.sin(phase) + noise, 16_000)
-            lines.append(f"{split}{number}.flac\t{samples}")
+            soundfile.write(root / f"audio/{split}{number}.flac", 0.3 * np.sin(phase) + noise, 16_000)
+            lines.append(f"audio/{split}{number}.flac\t{samples}")
         (root / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     return root

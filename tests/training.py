@@ -1,0 +1,84 @@
+"""Run fairseq's real training in tests: in this process, or as the command that users type."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import TINY
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def tiny(speech, teacher_file, run_dir, **overrides):
+    """Hydra overrides that make a recipe small enough for a test, and nothing else."""
+    fields = {
+        "task.data": speech,
+        "task.teacher": teacher_file,
+        "checkpoint.save_dir": f"{run_dir}/checkpoints",
+        "common.tensorboard_logdir": f"{run_dir}/tensorboard",
+        "common.fp16": False,
+        "common.log_interval": 1,
+        "dataset.batch_size": 4,
+        "dataset.num_workers": 0,
+        "optimization.max_update": 20,
+        "lr_scheduler.warmup_updates": 2,
+        **{f"model.{name}": value for name, value in TINY.items() if name != "encoder_layers"},
+        **overrides,
+    }
+    return [f"{name}={_quoted(value)}" for name, value in fields.items()]
+
+
+def _quoted(value):
+    return f'"{value}"' if isinstance(value, str) and value.startswith("[(") else value
+
+
+def train(config, overrides, folder="interleaved"):
+    """Compose a recipe and train it in this process, as fairseq-hydra-train does; returns fairseq's trainer."""
+    from fairseq.dataclass.initialize import add_defaults, hydra_init
+    from fairseq_cli import train as fairseq_train
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    import fairseq_stack.criterions
+    import fairseq_stack.models
+    import fairseq_stack.tasks  # noqa: F401
+
+    trainers = []
+
+    class RememberedTrainer(fairseq_train.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+    hydra_init(config)
+    with initialize_config_dir(config_dir=str(EXAMPLES / folder)):
+        cfg = compose(config_name=config, overrides=[*overrides, f"common.user_dir={ROOT}/fairseq_stack"])
+    add_defaults(cfg)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    OmegaConf.set_struct(cfg, True)
+    original, fairseq_train.Trainer = fairseq_train.Trainer, RememberedTrainer
+    try:
+        fairseq_train.main(cfg)
+    finally:
+        fairseq_train.Trainer = original
+    return trainers[0]
+
+
+def command(program, *arguments, cwd=ROOT, **options):
+    """Start one of fairseq's commands, or python for a script, as a user would type it."""
+    return subprocess.Popen(
+        [str(Path(sys.executable).with_name(program)), *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def hydra_train(config, overrides, config_dir="examples/interleaved", **options):
+    """Start `fairseq-hydra-train` on a recipe."""
+    return command("fairseq-hydra-train", "--config-dir", config_dir, "--config-name", config, *overrides, **options)
