@@ -1,0 +1,207 @@
+"""fairseq's checkpoint files: loaded without running code, and the student that one of them holds."""
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import torch
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.growth.plan import plan_growth
+from fairseq_stack.lengths import parse_conv_layers
+
+
+class Dictionary:
+    """The data of a fairseq dictionary (`symbols`, `count`, `indices`), without its code.
+
+    Checkpoints of fairseq's `hubert_pretraining`, the published HuBERT files among them, pickle the
+    dictionaries of their labels: `fairseq.data.dictionary.Dictionary` is the one class they hold
+    besides tensors and plain values. This class takes its place, so that nothing of fairseq has to
+    run, or to be installed, to read one.
+    """
+
+    # torch's safe unpickler knows an allowed class by the name that it goes by. Later versions take
+    # (class, name) pairs; a class that goes by the pickled name works in every version since 2.4.
+    __module__ = "fairseq.data.dictionary"
+
+
+@contextmanager
+def _only_safe_globals(classes):
+    """Let torch.load accept `classes`, and nothing that someone else in this process has allowed.
+
+    torch has a context manager of its own since 2.5; it adds to the list, and 2.4 lacks it.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(classes)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def load_checkpoint(path):
+    """Read a fairseq checkpoint on the CPU. Nothing in the file can run.
+
+    Returns:
+        the dict that fairseq saved; `model` has the weights and `cfg` the configuration.
+
+    Raises:
+        InputError: there is no such file, it is damaged or not a checkpoint, or it holds objects that
+            need code to unpickle.
+    """
+    path = Path(path)
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {problem}; give the file of a fairseq checkpoint")
+    try:
+        with _only_safe_globals([Dictionary]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file makes torch raise has no common class
+        if isinstance(error, OSError) and error.errno:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        needed = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if needed:
+            raise InputError(
+                f"{path} needs {needed[1]} to unpickle, and unpickling that could run code; only tensors, plain"
+                " values and fairseq dictionaries are loaded, so save the checkpoint again without it"
+            ) from None
+        raise InputError(
+            f"{path} is damaged or is not a checkpoint that torch saved; give the file of a fairseq checkpoint"
+        ) from None
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise InputError(f"{path} holds no model; give the file of a fairseq checkpoint")
+    return state
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student as a checkpoint holds it, reduced to the layers that its stage uses.
+
+    Attributes:
+        config: the model's configuration, in fairseq's names.
+        conv_layers: the CNN as [(channels, kernel, stride), ...].
+        normalize: whether the waveforms it was trained on had zero mean and unit variance.
+        depth: D, the layers in use.
+        weights: the tensors of fairseq's HubertModel without its pretraining parts, in fp32;
+            `encoder.layers.0` to `encoder.layers.{D - 1}` are the layers in the order of the forward
+            pass, whatever seats they have in the training model.
+    """
+
+    config: dict
+    conv_layers: List[Tuple[int, int, int]]
+    normalize: bool
+    depth: int
+    weights: Dict[str, torch.Tensor]
+
+
+def student_from_checkpoint(state, name="the checkpoint"):
+    """Take the student out of the content of a fairseq checkpoint.
+
+    Args:
+        state: what load_checkpoint returns.
+        name: what an error calls the checkpoint, such as its path.
+
+    Raises:
+        InputError: the checkpoint is not one of a `stacked_hubert`, or weights and configuration do
+            not fit together.
+    """
+    try:
+        config, task = state["cfg"]["model"], state["cfg"]["task"]
+        architecture = config["_name"]
+    except (KeyError, TypeError):
+        raise InputError(f"{name} has no fairseq configuration; give a checkpoint of a stacked_hubert") from None
+    if architecture != "stacked_hubert":
+        raise InputError(f"{name} holds a model of the kind {architecture}; give a checkpoint of a stacked_hubert")
+    try:
+        stages = plan_growth(config["stack_method"], config["encoder_layers"], config["stack_stages"]).stages
+        stage = round(float(state["model"]["stage"]))
+        if not 0 <= stage < len(stages):
+            raise InputError(f"{name} is at stage {stage} of {len(stages)}, counted from 0; the file is damaged")
+        seats = stages[stage]
+        conv_layers = parse_conv_layers(config["conv_feature_layers"])
+        shapes = hubert_shapes(config, conv_layers, seats)
+        normalize = task["normalize"]
+    except KeyError as error:
+        raise InputError(f"{name} lacks {error}, which every checkpoint of a stacked_hubert has") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name}: model.conv_feature_layers={error} is not a list of (channels, kernel, stride)")
+
+    # Layers of seats that the stage does not use, the heads and the stage itself stay behind.
+    idle = tuple(f"encoder.layers.{seat}." for seat in range(config["encoder_layers"]) if seat not in seats)
+    found = {
+        key: tensor
+        for key, tensor in state["model"].items()
+        if not key.startswith((*idle, "heads.")) and key != "stage"
+    }
+    for key in shapes.keys() | found.keys():
+        if key not in found:
+            raise InputError(f"{name} lacks the weight {key}; the file is damaged or of another version")
+        if key not in shapes:
+            raise InputError(f"{name} has the weight {key}, which its configuration has no place for")
+        if tuple(found[key].shape) != shapes[key]:
+            raise InputError(f"{name}: {key} has the shape {tuple(found[key].shape)}, its configuration {shapes[key]}")
+
+    position = {seat: index for index, seat in enumerate(seats)}
+    weights = {
+        re.sub(r"^encoder\.layers\.(\d+)", lambda match: f"encoder.layers.{position[int(match[1])]}", key): (
+            found[key].float()
+        )
+        for key in shapes
+    }
+    return Student(config, conv_layers, bool(normalize), len(seats), weights)
+
+
+def hubert_shapes(config, conv_layers, layers):
+    """Names and shapes of the tensors of fairseq's HubertModel, without its pretraining parts.
+
+    Args:
+        config: fairseq's configuration of the model.
+        conv_layers: the CNN as [(channels, kernel, stride), ...].
+        layers: indices of the transformer layers.
+
+    Returns:
+        {name: shape}.
+    """
+    width, inner, kernel = config["encoder_embed_dim"], config["encoder_ffn_embed_dim"], config["conv_pos"]
+    shapes, channels = {}, 1
+
+    def norm(name, size):
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (size,)
+
+    def linear(name, inputs, outputs):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
+
+    for index, (outputs, size, _) in enumerate(conv_layers):
+        block = f"feature_extractor.conv_layers.{index}"
+        shapes[f"{block}.0.weight"] = (outputs, channels, size)
+        if config["conv_bias"]:
+            shapes[f"{block}.0.bias"] = (outputs,)
+        if config["extractor_mode"] == "layer_norm":
+            norm(f"{block}.2.1", outputs)
+        elif index == 0:
+            norm(f"{block}.2", outputs)
+        channels = outputs
+    norm("layer_norm", channels)
+    if channels != width:
+        linear("post_extract_proj", channels, width)
+
+    # Weight norm over the kernel: a length (g) and a direction (v).
+    shapes["encoder.pos_conv.0.weight_g"] = (1, 1, kernel)
+    shapes["encoder.pos_conv.0.weight_v"] = (width, width // config["conv_pos_groups"], kernel)
+    shapes["encoder.pos_conv.0.bias"] = (width,)
+    for index in layers:
+        layer = f"encoder.layers.{index}"
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear(f"{layer}.self_attn.{projection}", width, width)
+        norm(f"{layer}.self_attn_layer_norm", width)
+        linear(f"{layer}.fc1", width, inner)
+        linear(f"{layer}.fc2", inner, width)
+        norm(f"{layer}.final_layer_norm", width)
+    norm("encoder.layer_norm", width)
+    return shapes

@@ -1,0 +1,131 @@
+"""A student as a folder that transformers' HubertModel loads."""
+
+import torch
+from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.lengths import SAMPLE_RATE
+
+# fairseq's names on the left, transformers' on the right.
+_NORMS = {"default": "group", "layer_norm": "layer"}
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "relu": "relu",
+    "tanh": "tanh",
+    "linear": "linear",
+}
+_MODULES = {
+    "layer_norm": "feature_projection.layer_norm",
+    "post_extract_proj": "feature_projection.projection",
+    "encoder.pos_conv.0": "encoder.pos_conv_embed.conv",
+    "encoder.layer_norm": "encoder.layer_norm",
+}
+_LAYER_MODULES = {
+    "self_attn.q_proj": "attention.q_proj",
+    "self_attn.k_proj": "attention.k_proj",
+    "self_attn.v_proj": "attention.v_proj",
+    "self_attn.out_proj": "attention.out_proj",
+    "self_attn_layer_norm": "layer_norm",
+    "fc1": "feed_forward.intermediate_dense",
+    "fc2": "feed_forward.output_dense",
+    "final_layer_norm": "final_layer_norm",
+}
+_PARAMETERS = {
+    "weight": "weight",
+    "bias": "bias",
+    # fairseq uses torch's first weight norm, transformers its successor.
+    "weight_g": "parametrizations.weight.original0",
+    "weight_v": "parametrizations.weight.original1",
+}
+
+
+def export_huggingface(student, folder):
+    """Write config.json, model.safetensors and preprocessor_config.json.
+
+    `transformers.HubertModel.from_pretrained(folder)` and s3prl's `hf_hubert_custom` load the folder.
+    A single utterance gives the features of training; so does a padded batch with its attention mask,
+    unless the CNN has a group norm (`extractor_mode=default`), whose statistics transformers takes
+    over the padding too: such a student wants utterances of one length, or one at a time.
+
+    Args:
+        student: a Student.
+        folder: where to write; made where it is missing.
+
+    Raises:
+        InputError: transformers has no counterpart of the activation function.
+    """
+    model = HubertModel(_config(student))
+    model.load_state_dict(_weights(student), strict=True)
+    model.save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(
+        feature_size=1,
+        sampling_rate=SAMPLE_RATE,
+        padding_value=0.0,
+        do_normalize=student.normalize,
+        # The student has never attended to padding, so a batch needs its mask.
+        return_attention_mask=True,
+    ).save_pretrained(folder)
+
+
+def _config(student):
+    config = student.config
+    if config["activation_fn"] not in _ACTIVATIONS:
+        raise InputError(
+            f"model.activation_fn={config['activation_fn']} is unknown to transformers;"
+            f" a student for it has one of {', '.join(_ACTIVATIONS)}"
+        )
+    channels, kernels, strides = zip(*student.conv_layers)
+    return HubertConfig(
+        feat_extract_norm=_NORMS[config["extractor_mode"]],
+        conv_dim=channels,
+        conv_kernel=kernels,
+        conv_stride=strides,
+        conv_bias=config["conv_bias"],
+        feat_proj_layer_norm=True,
+        hidden_size=config["encoder_embed_dim"],
+        intermediate_size=config["encoder_ffn_embed_dim"],
+        num_hidden_layers=student.depth,
+        num_attention_heads=config["encoder_attention_heads"],
+        hidden_act=_ACTIVATIONS[config["activation_fn"]],
+        do_stable_layer_norm=config["layer_norm_first"],
+        num_conv_pos_embeddings=config["conv_pos"],
+        num_conv_pos_embedding_groups=config["conv_pos_groups"],
+        hidden_dropout=config["dropout"],
+        attention_dropout=config["attention_dropout"],
+        activation_dropout=config["activation_dropout"],
+        feat_proj_dropout=config["dropout_input"],
+        layerdrop=0.0,
+        # Distillation masks nothing, so there is no mask embedding to hand over. Who fine-tunes with
+        # SpecAugment sets mask_time_prob when loading and gets a fresh embedding.
+        mask_time_prob=0.0,
+        mask_feature_prob=0.0,
+        # From version 5 on transformers leaves the final layer norm of a pre-norm encoder out of the
+        # last hidden state unless told otherwise; versions before, fairseq and s3prl include it.
+        tie_last_hidden_states=True,
+    )
+
+
+def _weights(student):
+    """The student's tensors under transformers' names."""
+    modules = dict(_MODULES)
+    for index in range(len(student.conv_layers)):
+        block = f"feature_extractor.conv_layers.{index}"
+        modules[f"{block}.0"] = f"{block}.conv"
+        # The norm comes third in fairseq's block; a layer norm there sits between two transpositions.
+        modules[f"{block}.2"] = modules[f"{block}.2.1"] = f"{block}.layer_norm"
+    for index in range(student.depth):
+        layer = f"encoder.layers.{index}"
+        modules.update({f"{layer}.{ours}": f"{layer}.{theirs}" for ours, theirs in _LAYER_MODULES.items()})
+
+    weights = {}
+    for name, tensor in student.weights.items():
+        module, _, parameter = name.rpartition(".")
+        weights[f"{modules[module]}.{_PARAMETERS[parameter]}"] = tensor
+    width = student.config["encoder_embed_dim"]
+    if student.conv_layers[-1][0] == width:
+        # fairseq has no projection between equal widths; transformers always has one.
+        weights["feature_projection.projection.weight"] = torch.eye(width)
+        weights["feature_projection.projection.bias"] = torch.zeros(width)
+    return weights
