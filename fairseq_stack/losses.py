@@ -1,10 +1,15 @@
-"""Frame losses between predictions and teacher features, over valid frames only.
+"""Losses between what the student computes and the teacher's features, over valid frames only.
 
 Shapes: B utterances, T frames, D features. Every loss is a sum over frames, so that the sums of
 several batches, devices or accumulated micro-batches add up; the caller divides by the frames.
+The arithmetic is in fp32 whatever the inputs are, under autocast too.
 """
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+
+TARGET_NORMALIZATIONS = ("none", "layer_norm", "instance_norm")
 
 
 def valid_frames(frames, length):
@@ -13,10 +18,116 @@ def valid_frames(frames, length):
 
 
 def mse(prediction, target, valid):
-    """Squared error, averaged over features and summed over valid frames, in fp32.
+    """Squared error, averaged over features and summed over valid frames.
 
     Args:
         prediction, target: [B, T, D].
         valid: [B, T] bool.
     """
     return (prediction.float() - target.float()).pow(2).mean(-1)[valid].sum()
+
+
+def l1(prediction, target, valid):
+    """Absolute error, averaged over features and summed over valid frames; arguments as for `mse`."""
+    return (prediction.float() - target.float()).abs().mean(-1)[valid].sum()
+
+
+def l1_cosine(prediction, target, valid, cosine_weight=1.0):
+    """Absolute error plus `cosine_weight` * -log sigmoid(cosine similarity), summed over valid frames.
+
+    Chang et al., "DistilHuBERT", ICASSP 2022, whose lambda is `cosine_weight` (1 in the paper).
+
+    Args:
+        prediction, target: [B, T, D].
+        valid: [B, T] bool.
+    """
+    similarity = F.cosine_similarity(prediction.float(), target.float(), dim=-1)
+    return l1(prediction, target, valid) - cosine_weight * F.logsigmoid(similarity)[valid].sum()
+
+
+def temporal_gram(student_input, student_output, teacher_input, teacher_output, valid):
+    """Squared error between temporal Gram matrices, the layer-wise plus the intra-layer one.
+
+    Jang et al., "STaR: Distilling Speech Temporal Relation for Lightweight Speech Self-Supervised
+    Learning Models", ICASSP 2024. The layer-wise matrix holds the inner products of a layer's output
+    frames with each other, the intra-layer matrix those of its input frames with its output frames;
+    both are [T, T] whatever the width, so that no projection is needed. The paper adds both with equal
+    weight. Chosen here: inner products are divided by the width, which makes a narrow student
+    comparable to its teacher, and an utterance of T frames counts T times the mean over its T * T
+    entries, so that a frame weighs the same in every batch.
+
+    Args:
+        student_input, student_output: [B, T, D], the hidden states before and behind a layer.
+        teacher_input, teacher_output: [B, T, E], likewise.
+        valid: [B, T] bool.
+    """
+    # Autocast would run the matrix products in half precision.
+    with torch.autocast(valid.device.type, enabled=False):
+        student_input, student_output, teacher_input, teacher_output = (
+            states.float().masked_fill(~valid[:, :, None], 0.0)
+            for states in (student_input, student_output, teacher_input, teacher_output)
+        )
+        layer_wise = _gram(student_output, student_output) - _gram(teacher_output, teacher_output)
+        intra_layer = _gram(student_input, student_output) - _gram(teacher_input, teacher_output)
+        errors = (layer_wise.pow(2) + intra_layer.pow(2)).sum((1, 2))
+        return (errors / valid.sum(1).clamp(min=1)).sum()
+
+
+def _gram(x, y):
+    """[B, T, D] and [B, T, D] to [B, T, T], products averaged over features."""
+    return x @ y.transpose(1, 2) / x.size(2)
+
+
+# The losses that compare a prediction with a target frame by frame, and all names of `criterion.loss`.
+FRAME_LOSSES = {"mse": mse, "l1": l1, "l1_cosine": l1_cosine}
+LOSSES = (*FRAME_LOSSES, "temporal_gram")
+
+
+def normalize_targets(target, valid, how):
+    """Give targets zero mean and unit variance, without learned scale.
+
+    Args:
+        target: [B, T, D].
+        valid: [B, T] bool.
+        how: `none`; `layer_norm`, over the features of each frame; or `instance_norm`, over the valid
+            frames of each utterance and feature (both as data2vec, Baevski et al. 2022, uses them).
+
+    Returns:
+        [B, T, D], in fp32 unless `how` is none.
+    """
+    if how == "none":
+        return target
+    target = target.float()
+    if how == "layer_norm":
+        return F.layer_norm(target, target.shape[-1:])
+    padding, count = ~valid[:, :, None], valid.sum(1).clamp(min=1)[:, None, None]
+    mean = target.masked_fill(padding, 0.0).sum(1, keepdim=True) / count
+    centred = target - mean
+    variance = centred.masked_fill(padding, 0.0).pow(2).sum(1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + 1e-5)
+
+
+def span_mask(frames, probability, length, seeds):
+    """Choose spans of frames to mask, as wav2vec 2.0 and HuBERT do.
+
+    An utterance of n frames gets `probability` * n / `length` spans (rounded up or down at random),
+    which start at different frames and may overlap. No span covers a whole utterance.
+
+    Args:
+        frames: [B], the frames of each utterance.
+        probability: the share of frames that would be masked if spans did not overlap.
+        length: frames of a span.
+        seeds: B sequences of ints; nothing else is random, so that the same seeds give the same mask.
+
+    Returns:
+        [B, T] bool on the device of `frames`, true on masked frames, T = the most frames.
+    """
+    counts = frames.tolist()
+    mask = torch.zeros(len(counts), max(counts), dtype=torch.bool)
+    for row, (count, seed) in enumerate(zip(counts, seeds)):
+        random = np.random.default_rng(seed)
+        span = min(length, count - 1)
+        starts = random.permutation(count - span + 1)
+        for start in starts[: int(probability * count / length + random.random())]:
+            mask[row, start : start + span] = True
+    return mask.to(frames.device)

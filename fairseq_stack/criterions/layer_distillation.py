@@ -1,6 +1,7 @@
-"""The criterion: how far the student's predictions are from the teacher's layers."""
+"""The criterion: how far the student is from the teacher's layers."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import List
 
 from fairseq.criterions import FairseqCriterion, register_criterion
@@ -8,52 +9,106 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 
 from fairseq_stack.errors import InputError, one_line_errors
-from fairseq_stack.losses import mse, valid_frames
+from fairseq_stack.losses import (
+    FRAME_LOSSES,
+    TARGET_NORMALIZATIONS,
+    l1_cosine,
+    normalize_targets,
+    temporal_gram,
+    valid_frames,
+)
+from fairseq_stack.supervision import check_choice, check_supervision, student_position, taught_layers
 
 
+# Names are plain strings: a wrong one then gets the one line of check_choice, and not hydra's traceback.
 @dataclass
 class LayerDistillationConfig(FairseqDataclass):
-    """Which teacher layers the student learns, and how much the intermediate ones weigh."""
+    """Which teacher layers the student learns, by which loss, and how much each part weighs."""
 
+    loss: str = field(
+        default="mse",
+        metadata={
+            "help": "mse, l1, l1_cosine (DistilHuBERT's) or temporal_gram (STaR's, between hidden states, without heads)"
+        },
+    )
+    cosine_weight: float = field(
+        default=1.0, metadata={"help": "lambda of l1_cosine: weight of -log sigmoid(cosine similarity)"}
+    )
+    target_normalization: str = field(
+        default="none",
+        metadata={
+            "help": "none, layer_norm (each frame of the teacher over its features) or instance_norm (each feature over"
+            " the frames of the utterance)"
+        },
+    )
     teacher_layers: List[int] = field(
         default_factory=lambda: [4, 8, 12],
+        metadata={"help": "teacher layers of the intermediate loss, counted from 1"},
+    )
+    intermediate_style: str = field(
+        default="layer_to_layer",
         metadata={
-            "help": "teacher layers of the intermediate loss, counted from 1; each is learned by the student layer at"
-            " the same relative depth, in every stage"
+            "help": "layer_to_layer (each teacher layer is learned by the student layer at the same relative depth, in"
+            " every stage) or prediction (all are predicted from the last student layer, as in DistilHuBERT)"
         },
     )
     intermediate_weight: float = field(
         default=0.5, metadata={"help": "weight of the intermediate loss; 0 leaves the output loss alone"}
     )
+    output_weight: float = field(
+        default=1.0,
+        metadata={"help": "weight of the loss on the teacher's last layer; 0 leaves the intermediate loss alone"},
+    )
+    unmasked_weight: float = field(
+        default=1.0, metadata={"help": "with task.mask_prob: weight of the unmasked frames, masked ones weigh 1"}
+    )
 
 
 @register_criterion("layer_distillation", dataclass=LayerDistillationConfig)
 class LayerDistillation(FairseqCriterion):
-    """Output loss plus weighted intermediate loss, both per frame.
+    """Weighted output loss plus weighted intermediate loss, both per frame.
 
-    output = MSE(teacher's last layer, prediction from the student's last layer)
-    intermediate = mean over `teacher_layers` of the MSE between that teacher layer and the prediction
-    from the student layer at the same relative depth
-    loss = output + intermediate_weight * intermediate
+    output = loss(teacher's last layer, prediction from the student's last layer)
+    intermediate = mean over `teacher_layers` of the loss between that teacher layer and its prediction
+    loss = output_weight * output + intermediate_weight * intermediate
 
-    From Kim & Lee, Interspeech 2026. The paper does not say whether the intermediate terms are
-    averaged or summed; the mean makes the weight independent of how many layers are chosen.
+    The defaults are those of Kim & Lee, Interspeech 2026. The paper does not say whether the
+    intermediate terms are averaged or summed; the mean makes the weight independent of how many layers
+    are chosen. DistilHuBERT's loss, a mean over the predicted layers and nothing else, is l1_cosine
+    with intermediate_style=prediction, intermediate_weight=1 and output_weight=0. STaR's is
+    temporal_gram with the same weights, all layers and layer_to_layer, but for a factor: STaR sums
+    over layers.
+
+    With task.mask_prob some of the student's input frames are masked, the teacher sees all of them, and
+    masked and unmasked frames are weighed and logged separately. ARMHuBERT (Jang et al., Interspeech
+    2023) weighs both with 1; its unmasked frames learn from a second pass of the teacher over the
+    masked input, ours from the same pass as the masked ones.
 
     Raises:
-        InputError: a teacher layer that the teacher does not have, or a negative weight.
+        InputError: an unknown name, a negative weight, or a combination that leaves nothing to learn or
+            cannot be computed.
     """
 
     def __init__(self, cfg, task):
         super().__init__(task)
-        self.teacher_layers = sorted(set(cfg.teacher_layers))
-        self.intermediate_weight = cfg.intermediate_weight
+        self.cfg = cfg
         self.output_layer = task.teacher.depth
+        self.intermediate_layers = sorted(set(cfg.teacher_layers))
+        self.layers = taught_layers(cfg, task.teacher.depth)
+        self.target_layers = self.layers
+        if cfg.loss == "temporal_gram":  # which relates the input of a layer to its output
+            self.target_layers = sorted({*self.layers, *(layer - 1 for layer in self.layers)})
 
     @classmethod
     @one_line_errors
     def build_criterion(cls, cfg, task):
-        if cfg.intermediate_weight < 0:
-            raise InputError(f"criterion.intermediate_weight={cfg.intermediate_weight} must be 0 or more")
+        check_supervision(cfg)
+        check_choice("criterion.target_normalization", cfg.target_normalization, TARGET_NORMALIZATIONS)
+        for name in ("cosine_weight", "intermediate_weight", "unmasked_weight"):
+            if getattr(cfg, name) < 0:
+                raise InputError(f"criterion.{name}={getattr(cfg, name)} must be 0 or more")
+        if not cfg.output_weight and not cfg.intermediate_weight:
+            raise InputError("criterion.output_weight=0 and criterion.intermediate_weight=0 leave nothing to learn")
         return cls(cfg, task)
 
     def forward(self, model, sample, reduce=True):
@@ -61,45 +116,81 @@ class LayerDistillation(FairseqCriterion):
 
         Args:
             model: the student.
-            sample: `waveforms` [B, S], `lengths` [B] in samples, `targets` {teacher layer: [B, T, D]}.
+            sample: `waveforms` [B, S], `lengths` [B] in samples, `targets` {teacher layer: [B, T, D]},
+                and `mask` [B, T] if frames of the student's input are to be masked.
 
         Returns:
             the loss summed over frames; the number of valid frames, by which fairseq divides the
             gradient; and the sums to be logged.
         """
-        net = model(sample["waveforms"], sample["lengths"])
-        frames, targets = net["frames"], sample["targets"]
-        valid = valid_frames(frames, targets[self.output_layer].size(1))
-        terms = {layer: mse(net["predictions"][layer], target, valid) for layer, target in targets.items()}
-        output = terms[self.output_layer]
-        intermediate = sum(terms[layer] for layer in self.teacher_layers) / max(len(self.teacher_layers), 1)
-        loss = output + self.intermediate_weight * intermediate
+        mask, last = sample.get("mask"), sample["targets"][self.layers[-1]]
+        net = model(sample["waveforms"], sample["lengths"], mask)
+        valid = valid_frames(net["frames"], last.size(1))
+        targets = {
+            layer: normalize_targets(target, valid, self.cfg.target_normalization)
+            for layer, target in sample["targets"].items()
+        }
+        if mask is None:
+            terms = self.terms(net, targets, valid)
+        else:
+            masked, unmasked = self.terms(net, targets, valid & mask), self.terms(net, targets, valid & ~mask)
+            terms = {layer: masked[layer] + self.cfg.unmasked_weight * unmasked[layer] for layer in self.layers}
+        loss = self.total(terms)
 
-        sample_size = int(frames.sum())
-        last = targets[self.output_layer].float()
+        sample_size = int(net["frames"].sum())
         logging = {
             "loss": loss.detach(),
-            "output_loss": output.detach(),
-            "intermediate_loss": intermediate.detach() if self.teacher_layers else 0.0,
-            "teacher_norm": last.norm(dim=-1)[valid].sum(),
+            "intermediate_loss": self.intermediate(terms).detach() if self.intermediate_layers else 0.0,
+            "teacher_norm": last.float().norm(dim=-1)[valid].sum(),
             "depth": float((len(net["hidden_states"]) - 1) * sample_size),
             "stage": float(net["stage"] * sample_size),
             "sample_size": sample_size,
             "ntokens": sample_size,
             "nsentences": len(sample["lengths"]),
         }
+        if self.output_layer in terms:
+            logging["output_loss"] = terms[self.output_layer].detach()
         for layer in terms:
             logging[f"layer_{layer}"] = terms[layer].detach()
+        if mask is not None:
+            logging["masked_loss"] = self.total(masked).detach()
+            logging["unmasked_loss"] = self.total(unmasked).detach()
+            logging["masked_share"] = int((valid & mask).sum())
         return loss, sample_size, logging
+
+    def terms(self, net, targets, frames):
+        """{teacher layer: its loss, summed over `frames` [B, T]}."""
+        if self.cfg.loss == "temporal_gram":
+            states, terms = net["hidden_states"], {}
+            for layer in self.layers:
+                position = student_position(layer, self.output_layer, len(states) - 1)
+                student = states[position - 1], states[position]
+                terms[layer] = temporal_gram(*student, targets[layer - 1], targets[layer], frames)
+            return terms
+        loss = FRAME_LOSSES[self.cfg.loss]
+        if loss is l1_cosine:
+            loss = partial(l1_cosine, cosine_weight=self.cfg.cosine_weight)
+        return {layer: loss(net["predictions"][layer], targets[layer], frames) for layer in self.layers}
+
+    def total(self, terms):
+        """The weighted sum of the terms."""
+        output = terms[self.output_layer] if self.cfg.output_weight else 0.0
+        return self.cfg.output_weight * output + self.cfg.intermediate_weight * self.intermediate(terms)
+
+    def intermediate(self, terms):
+        """The mean of the terms of `teacher_layers`."""
+        return sum(terms[layer] for layer in self.intermediate_layers) / max(len(self.intermediate_layers), 1)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs):
         """Per-frame means over all processes, for the log and for choosing the best checkpoint."""
-        frames = sum(log["sample_size"] for log in logging_outputs)
-        names = [name for name in logging_outputs[0] if name not in ("sample_size", "ntokens", "nsentences")]
-        for name in names:
-            total = sum(log[name] for log in logging_outputs)
-            metrics.log_scalar(name, total / max(frames, 1), frames, round=4)
+        totals = {name: sum(log[name] for log in logging_outputs) for name in logging_outputs[0]}
+        frames, masked = totals["sample_size"], totals.get("masked_share", 0)
+        for name, total in totals.items():
+            if name not in ("sample_size", "ntokens", "nsentences"):
+                # The losses of masked and of unmasked frames are means over those frames.
+                count = {"masked_loss": masked, "unmasked_loss": frames - masked}.get(name, frames)
+                metrics.log_scalar(name, total / max(count, 1), count, round=4)
 
     @staticmethod
     def logging_outputs_can_be_summed():

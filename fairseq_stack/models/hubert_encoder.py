@@ -68,7 +68,7 @@ class HubertEncoder(BaseFairseqModel):
         """Frames of `samples` samples (an int, or an integer tensor)."""
         return frames_from_samples(samples, self.conv_layers)
 
-    def encode(self, waveforms, lengths, seats, upto=None):
+    def encode(self, waveforms, lengths, seats, upto=None, mask=None):
         """Run the layers in `seats` and return what goes in and what comes out of them.
 
         Args:
@@ -76,6 +76,8 @@ class HubertEncoder(BaseFairseqModel):
             lengths: [B], the samples of each utterance.
             seats: indices of the layers to run, in order; all layers that the model has in use.
             upto: run only the first `upto` of them (default: all).
+            mask: [B, T] bool, the frames to replace by `mask_emb` before the transformer, for a model
+                that has one (default: none).
 
         Returns:
             hidden_states: list of [B, T, D]; 0 is the input of the first layer and i the output of
@@ -95,6 +97,8 @@ class HubertEncoder(BaseFairseqModel):
         if self.post_extract_proj is not None:
             x = self.post_extract_proj(x)
         x = self.dropout_input(x)
+        if mask is not None:
+            x = torch.where(mask[:, :, None], self.mask_emb.type_as(x), x)
         return self.encoder(x, frames, seats, upto), frames
 
 

@@ -17,6 +17,7 @@ from fairseq_stack.growth.plan import METHODS, plan_growth
 from fairseq_stack.growth.schedule import SCHEDULES, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder
+from fairseq_stack.supervision import check_supervision, student_position, taught_layers
 
 logger = logging.getLogger(__name__)
 
@@ -74,20 +75,29 @@ class StackedHubertConfig(FairseqDataclass):
         default="copy", metadata={"help": "the optimiser's moments of a new layer: those of its original, or zeros"}
     )
 
+    head_inner_dim: int = field(
+        default=0,
+        metadata={"help": "width of a hidden layer with GELU in every head, as in DistilHuBERT; 0 for linear heads"},
+    )
+
+    loss: str = II("criterion.loss")
     teacher_layers: Any = II("criterion.teacher_layers")
+    intermediate_style: str = II("criterion.intermediate_style")
+    output_weight: float = II("criterion.output_weight")
+    mask_prob: float = II("task.mask_prob")
     max_update: int = II("optimization.max_update")
 
 
 @register_model("stacked_hubert", dataclass=StackedHubertConfig)
 class StackedHubert(HubertEncoder):
-    """A HuBERT student with one linear prediction head for each teacher layer that it learns from.
+    """A HuBERT student with one prediction head for each teacher layer that it learns from.
 
     All layers exist from the start, each in its final seat. `stage`, a buffer, says how many of them
     are in use; it is saved with the weights and is the only truth about the depth.
 
     Args:
         cfg: a StackedHubertConfig.
-        head_widths: {teacher layer: teacher width}.
+        head_widths: {teacher layer: teacher width}; empty for a loss between hidden states.
         teacher_depth: transformer layers of the teacher.
 
     Raises:
@@ -100,9 +110,15 @@ class StackedHubert(HubertEncoder):
         super().__init__(cfg)
         self.plan = plan
         self.teacher_depth = teacher_depth
+        self.intermediate_style = cfg.intermediate_style
         self.heads = nn.ModuleDict(
-            {str(layer): nn.Linear(cfg.encoder_embed_dim, width) for layer, width in head_widths.items()}
+            {
+                str(layer): prediction_head(cfg.encoder_embed_dim, cfg.head_inner_dim, width)
+                for layer, width in head_widths.items()
+            }
         )
+        if cfg.mask_prob > 0:
+            self.mask_emb = nn.Parameter(torch.rand(cfg.encoder_embed_dim))  # as fairseq starts it
         self.stack_optimizer_state = str(cfg.stack_optimizer_state)
         self.starts = None  # set for training; a model that is only evaluated never grows
         # A float, because fairseq's moving average multiplies every entry of the state dict.
@@ -114,17 +130,24 @@ class StackedHubert(HubertEncoder):
     @one_line_errors
     def build_model(cls, cfg, task):
         teacher = task.teacher
+        check_supervision(cfg)
+        if cfg.loss == "temporal_gram" and cfg.mask_prob > 0:
+            raise InputError(
+                f"criterion.loss=temporal_gram relates all frames of an utterance, and task.mask_prob={cfg.mask_prob} asks"
+                " for a loss on masked and unmasked frames apart; set task.mask_prob=0"
+            )
         unknown = [layer for layer in cfg.teacher_layers if not 1 <= layer <= teacher.depth]
         if unknown:
             raise InputError(
                 f"criterion.teacher_layers: {unknown[0]} is no layer of task.teacher={teacher.name}; choose from 1 to"
                 f" {teacher.depth}"
             )
-        layers = sorted({*cfg.teacher_layers, teacher.depth})
-        model = cls(cfg, {layer: teacher.width for layer in layers}, teacher.depth)
+        layers = taught_layers(cfg, teacher.depth)
+        heads = [] if cfg.loss == "temporal_gram" else layers
+        model = cls(cfg, {layer: teacher.width for layer in heads}, teacher.depth)
         for layer in layers:
             for depth in model.plan.depths:
-                student_position(layer, teacher.depth, depth)
+                student_position(layer, teacher.depth, depth, cfg.intermediate_style)
         model.starts = stage_starts(
             str(cfg.stack_schedule), len(model.plan.stages), cfg.max_update, cfg.stack_alpha, cfg.stack_milestones
         )
@@ -134,12 +157,13 @@ class StackedHubert(HubertEncoder):
     def from_checkpoint(cls, state):
         """The student of a fairseq checkpoint's content, in fp32 and eval mode, at the depth it had reached."""
         cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), state["cfg"]["model"])
+        # The last weight of a head is that of its output.
         heads = {
             int(name.split(".")[1]): weight.size(0)
             for name, weight in state["model"].items()
             if name.startswith("heads.") and name.endswith(".weight")
         }
-        model = cls(cfg, heads, teacher_depth=max(heads))
+        model = cls(cfg, heads, teacher_depth=max(heads, default=0))
         model.load_state_dict(state["model"])
         return model.float().eval()
 
@@ -195,22 +219,23 @@ class StackedHubert(HubertEncoder):
 
     # Forward pass
 
-    def forward(self, waveforms, lengths):
+    def forward(self, waveforms, lengths, mask=None):
         """Hidden states and what the heads predict of the teacher from them.
 
         Args:
             waveforms: [B, S], samples at 16 kHz.
             lengths: [B], samples.
+            mask: [B, T] bool, the frames whose input to the transformer is the mask embedding.
 
         Returns:
             a dict: `hidden_states`, depth + 1 times [B, T, D]; `frames` [B]; `predictions`, a dict
             from teacher layer to [B, T, teacher width]; `stage`, counted from 1.
         """
-        hidden_states, frames = self.hidden_states(waveforms, lengths)
-        predictions = {
-            int(layer): head(hidden_states[student_position(int(layer), self.teacher_depth, self.depth)])
-            for layer, head in self.heads.items()
-        }
+        hidden_states, frames = self.hidden_states(waveforms, lengths, mask)
+        predictions = {}
+        for layer, head in self.heads.items():
+            position = student_position(int(layer), self.teacher_depth, self.depth, self.intermediate_style)
+            predictions[int(layer)] = head(hidden_states[position])
         return {
             "hidden_states": hidden_states,
             "frames": frames,
@@ -218,30 +243,13 @@ class StackedHubert(HubertEncoder):
             "stage": self.stage_number,
         }
 
-    def hidden_states(self, waveforms, lengths):
+    def hidden_states(self, waveforms, lengths, mask=None):
         """[B, S] samples and [B] lengths to a list of depth + 1 times [B, T, D], and [B] frames."""
-        return self.encode(waveforms, lengths, self.seats)
+        return self.encode(waveforms, lengths, self.seats, mask=mask)
 
 
-def student_position(teacher_layer, teacher_depth, student_depth):
-    """The hidden state of the student at the same relative depth as a teacher layer.
-
-    At stage b of interleaved stacking block i ends at position i * b, which learns from teacher layer
-    i * teacher_depth / K in every stage (the paper does not say which copy of a block is supervised;
-    the last one keeps the relative depth exact).
-
-    Raises:
-        InputError: no student layer lies at that depth.
-    """
-    position, rest = divmod(teacher_layer * student_depth, teacher_depth)
-    if rest:
-        raise InputError(
-            f"criterion.teacher_layers: teacher layer {teacher_layer} of {teacher_depth} has no student layer at the"
-            f" same relative depth when the student is {student_depth} layers deep; choose multiples of"
-            f" {_least_layer(teacher_depth, student_depth)}"
-        )
-    return position
-
-
-def _least_layer(teacher_depth, student_depth):
-    return next(layer for layer in range(1, teacher_depth + 1) if layer * student_depth % teacher_depth == 0)
+def prediction_head(width, inner, teacher_width):
+    """[B, T, width] to [B, T, teacher_width], linear or with a hidden layer of `inner` features."""
+    if not inner:
+        return nn.Linear(width, teacher_width)
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, teacher_width))

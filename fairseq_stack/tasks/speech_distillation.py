@@ -2,6 +2,7 @@
 
 import logging
 import os
+import zlib
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.errors import InputError, one_line_errors
 from fairseq_stack.growth.surgery import copy_optimizer_state
 from fairseq_stack.lengths import receptive_field
+from fairseq_stack.losses import span_mask
 from fairseq_stack.teachers import load_teacher
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,14 @@ class SpeechDistillationConfig(FairseqDataclass):
         default=False,
         metadata={"help": "give the student waveforms of zero mean and unit variance (the teacher gets what it needs)"},
     )
+    mask_prob: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the student's input frames to mask in training, before spans overlap (the teacher hears"
+            " all of them); 0 masks nothing"
+        },
+    )
+    mask_length: int = field(default=10, metadata={"help": "frames of a masked span"})
     seed: int = II("common.seed")
 
 
@@ -60,6 +70,10 @@ class SpeechDistillation(FairseqTask):
             path = getattr(cfg, name)
             if not os.path.exists(path):
                 raise InputError(f"task.{name}={path} does not exist")
+        if not 0 <= cfg.mask_prob <= 1:
+            raise InputError(f"task.mask_prob={cfg.mask_prob} must lie between 0 and 1")
+        if cfg.mask_length < 1:
+            raise InputError(f"task.mask_length={cfg.mask_length} must be 1 or more")
         return cls(cfg, load_teacher(cfg.teacher))
 
     @one_line_errors
@@ -90,13 +104,15 @@ class SpeechDistillation(FairseqTask):
 
     def build_criterion(self, cfg, from_checkpoint=False):
         criterion = super().build_criterion(cfg, from_checkpoint)
-        self.target_layers = sorted({*criterion.teacher_layers, self.teacher.depth})
+        self.target_layers = criterion.target_layers
         return criterion
 
     @one_line_errors
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
         """Grow if it is time, then forward and backward as every fairseq task does."""
         sample = self.with_targets(sample)
+        if self.cfg.mask_prob > 0:
+            sample["mask"] = self.mask(sample, model, update_num)
         if model.due_stage(update_num) > model.stage_number:
             self.grow(sample, model, criterion, optimizer, update_num, ema_model)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
@@ -114,6 +130,11 @@ class SpeechDistillation(FairseqTask):
         if self.cfg.normalize:
             waveforms = normalize_waveforms(waveforms, lengths)
         return {**sample, "waveforms": waveforms, "targets": targets}
+
+    def mask(self, sample, model, update_num):
+        """[B, T] bool, the masked frames of a batch: a matter of (seed, update, utterance) alone."""
+        seeds = [(self.cfg.seed, update_num, zlib.crc32(name.encode())) for name in sample["utterances"]]
+        return span_mask(model.frames(sample["lengths"]), self.cfg.mask_prob, self.cfg.mask_length, seeds)
 
     def grow(self, sample, model, criterion, optimizer, update_num, ema_model):
         """Let the model wake its layers and carry the optimiser and the moving average along.

@@ -1,102 +1,176 @@
-"""Losses count valid frames only, whatever the batch looks like."""
+"""Losses, target normalisation and masks, each against a slow version written out frame by frame in float64."""
 
-from types import SimpleNamespace
+import math
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from conftest import TINY
-from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
-from fairseq_stack.losses import mse, valid_frames
-from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
+from fairseq_stack.losses import (
+    FRAME_LOSSES,
+    LOSSES,
+    l1_cosine,
+    mse,
+    normalize_targets,
+    span_mask,
+    temporal_gram,
+    valid_frames,
+)
 
-LENGTHS = [4000, 3000, 1200, 720]
-
-
-def test_mse_is_the_mean_over_features_summed_over_valid_frames():
-    prediction, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
-    frames = torch.tensor([5, 2])
-    expected = 0.0
-    for row in range(2):
-        for frame in range(int(frames[row])):
-            difference = (prediction[row, frame] - target[row, frame]).double()
-            expected += float((difference**2).sum() / 3)
-    assert mse(prediction, target, valid_frames(frames, 5)).item() == pytest.approx(expected, rel=1e-6)
+FRAMES = [7, 4, 1]
 
 
-def test_half_precision_inputs_are_compared_in_fp32():
-    # 300 squared does not fit into fp16.
+def states(width, seed):
+    """[3, 7, width]; padding holds numbers too, which must not count."""
+    return torch.randn(3, 7, width, generator=torch.Generator().manual_seed(seed))
+
+
+STUDENT, TEACHER = states(5, 0), states(5, 1)
+VALID = valid_frames(torch.tensor(FRAMES), 7)
+
+
+def slow_frame(name, prediction, target):
+    """One frame: two lists of floats."""
+    width = len(target)
+    if name == "mse":
+        return sum((p - t) ** 2 for p, t in zip(prediction, target)) / width
+    absolute = sum(abs(p - t) for p, t in zip(prediction, target)) / width
+    if name == "l1":
+        return absolute
+    norms = math.sqrt(sum(p * p for p in prediction)) * math.sqrt(sum(t * t for t in target))
+    cosine = sum(p * t for p, t in zip(prediction, target)) / norms
+    return absolute - math.log(1 / (1 + math.exp(-cosine)))
+
+
+def slow_gram(student_input, student_output, teacher_input, teacher_output):
+    """One utterance: four lists of frames, each a list of floats."""
+    frames, total = len(student_output), 0.0
+
+    def relation(one, other):
+        return sum(a * b for a, b in zip(one, other)) / len(one)
+
+    for i in range(frames):
+        for j in range(frames):
+            layer_wise = relation(student_output[i], student_output[j]) - relation(teacher_output[i], teacher_output[j])
+            intra_layer = relation(student_input[i], student_output[j]) - relation(teacher_input[i], teacher_output[j])
+            total += layer_wise**2 + intra_layer**2
+    return frames * total / frames**2
+
+
+def every_loss():
+    """Each loss as a function of rows of the batch and their padding, and its slow value."""
+    prediction, target = STUDENT.double().tolist(), TEACHER.double().tolist()
+    for name, loss in FRAME_LOSSES.items():
+        slow = [
+            sum(slow_frame(name, prediction[row][frame], target[row][frame]) for frame in range(count))
+            for row, count in enumerate(FRAMES)
+        ]
+        yield pytest.param(loss, (STUDENT, TEACHER), slow, id=name)
+    inputs = (states(3, 2), states(3, 3), states(8, 4), states(8, 5))  # a narrow student, a wide teacher
+    rows = [
+        slow_gram(*(each[row, :count].double().tolist() for each in inputs)) for row, count in enumerate(FRAMES)
+    ]
+    yield pytest.param(temporal_gram, inputs, rows, id="temporal_gram")
+
+
+@pytest.mark.parametrize("loss, inputs, slow", list(every_loss()))
+class TestEveryLoss:
+    def test_equals_its_definition_in_float64(self, loss, inputs, slow):
+        assert loss(*inputs, VALID).item() == pytest.approx(sum(slow), rel=1e-5)
+
+    def test_does_not_see_padding(self, loss, inputs, slow):
+        inputs = [each.masked_fill(~VALID[:, :, None], math.nan).requires_grad_() for each in inputs]
+        value = loss(*inputs, VALID)
+        value.backward()
+        assert value.item() == pytest.approx(sum(slow), rel=1e-5)
+        for each in inputs:
+            assert each.grad[VALID].any() and not each.grad[~VALID].any()
+
+    def test_of_a_batch_is_the_sum_over_its_utterances(self, loss, inputs, slow):
+        for row, count in enumerate(FRAMES):
+            alone = [each[row : row + 1, :count] for each in inputs]
+            assert loss(*alone, VALID[row : row + 1, :count]).item() == pytest.approx(slow[row], rel=1e-5)
+
+    def test_is_computed_in_fp32_under_autocast_and_for_half_precision(self, loss, inputs, slow):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert loss(*inputs, VALID).item() == pytest.approx(sum(slow), rel=1e-5)
+        half = [each.half() for each in inputs]
+        expected = loss(*(each.double().float() for each in half), VALID).item()
+        assert loss(*half, VALID).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_name_of_the_configuration_is_tested_above():
+    assert {param.id for param in every_loss()} == set(LOSSES)
+
+
+def test_the_weight_of_the_cosine_is_its_weight():
+    l1_alone, once, thrice = (l1_cosine(STUDENT, TEACHER, VALID, weight).item() for weight in (0.0, 1.0, 3.0))
+    assert thrice - l1_alone == pytest.approx(3 * (once - l1_alone), rel=1e-5)
+
+
+def test_a_square_that_does_not_fit_into_half_precision_is_exact():
     prediction, target = torch.full((1, 1, 2), 300.0).half(), torch.zeros(1, 1, 2).half()
     assert mse(prediction, target, torch.ones(1, 1, dtype=torch.bool)).item() == 90_000.0
 
 
-def make_student():
-    cfg = OmegaConf.merge(
-        OmegaConf.structured(StackedHubertConfig),
-        {**TINY, "dropout": 0.0, "attention_dropout": 0.0, "teacher_layers": [4, 8, 12], "max_update": 1000},
-    )
+def test_gram_matrices_do_not_see_a_rotation_of_the_features():
+    before, after = states(5, 2), states(5, 3)
+    rotation, _ = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(6)))
+    assert temporal_gram(before @ rotation, after @ rotation, before, after, VALID).item() < 1e-9
+    assert temporal_gram(before, after @ rotation, before, after, VALID).item() > 0.1
+
+
+def slow_normalize(values):
+    """A list of floats to zero mean and unit variance."""
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values) + 1e-5)
+    return [(value - mean) / deviation for value in values]
+
+
+@pytest.mark.parametrize("how", ["layer_norm", "instance_norm"])
+def test_targets_are_normalised_over_features_or_over_the_frames_of_an_utterance(how):
+    target = (3 * TEACHER + 2).masked_fill(~VALID[:, :, None], math.nan)
+    normalized = normalize_targets(target, VALID, how)
+    for row, count in enumerate(FRAMES):
+        frames = target[row, :count].double().tolist()
+        if how == "layer_norm":
+            expected = [slow_normalize(frame) for frame in frames]
+        else:
+            expected = list(zip(*(slow_normalize(feature) for feature in zip(*frames))))
+        torch.testing.assert_close(normalized[row, :count], torch.tensor(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_targets_stay_as_they_are_without_normalisation():
+    assert normalize_targets(TEACHER, VALID, "none") is TEACHER
+
+
+COUNTS = torch.tensor([200, 200, 37, 1, 2])
+
+
+def seeds(update):
+    return [(1, update, utterance) for utterance in range(len(COUNTS))]
+
+
+def test_a_mask_depends_on_its_seeds_alone():
     torch.manual_seed(0)
-    return StackedHubert(cfg, {4: 6, 8: 6, 12: 6}, teacher_depth=12)
+    mask = span_mask(COUNTS, 0.65, 10, seeds(3))
+    torch.manual_seed(1)
+    assert torch.equal(mask, span_mask(COUNTS, 0.65, 10, seeds(3)))
+    assert not torch.equal(mask, span_mask(COUNTS, 0.65, 10, seeds(4)))
+    assert not torch.equal(mask[0], mask[1])
+    # Nor does it depend on what else is in the batch.
+    assert torch.equal(mask[2:3, :37], span_mask(COUNTS[2:3], 0.65, 10, seeds(3)[2:3]))
 
 
-def make_criterion(**fields):
-    cfg = OmegaConf.merge(OmegaConf.structured(LayerDistillationConfig), fields)
-    return LayerDistillation.build_criterion(cfg, SimpleNamespace(teacher=SimpleNamespace(depth=12)))
+def test_a_mask_is_made_of_whole_spans_inside_the_utterance():
+    mask = span_mask(COUNTS, 0.3, 10, seeds(0))
+    assert mask.shape == (5, 200) and not (mask & ~valid_frames(COUNTS, 200)).any()
+    runs = "".join("x" if frame else " " for frame in mask[0].tolist()).split()
+    assert runs and all(len(run) >= 10 for run in runs)
+    assert not mask[3].any()  # one frame cannot be masked and heard
 
 
-def make_batch(rows):
-    generator = torch.Generator().manual_seed(5)
-    waveforms = [torch.randn(length, generator=generator) for length in LENGTHS]
-    targets = {layer: [torch.randn(12, 6, generator=generator) for _ in LENGTHS] for layer in (4, 8, 12)}
-    chosen = [waveforms[row] for row in rows]
-    student_frames = make_student().frames(max(LENGTHS[row] for row in rows))
-    return {
-        "waveforms": torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True),
-        "lengths": torch.tensor([LENGTHS[row] for row in rows]),
-        # Frames beyond an utterance's end hold numbers too: they must not count.
-        "targets": {layer: torch.stack([target[row][:student_frames] for row in rows]) for layer, target in targets.items()},
-    }
-
-
-def test_the_loss_is_output_plus_weighted_mean_of_the_intermediate_layers():
-    student, batch = make_student(), make_batch([0])
-    loss, sample_size, log = make_criterion(intermediate_weight=0.25)(student, batch)
-    predictions = student(batch["waveforms"], batch["lengths"])["predictions"]
-    terms = {
-        layer: float((predictions[layer].double() - batch["targets"][layer].double()).pow(2).mean())
-        for layer in (4, 8, 12)
-    }
-    assert sample_size == 12
-    assert loss.item() / sample_size == pytest.approx(terms[12] + 0.25 * sum(terms.values()) / 3, rel=1e-5)
-    for layer in (4, 8, 12):
-        assert float(log[f"layer_{layer}"]) / sample_size == pytest.approx(terms[layer], rel=1e-5)
-    assert float(log["depth"]) / sample_size == 3 and float(log["stage"]) / sample_size == 1
-    norm = batch["targets"][12].double().norm(dim=-1).mean()
-    assert float(log["teacher_norm"]) / sample_size == pytest.approx(float(norm), rel=1e-5)
-
-
-def test_one_big_batch_and_several_small_ones_give_the_same_gradient():
-    gradients = []
-    for parts in ([[0, 1, 2, 3]], [[0], [1], [2], [3]], [[0, 2], [1, 3]]):
-        student, criterion, frames = make_student(), make_criterion(), 0
-        for rows in parts:
-            loss, sample_size, _ = criterion(student, make_batch(rows))
-            loss.backward()
-            frames += sample_size
-        gradients.append({name: value.grad / frames for name, value in student.named_parameters() if value.grad is not None})
-    for other in gradients[1:]:
-        for name, gradient in gradients[0].items():
-            torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4)
-
-
-def test_without_intermediate_weight_only_the_last_layer_teaches():
-    student = make_student()
-    loss, _, _ = make_criterion(intermediate_weight=0.0)(student, make_batch([0, 1]))
-    loss.backward()
-    assert student.heads["12"].weight.grad.any() and not student.heads["4"].weight.grad.any()
-
-
-def test_a_negative_weight_is_refused():
-    with pytest.raises(SystemExit, match="criterion.intermediate_weight=-1.0 must be 0 or more"):
-        make_criterion(intermediate_weight=-1.0)
+def test_the_masked_share_is_the_probability_less_the_overlap():
+    # n p / l starts spread over n frames leave a frame unmasked with probability about (1 - p / l) ** l.
+    many = span_mask(torch.full((200,), 500), 0.65, 10, [(7, row) for row in range(200)])
+    assert many.float().mean().item() == pytest.approx(1 - (1 - 0.065) ** 10, abs=0.01)
+    assert not span_mask(COUNTS, 0.0, 10, seeds(0)).any()

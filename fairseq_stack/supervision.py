@@ -1,0 +1,71 @@
+"""Which teacher layers the student learns, and from which of its hidden states.
+
+The model builds its heads by this and the criterion its terms, both from the criterion's fields.
+"""
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.losses import LOSSES
+
+STYLES = ("layer_to_layer", "prediction")
+
+
+def check_choice(field, value, choices):
+    """Raise an InputError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise InputError(f"{field}={value} is unknown; choose from {', '.join(choices)}")
+
+
+def check_supervision(cfg):
+    """Check names and combinations of the fields that model and criterion share.
+
+    Args:
+        cfg: has loss, intermediate_style, teacher_layers and output_weight.
+
+    Raises:
+        InputError: a name is unknown, nothing is learned, or loss and style do not go together.
+    """
+    check_choice("criterion.loss", cfg.loss, LOSSES)
+    check_choice("criterion.intermediate_style", cfg.intermediate_style, STYLES)
+    if cfg.output_weight < 0:
+        raise InputError(f"criterion.output_weight={cfg.output_weight} must be 0 or more")
+    if not cfg.output_weight and not cfg.teacher_layers:
+        raise InputError(
+            "criterion.output_weight=0 with empty criterion.teacher_layers leaves nothing to learn; name teacher layers"
+        )
+    if cfg.loss == "temporal_gram" and cfg.intermediate_style == "prediction":
+        raise InputError(
+            "criterion.loss=temporal_gram compares layers with layers and has no heads, which"
+            " criterion.intermediate_style=prediction asks for; choose layer_to_layer"
+        )
+
+
+def taught_layers(cfg, teacher_depth):
+    """The teacher layers that the student learns, ascending: the intermediate ones, and the last if it has a weight."""
+    return sorted({*cfg.teacher_layers, *([teacher_depth] if cfg.output_weight else [])})
+
+
+def student_position(teacher_layer, teacher_depth, student_depth, style="layer_to_layer"):
+    """The hidden state of the student that learns a teacher layer.
+
+    With `layer_to_layer` it is the one at the same relative depth. At stage b of interleaved stacking
+    block i ends at position i * b, which learns from teacher layer i * teacher_depth / K in every stage
+    (the paper does not say which copy of a block is supervised; the last one keeps the relative depth
+    exact). With `prediction` it is the last one, as in DistilHuBERT.
+
+    Raises:
+        InputError: no student layer lies at that depth.
+    """
+    if style == "prediction":
+        return student_depth
+    position, rest = divmod(teacher_layer * student_depth, teacher_depth)
+    if rest:
+        raise InputError(
+            f"criterion.teacher_layers: teacher layer {teacher_layer} of {teacher_depth} has no student layer at the"
+            f" same relative depth when the student is {student_depth} layers deep; choose multiples of"
+            f" {_least_layer(teacher_depth, student_depth)}"
+        )
+    return position
+
+
+def _least_layer(teacher_depth, student_depth):
+    return next(layer for layer in range(1, teacher_depth + 1) if layer * student_depth % teacher_depth == 0)
