@@ -24,12 +24,14 @@ def mse(prediction, target, valid):
         prediction, target: [B, T, D].
         valid: [B, T] bool.
     """
-    return (prediction.float() - target.float()).pow(2).mean(-1)[valid].sum()
+    prediction, target = _frames(valid, prediction, target)
+    return (prediction - target).pow(2).mean(-1).sum()
 
 
 def l1(prediction, target, valid):
     """Absolute error, averaged over features and summed over valid frames; arguments as for `mse`."""
-    return (prediction.float() - target.float()).abs().mean(-1)[valid].sum()
+    prediction, target = _frames(valid, prediction, target)
+    return (prediction - target).abs().mean(-1).sum()
 
 
 def l1_cosine(prediction, target, valid, cosine_weight=1.0):
@@ -41,8 +43,13 @@ def l1_cosine(prediction, target, valid, cosine_weight=1.0):
         prediction, target: [B, T, D].
         valid: [B, T] bool.
     """
-    similarity = F.cosine_similarity(prediction.float(), target.float(), dim=-1)
-    return l1(prediction, target, valid) - cosine_weight * F.logsigmoid(similarity)[valid].sum()
+    similarity = F.cosine_similarity(*_frames(valid, prediction, target), dim=-1)
+    return l1(prediction, target, valid) - cosine_weight * F.logsigmoid(similarity).sum()
+
+
+def _frames(valid, *states):
+    """The valid frames of each [B, T, D] as [N, D] in fp32; what padding holds, even NaN, reaches no gradient."""
+    return [each[valid].float() for each in states]
 
 
 def temporal_gram(student_input, student_output, teacher_input, teacher_output, valid):

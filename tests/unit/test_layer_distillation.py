@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from conftest import TINY
+from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
 from fairseq_stack.losses import normalize_targets, span_mask, temporal_gram
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
@@ -171,7 +172,8 @@ def test_temporal_relations_are_those_of_one_layer_of_each_at_the_same_relative_
 def test_masked_frames_are_hidden_from_the_student_and_the_others_are_weighed_apart():
     (student, criterion), batch = build(mask_prob=0.5, unmasked_weight=0.25), masked_batch([0, 1])
     loss, sample_size, log = criterion(student, batch)
-    net = student(batch["waveforms"], batch["lengths"], batch["mask"])
+    with torch.no_grad():
+        net = student(batch["waveforms"], batch["lengths"], batch["mask"])
     sums = {"masked_loss": 0.0, "unmasked_loss": 0.0}
     for row, frames in enumerate(net["frames"].tolist()):
         for layer, weight in ((4, 0.5 / 3), (8, 0.5 / 3), (12, 1 + 0.5 / 3)):
@@ -197,6 +199,19 @@ def test_the_student_does_not_hear_a_masked_frame():
 
 def test_a_student_that_is_never_masked_has_no_mask_embedding():
     assert hasattr(build(mask_prob=0.1)[0], "mask_emb") and not hasattr(build()[0], "mask_emb")
+
+
+def test_the_mask_embedding_and_the_heads_stay_behind_in_an_export():
+    student, _ = build(mask_prob=0.5)
+    shape = {"conv_bias": False, "extractor_mode": "default", "stack_method": "interleaved", "stack_stages": 4}
+    state = {
+        "model": student.state_dict(),
+        "cfg": {"model": {**TINY, **shape, "_name": "stacked_hubert"}, "task": {"normalize": False}},
+    }
+    names = student_from_checkpoint(state).weights.keys()
+    expected = {name for name, _ in student.named_parameters() if not name.startswith(("mask_emb", "heads."))}
+    idle = {name for name in expected if name.startswith("encoder.layers.") and int(name.split(".")[2]) > 2}
+    assert "mask_emb" in state["model"] and names == expected - idle
 
 
 def test_masked_and_unmasked_losses_are_logged_as_means_over_their_frames():

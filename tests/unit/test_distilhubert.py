@@ -1,0 +1,95 @@
+"""DistilHuBERT's recipe computes what s3prl's distiller computes.
+
+The distiller is s3prl's own model with the student's weights. One layer differs and is handed over: the student is a
+HuBERT, which has a layer norm between CNN and projection, and DistilHuBERT leaves it out.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+from omegaconf import OmegaConf
+from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
+
+from conftest import TINY
+from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
+from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
+
+LAYERS, WIDTH = [4, 8, 12], 6
+
+
+def distilhubert():
+    """Student and criterion of DistilHuBERT's recipe: two layers, three heads on the last, L1 and cosine."""
+    fields = {"loss": "l1_cosine", "teacher_layers": LAYERS, "intermediate_style": "prediction", "output_weight": 0.0}
+    criterion_cfg = OmegaConf.merge(
+        OmegaConf.structured(LayerDistillationConfig), {**fields, "intermediate_weight": 1.0, "cosine_weight": 2.0}
+    )
+    shape = {**TINY, "encoder_layers": 2, "head_inner_dim": TINY["encoder_embed_dim"], "mask_prob": 0.0}
+    student_cfg = OmegaConf.merge(
+        OmegaConf.structured(StackedHubertConfig),
+        {**shape, **fields, "stack_method": "none", "stack_stages": 1, "max_update": 100},
+    )
+    task = SimpleNamespace(teacher=SimpleNamespace(name="teacher.pt", depth=12, width=WIDTH))
+    torch.manual_seed(0)
+    student = StackedHubert.build_model(student_cfg, task).eval()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return student, LayerDistillation.build_criterion(criterion_cfg, task)
+
+
+def s3prl_distiller(student):
+    """s3prl's model of the same shape and weights."""
+    config = DistillerConfig(
+        {
+            **TINY,
+            "extractor_conv_feature_layers": TINY["conv_feature_layers"],
+            "encoder_layers": 2,
+            "final_dim": WIDTH,
+            "n_tasks": len(LAYERS),
+            "pred_layer_id": LAYERS,
+        }
+    )
+    distiller = DistillerModel(config).eval()
+    weights = student.state_dict()
+    heads = [student.heads[str(layer)] for layer in LAYERS]
+    mapped = {
+        "output_layer.0.weight": torch.cat([head[0].weight for head in heads]),
+        "output_layer.0.bias": torch.cat([head[0].bias for head in heads]),
+        "output_layer.2.weight": torch.stack([head[2].weight.t() for head in heads]),
+        "output_layer.2.bias": torch.stack([head[2].bias for head in heads])[None, None],
+    }
+    shared = {name: weights[name] for name in distiller.state_dict() if not name.startswith("output_layer.")}
+    distiller.load_state_dict({**shared, **mapped})
+    distiller.post_extract_proj = nn.Sequential(student.layer_norm, distiller.post_extract_proj)
+    return distiller
+
+
+def test_the_distilhubert_recipe_gives_the_loss_and_gradient_of_s3prls_distiller():
+    student, criterion = distilhubert()
+    distiller = s3prl_distiller(student)
+    generator = torch.Generator().manual_seed(1)
+    waveforms = torch.randn(3, 4000, generator=generator)  # of one length: s3prl's loss counts padding
+    targets = {layer: torch.randn(3, 12, WIDTH, generator=generator) for layer in criterion.target_layers}
+
+    loss, frames, log = criterion(
+        student, {"waveforms": waveforms, "lengths": torch.full((3,), 4000), "targets": targets}
+    )
+    _, _, predictions, _ = distiller(waveforms, torch.ones_like(waveforms))
+    assert predictions.shape == (3, len(LAYERS), 12, WIDTH)
+    target = torch.stack([targets[layer] for layer in LAYERS], dim=1)
+    cosine = (predictions * target).sum(-1) / predictions.norm(dim=-1) / target.norm(dim=-1)
+    expected = (predictions - target).abs().mean() + 2.0 * -torch.sigmoid(cosine).log().mean()
+    assert loss.item() / frames == pytest.approx(expected.item(), rel=1e-5)
+    assert "output_loss" in log and float(log["intermediate_loss"]) == pytest.approx(loss.item(), rel=1e-6)
+
+    (loss / frames).backward()
+    expected.backward()
+    theirs = dict(distiller.named_parameters())
+    shared = {name: parameter.grad for name, parameter in student.named_parameters() if name in theirs}
+    assert {name.split(".")[0] for name in shared} == {"feature_extractor", "encoder"}
+    for name, gradient in shared.items():
+        torch.testing.assert_close(gradient, theirs[name].grad, atol=1e-6, rtol=1e-3)
+    assert shared["feature_extractor.conv_layers.0.0.weight"].abs().max() > 1e-4
