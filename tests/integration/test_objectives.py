@@ -28,3 +28,18 @@ def test_a_student_grows_to_its_full_depth_and_all_its_parameters_learn(objectiv
     assert student.depth == 12
     for name, parameter in student.named_parameters():
         assert parameter.isfinite().all() and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(
+    "field, message",
+    [
+        ("+criterion.loss=huber", "criterion.loss=huber is unknown; choose from mse, l1, l1_cosine, temporal_gram"),
+        ("+task.mask_prob=1.5", "task.mask_prob=1.5 must lie between 0 and 1"),
+        ("+task.mask_length=0", "task.mask_length=0 must be 1 or more"),
+    ],
+)
+def test_a_wrong_objective_ends_the_command_with_one_line(field, message, speech, teacher_file, tmp_path):
+    name, value = field.split("=")
+    with pytest.raises(SystemExit) as ended:
+        train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{name: value}))
+    assert str(ended.value) == f"error: {message}"
