@@ -114,13 +114,19 @@ def write_manifest(path, root, entries):
         InputError: there are no entries, or a name cannot be written in a line.
     """
     lines = [os.path.abspath(root)]
+    check_name(lines[0])
     for name, samples in entries:
+        check_name(name)
         lines.append(f"{name}\t{samples}")
-        if any(mark in name for mark in "\t\n\r"):
-            raise InputError(f"{name!r}: a manifest has no room for tabs or line breaks; rename the file")
     if len(lines) == 1:
         raise InputError(f"{path}: there is no audio to list")
     write_lines(path, lines)
+
+
+def check_name(name):
+    """Raise InputError if a path holds what ends a field or a line."""
+    if any(mark in name for mark in "\t\n\r"):
+        raise InputError(f"{name!r}: a manifest cannot list names with tabs or line breaks; rename the file")
 
 
 def write_lines(path, lines):
