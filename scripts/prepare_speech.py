@@ -53,6 +53,8 @@ def main():
         print(summary(args.output))
     except InputError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
 
 
 if __name__ == "__main__":

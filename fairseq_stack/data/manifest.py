@@ -72,6 +72,7 @@ def read_manifest(path):
     paths, samples, seen = [], np.empty(len(lines), dtype=np.int64), set()
     for number, line in enumerate(lines):
         name, tab, count = line.partition("\t")
+        utterance = utterance_id(name)
         problem = None
         if not name or not tab:
             problem = f"{line!r} is not a path, a tab and a number of samples"
@@ -80,11 +81,11 @@ def read_manifest(path):
             problem = f"{count!r} is not a positive whole number of samples"
         elif name[0] == "/" or (".." in name and ".." in name.split("/")):
             problem = f"{name!r} does not lie below the root folder"
-        elif utterance_id(name) in seen:
-            problem = f"the utterance {utterance_id(name)!r} is listed before"
+        elif utterance in seen:
+            problem = f"the utterance {utterance!r} is listed before"
         if problem:
             raise InputError(f"{path}:{number + 2}: {problem}; correct the line or prepare again")
-        seen.add(utterance_id(name))
+        seen.add(utterance)
         paths.append(name)
         samples[number] = int(count)
     return Manifest(root=root, paths=paths, samples=samples)

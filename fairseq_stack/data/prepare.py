@@ -338,8 +338,11 @@ def prepare_recordings(recordings, output):
     # Workers are forked from a server that has imported torch once and has no threads.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = ProcessPoolExecutor(mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
         lengths = _finished(pool.map(_convert, jobs, chunksize=16), recordings, "converting")
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
     _write(output, audio, recordings, split, lengths)
 
 
