@@ -30,15 +30,16 @@ def main():
     )
     parser.add_argument(
         "--source", metavar="asterisk|FOLDER",
-        help="asterisk: fetch Debian's recordings of telephone prompts, 2.9 hours in five languages (needs apt-get and"
-             " dpkg, no root); a LibriSpeech folder: list its files in place, in its own splits; any other folder:"
-             " convert the wav, flac, ogg and mp3 files in it and its subfolders, of any rate and channel count",
+        help="asterisk: fetch Debian's recordings of telephone prompts, 2.9 hours in five languages (needs"
+             " apt-get and dpkg, no root); a LibriSpeech folder: list its files in place, in its own splits;"
+             " any other folder: convert the wav, flac, ogg and mp3 files in it and its subfolders, of any"
+             " rate and channel count",
     )
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where to write; made if missing")
     parser.add_argument(
         "--check", action="store_true",
-        help="prepare nothing, but read every file that the manifests in --output list; print one line for each"
-             " problem and exit with 1 if there are any",
+        help="prepare nothing, but read every file that the manifests in --output list; print one line for"
+             " each problem and exit with 1 if there are any",
     )
     args = parser.parse_args()
     if args.check == bool(args.source):
@@ -51,7 +52,7 @@ def main():
         else:
             prepare(args.source, args.output)
         print(summary(args.output))
-    except InputError as error:
+    except (InputError, OSError) as error:  # such as a folder that may not be written
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues")

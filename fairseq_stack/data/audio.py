@@ -28,16 +28,16 @@ def read_audio(path, start=0, stop=None):
     with _opened(path) as file:
         if file.samplerate != SAMPLE_RATE or file.channels != 1:
             raise InputError(
-                f"{path}: has {file.samplerate} Hz and {file.channels} channel(s) instead of {SAMPLE_RATE} Hz mono;"
-                f" prepare it with scripts/prepare_speech.py"
+                f"{path}: has {file.samplerate} Hz and {file.channels} channel(s) instead of"
+                f" {SAMPLE_RATE} Hz mono; prepare it with scripts/prepare_speech.py"
             )
         stop = file.frames if stop is None else stop
         if stop > file.frames:
-            raise InputError(f"{path}: has {file.frames} samples, {stop} were asked for; compare with its manifest")
+            raise InputError(f"{path}: has {file.frames} samples, {stop} were asked for; prepare again")
         file.seek(start)
         samples = file.read(stop - start, dtype="float32")
     if len(samples) != stop - start:
-        raise InputError(f"{path}: breaks off at sample {start + len(samples)} of {stop}; replace or remove it")
+        raise InputError(f"{path}: breaks off at sample {start + len(samples)} of {stop}; replace it")
     return _finite(path, samples)
 
 

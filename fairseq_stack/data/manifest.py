@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from fairseq_stack.errors import InputError
 
@@ -57,17 +58,17 @@ def read_manifest(path):
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             text = file.read()
     except OSError as error:
-        raise InputError(f"{path}: cannot read this manifest ({error.strerror}); "
-                         f"make one with scripts/prepare_speech.py") from error
-    if "\0" in text:
-        raise InputError(f"{path}: is not a text file; a manifest is expected")
+        raise InputError(
+            f"{path}: cannot read this manifest ({error.strerror}); make one with scripts/prepare_speech.py"
+        ) from error
+    if not text or "\0" in text:
+        problem = "is not a text file" if text else "is empty"
+        raise InputError(f"{path}: {problem}; make a manifest with scripts/prepare_speech.py")
     root, *lines = text.removesuffix("\n").split("\n")
-    if not text:
-        raise InputError(f"{path}: is empty; make it again with scripts/prepare_speech.py")
     if not os.path.isdir(root):
-        raise InputError(f"{path}:1: the root folder {root!r} does not exist; correct the line or prepare again")
+        raise InputError(f"{path}:1: the root folder {root!r} does not exist; correct it or prepare again")
     if not lines:
-        raise InputError(f"{path}: lists no files after its first line; prepare again with more audio")
+        raise InputError(f"{path}: lists no files after its first line; prepare the speech again")
 
     paths, samples, seen = [], np.empty(len(lines), dtype=np.int64), set()
     for number, line in enumerate(lines):
@@ -144,9 +145,7 @@ def check_manifest(path):
     Raises:
         InputError: the manifest itself cannot be read.
     """
-    from tqdm import tqdm
-
-    from fairseq_stack.data.audio import read_audio
+    from fairseq_stack.data.audio import read_audio  # here, because reading a manifest needs no libsndfile
 
     manifest = read_manifest(path)
 

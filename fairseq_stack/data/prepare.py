@@ -96,7 +96,7 @@ def prepare(source, output):
         return
     source = Path(os.path.abspath(source))
     if not source.is_dir():
-        raise InputError(f"--source {source}: there is no such folder; give a folder of audio, or asterisk")
+        raise InputError(f"--source {source}: is not a folder; give a folder of audio, or asterisk")
     if any((source / "LibriSpeech").glob("train-*")):
         source = source / "LibriSpeech"
     if any(source.glob("train-*/*/*/*.flac")):
@@ -116,7 +116,8 @@ def prepare_asterisk(output):
     unpacked.mkdir(parents=True)
     try:
         for archive in fetch_packages(PACKAGES, packages):
-            _run(["dpkg", "-x", archive, unpacked], f"{archive}: cannot be unpacked; remove it and start again")
+            complaint = f"{archive}: cannot be unpacked; remove it and start again"
+            _run(["dpkg", "-x", archive, unpacked], complaint)
         prepare_recordings(asterisk_recordings(unpacked), output)
     finally:
         shutil.rmtree(unpacked)
@@ -136,7 +137,9 @@ def fetch_packages(packages, folder):
         (lists / "partial").mkdir(parents=True)
         apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}"]
         complaint = f"cannot be fetched; if its .deb file is elsewhere, copy it into {folder}"
-        _run([*apt, "update"], f"{missing[0]}: {complaint}")
+        # Without a network `update` warns and succeeds, and only `download` fails, for lack of lists.
+        warnings = _run([*apt, "update"], f"{missing[0]}: {complaint}").splitlines()
+        complaint = "; ".join([complaint, *warnings[:1]])
         for package in tqdm(missing, desc="fetching", unit=" packages", mininterval=1):
             _run([*apt, "download", package], f"{package}: {complaint}", cwd=unfinished)
             fetched = next(unfinished.glob("*.deb"))
@@ -147,13 +150,15 @@ def fetch_packages(packages, folder):
 
 
 def _run(command, complaint, cwd=None):
-    """Run a command; if it fails, raise the complaint with the command's own reason."""
+    """Run a command and return what it warns of; if it fails, raise the complaint with the reason."""
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise InputError(f"{complaint} ({command[0]}: {error.strerror})") from error
     if done.returncode:
-        raise InputError(f"{complaint} ({' '.join(done.stderr.split()) or f'exit code {done.returncode}'})")
+        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise InputError(f"{complaint} ({reason})")
+    return done.stderr
 
 
 def asterisk_recordings(unpacked):
@@ -179,7 +184,8 @@ def asterisk_recordings(unpacked):
                 utterance=f"{folder}/{name}",
                 speaker=speaker,
                 language=language,
-                text=re.sub(r" \[.*\]", "", text) if language == "en" else "",  # "at [@]" is said as "at"
+                # "at [@]" is said as "at".
+                text=re.sub(r" \[.*\]", "", text) if language == "en" else "",
                 keyword=name[-1] if re.fullmatch("digits/[0-9]|letters/[a-z]", name) else "",
             ))
     return recordings
@@ -197,7 +203,7 @@ def folder_recordings(source, output):
         for path in _audio_files(source, SUFFIXES) if output not in path.parents
     ]
     if not recordings:
-        raise InputError(f"--source {source}: has no audio; looked for {', '.join(SUFFIXES)} in all its folders")
+        raise InputError(f"--source {source}: has no audio; looked for {', '.join(SUFFIXES)} in every folder")
     return recordings
 
 
@@ -221,7 +227,8 @@ def prepare_librispeech(source, output):
     """Write manifests and labels of LibriSpeech, whose FLAC files and splits are used as they are."""
     recordings, split = [], {}
     for name, folders in LIBRISPEECH.items():
-        for chapter in tqdm(sorted(source.glob(f"{folders}/*/*")), desc=folders, unit=" chapters", mininterval=1):
+        chapters = sorted(source.glob(f"{folders}/*/*"))
+        for chapter in tqdm(chapters, desc=folders, unit=" chapters", mininterval=1):
             texts = {}
             for document in chapter.glob("*.trans.txt"):
                 lines = document.read_text(encoding="utf-8").splitlines()
@@ -232,7 +239,7 @@ def prepare_librispeech(source, output):
                 recordings.append(Recording(path, utterance, speaker, "en", texts.get(path.stem, "")))
                 split[utterance] = name
     if "valid" not in split.values():
-        raise InputError(f"--source {source}: has no dev-* folder to validate on; unpack dev-clean.tar.gz there")
+        raise InputError(f"--source {source}: has no dev-* folder to validate on; add dev-clean")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lengths = _finished(pool.map(_librispeech_length, recordings), recordings, "reading")
     _write(output, source, recordings, split, lengths)
@@ -243,10 +250,13 @@ def _librispeech_length(recording):
     try:
         info = soundfile.info(recording.source)
     except soundfile.SoundFileError:
-        return None, f"{recording.source}: cannot be read as audio"
-    if (info.samplerate, info.channels) != (SAMPLE_RATE, 1) or info.frames < 1:
-        return None, f"{recording.source}: has {info.frames} samples, {info.samplerate} Hz, {info.channels} channel(s)"
-    return info.frames, None
+        return None, f"{recording.source}: cannot be read as audio; unpack it again"
+    if (info.samplerate, info.channels) == (SAMPLE_RATE, 1) and info.frames > 0:
+        return info.frames, None
+    return None, (
+        f"{recording.source}: has {info.frames} samples, {info.samplerate} Hz, {info.channels} channel(s)"
+        f" instead of {SAMPLE_RATE} Hz mono speech; unpack it again"
+    )
 
 
 # Splits
@@ -281,7 +291,7 @@ def split_prompts(recordings, copies):
             alike.append(("text", " ".join(words)))
         roots = sorted(find(key) for key in alike)
         for root in roots:
-            group[root] = roots[0]  # the first by name, a prompt, so that the order of files is without effect
+            group[root] = roots[0]  # the first by name, a prompt, whatever the order of the recordings
 
     # The hash shuffles the groups, always in the same way.
     groups = sorted(
@@ -290,7 +300,7 @@ def split_prompts(recordings, copies):
     )
     if len(groups) < len(SPLITS):
         raise InputError(
-            f"--source has {len(groups)} different prompts, train, valid and test need one each; add recordings"
+            f"--source has {len(groups)} different prompts; train, valid and test need one each: add more"
             f" (files with the same name or text count as one prompt)"
         )
     held_out = max(1, round(HELD_OUT * len(groups)))
@@ -303,10 +313,8 @@ def find_copies(recordings):
     """Return {utterance: earlier utterance whose file has the same bytes}."""
     by_size = defaultdict(list)
     for recording in recordings:
-        try:
+        if os.access(recording.source, os.R_OK):  # the conversion reports what is missing
             by_size[recording.source.stat().st_size].append(recording)
-        except OSError:
-            pass  # the conversion will report it
     copies = {}
     for same_size in by_size.values():
         first = {}
@@ -326,7 +334,7 @@ def prepare_recordings(recordings, output):
     for utterance, count in Counter(recording.utterance for recording in recordings).items():
         check_name(utterance)
         if count > 1:
-            raise InputError(f"--source has {count} files named {utterance} that differ only in their suffix; keep one")
+            raise InputError(f"--source has {count} files named {utterance} of different suffix; keep one")
     copies = find_copies(recordings)
     split = split_prompts(recordings, copies)
     recordings = [recording for recording in recordings if recording.utterance not in copies]
@@ -392,7 +400,8 @@ def _write(output, root, recordings, split, lengths):
     rows = (tuple(getattr(recording, label) for label in LABELS) for recording in recordings)
     write_lines(output / "labels.tsv", map("\t".join, (LABELS, *rows)))
     for name in reversed(SPLITS):
-        entries = [(f"{utterance}.flac", samples) for utterance, samples in lengths.items() if split[utterance] == name]
+        chosen = [utterance for utterance in lengths if split[utterance] == name]
+        entries = [(f"{utterance}.flac", lengths[utterance]) for utterance in chosen]
         if entries:
             write_manifest(output / f"{name}.tsv", root, entries)
         else:  # LibriSpeech without its test folders

@@ -23,7 +23,8 @@ def test_samples_are_the_stored_integers_over_32768(tmp_path, suffix):
 def test_a_span_is_a_slice_of_the_whole(tmp_path, suffix, start, stop):
     integers = np.random.default_rng(1).integers(-2**15, 2**15, 40_000, dtype=np.int16)
     soundfile.write(tmp_path / f"a.{suffix}", integers, SAMPLE_RATE)
-    np.testing.assert_array_equal(read_audio(tmp_path / f"a.{suffix}", start, stop), integers[start:stop] / 32768)
+    samples = read_audio(tmp_path / f"a.{suffix}", start, stop)
+    np.testing.assert_array_equal(samples, integers[start:stop] / 32768)
 
 
 def test_a_span_beyond_the_end_is_refused(tmp_path):
