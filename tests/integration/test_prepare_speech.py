@@ -198,8 +198,8 @@ def test_five_percent_of_the_prompts_each_are_held_out_whatever_the_order():
     assert counts == {"train": 360, "valid": 20, "test": 20}
     assert split_prompts(recordings[::-1], {}) == split
     # A further speaker of the same prompts moves nothing.
-    more = split_prompts([*recordings, Recording(Path(), "d/PROMPT7")], {})
-    assert more.items() > split.items() and more["d/PROMPT7"] == split["a/prompt7"]
+    more = split_prompts(recordings + [Recording(Path(), f"d/PROMPT{index}") for index in range(400)], {})
+    assert more == {**split, **{f"d/PROMPT{index}": split[f"a/prompt{index}"] for index in range(400)}}
 
 
 def test_prompts_that_share_a_text_or_audio_share_a_split():
@@ -208,8 +208,10 @@ def test_prompts_that_share_a_text_or_audio_share_a_split():
     recordings += [Recording(Path(), f"en/b{index}", text=f"press {index} PLEASE") for index in range(200)]
     recordings += [Recording(Path(), f"fr/c{index}") for index in range(200)]
     recordings += [Recording(Path(), f"fr/b{index}") for index in range(200)]
-    split = split_prompts(recordings, copies={f"fr/c{index}": f"fr/b{index}" for index in range(200)})
+    copies = {f"fr/c{index}": f"fr/b{index}" for index in range(200)}
+    split = split_prompts(recordings, copies)
     assert len(set(split.values())) == 3
+    assert split_prompts(recordings[::-1], copies) == split
     for index in range(200):
         assert len({split[f"{name}{index}"] for name in ("en/a", "en/b", "fr/b", "fr/c")}) == 1
 
