@@ -48,7 +48,7 @@ def l1_cosine(prediction, target, valid, cosine_weight=1.0):
 
 
 def _frames(valid, *states):
-    """The valid frames of each [B, T, D] as [N, D] in fp32; what padding holds, even NaN, reaches no gradient."""
+    """The valid frames of each [B, T, D] as [N, D] in fp32; not even NaN in padding reaches a gradient."""
     return [each[valid].float() for each in states]
 
 

@@ -30,7 +30,8 @@ def check_supervision(cfg):
         raise InputError(f"criterion.output_weight={cfg.output_weight} must be 0 or more")
     if not cfg.output_weight and not cfg.teacher_layers:
         raise InputError(
-            "criterion.output_weight=0 with empty criterion.teacher_layers leaves nothing to learn; name teacher layers"
+            "criterion.output_weight=0 with empty criterion.teacher_layers leaves nothing to learn; name"
+            " layers"
         )
     if cfg.loss == "temporal_gram" and cfg.intermediate_style == "prediction":
         raise InputError(
@@ -40,7 +41,7 @@ def check_supervision(cfg):
 
 
 def taught_layers(cfg, teacher_depth):
-    """The teacher layers that the student learns, ascending: the intermediate ones, and the last if it has a weight."""
+    """The teacher layers that the student learns, ascending; the last one if it is named or has a weight."""
     return sorted({*cfg.teacher_layers, *([teacher_depth] if cfg.output_weight else [])})
 
 
@@ -60,8 +61,8 @@ def student_position(teacher_layer, teacher_depth, student_depth, style="layer_t
     position, rest = divmod(teacher_layer * student_depth, teacher_depth)
     if rest:
         raise InputError(
-            f"criterion.teacher_layers: teacher layer {teacher_layer} of {teacher_depth} has no student layer at the"
-            f" same relative depth when the student is {student_depth} layers deep; choose multiples of"
+            f"criterion.teacher_layers: teacher layer {teacher_layer} of {teacher_depth} has no student layer"
+            f" at the same relative depth when the student is {student_depth} layers deep; choose multiples of"
             f" {_least_layer(teacher_depth, student_depth)}"
         )
     return position

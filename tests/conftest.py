@@ -18,6 +18,16 @@ TINY = {
     "conv_pos_groups": 4,
 }
 
+# What a student's configuration takes from criterion, task and optimisation by interpolation.
+LINKED = {
+    "loss": "mse",
+    "teacher_layers": [4, 8, 12],
+    "intermediate_style": "layer_to_layer",
+    "output_weight": 1.0,
+    "mask_prob": 0.0,
+    "max_update": 1000,
+}
+
 
 def stock_hubert(seed=0, normalize=False, dictionary=None, final_dim=8, **shape):
     """fairseq's own HubertModel with random weights, and the configuration that its checkpoint would hold."""

@@ -28,7 +28,7 @@ class LayerDistillationConfig(FairseqDataclass):
     loss: str = field(
         default="mse",
         metadata={
-            "help": "mse, l1, l1_cosine (DistilHuBERT's) or temporal_gram (STaR's, between hidden states, without heads)"
+            "help": "mse, l1, l1_cosine (DistilHuBERT's) or temporal_gram (STaR's, between hidden states)"
         },
     )
     cosine_weight: float = field(
@@ -37,8 +37,8 @@ class LayerDistillationConfig(FairseqDataclass):
     target_normalization: str = field(
         default="none",
         metadata={
-            "help": "none, layer_norm (each frame of the teacher over its features) or instance_norm (each feature over"
-            " the frames of the utterance)"
+            "help": "none, layer_norm (each frame of the teacher over its features) or instance_norm (each"
+            " feature over the frames of the utterance)"
         },
     )
     teacher_layers: List[int] = field(
@@ -48,8 +48,8 @@ class LayerDistillationConfig(FairseqDataclass):
     intermediate_style: str = field(
         default="layer_to_layer",
         metadata={
-            "help": "layer_to_layer (each teacher layer is learned by the student layer at the same relative depth, in"
-            " every stage) or prediction (all are predicted from the last student layer, as in DistilHuBERT)"
+            "help": "layer_to_layer (each teacher layer is learned by the student layer at the same relative"
+            " depth, in every stage) or prediction (all from the last student layer, as in DistilHuBERT)"
         },
     )
     intermediate_weight: float = field(
@@ -57,10 +57,11 @@ class LayerDistillationConfig(FairseqDataclass):
     )
     output_weight: float = field(
         default=1.0,
-        metadata={"help": "weight of the loss on the teacher's last layer; 0 leaves the intermediate loss alone"},
+        metadata={"help": "weight of the output loss; 0 leaves the intermediate loss alone"},
     )
     unmasked_weight: float = field(
-        default=1.0, metadata={"help": "with task.mask_prob: weight of the unmasked frames, masked ones weigh 1"}
+        default=1.0,
+        metadata={"help": "with task.mask_prob: weight of the unmasked frames, masked ones weigh 1"},
     )
 
 
@@ -108,7 +109,10 @@ class LayerDistillation(FairseqCriterion):
             if getattr(cfg, name) < 0:
                 raise InputError(f"criterion.{name}={getattr(cfg, name)} must be 0 or more")
         if not cfg.output_weight and not cfg.intermediate_weight:
-            raise InputError("criterion.output_weight=0 and criterion.intermediate_weight=0 leave nothing to learn")
+            raise InputError(
+                "criterion.output_weight=0 and criterion.intermediate_weight=0 leave nothing to learn; raise"
+                " one"
+            )
         return cls(cfg, task)
 
     def forward(self, model, sample, reduce=True):
@@ -133,8 +137,10 @@ class LayerDistillation(FairseqCriterion):
         if mask is None:
             terms = self.terms(net, targets, valid)
         else:
-            masked, unmasked = self.terms(net, targets, valid & mask), self.terms(net, targets, valid & ~mask)
-            terms = {layer: masked[layer] + self.cfg.unmasked_weight * unmasked[layer] for layer in self.layers}
+            masked = self.terms(net, targets, valid & mask)
+            unmasked = self.terms(net, targets, valid & ~mask)
+            weight = self.cfg.unmasked_weight
+            terms = {layer: masked[layer] + weight * unmasked[layer] for layer in self.layers}
         loss = self.total(terms)
 
         sample_size = int(net["frames"].sum())

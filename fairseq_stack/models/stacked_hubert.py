@@ -77,7 +77,7 @@ class StackedHubertConfig(FairseqDataclass):
 
     head_inner_dim: int = field(
         default=0,
-        metadata={"help": "width of a hidden layer with GELU in every head, as in DistilHuBERT; 0 for linear heads"},
+        metadata={"help": "width of a hidden layer with GELU in every head (DistilHuBERT's); 0: linear heads"},
     )
 
     loss: str = II("criterion.loss")
@@ -112,6 +112,7 @@ class StackedHubert(HubertEncoder):
         self.plan = plan
         self.teacher_depth = teacher_depth
         self.intermediate_style = cfg.intermediate_style
+        self.head_widths = head_widths
         self.heads = nn.ModuleDict(
             {
                 str(layer): prediction_head(cfg.encoder_embed_dim, cfg.head_inner_dim, width)
@@ -134,8 +135,8 @@ class StackedHubert(HubertEncoder):
         check_supervision(cfg)
         if cfg.loss == "temporal_gram" and cfg.mask_prob > 0:
             raise InputError(
-                f"criterion.loss=temporal_gram relates all frames of an utterance, and task.mask_prob={cfg.mask_prob} asks"
-                " for a loss on masked and unmasked frames apart; set task.mask_prob=0"
+                f"criterion.loss=temporal_gram relates all frames, and task.mask_prob={cfg.mask_prob} asks for a"
+                " loss on masked and unmasked frames apart; set task.mask_prob=0"
             )
         unknown = [layer for layer in cfg.teacher_layers if not 1 <= layer <= teacher.depth]
         if unknown:
@@ -158,20 +159,22 @@ class StackedHubert(HubertEncoder):
     def from_checkpoint(cls, state):
         """The student of a fairseq checkpoint's content, in fp32 and eval mode, at the depth it had reached."""
         cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), state["cfg"]["model"])
-        # The last weight of a head is that of its output.
+        weights = state["model"]
+        if cfg.intermediate_style == "layer_to_layer" and not cfg.output_weight:
+            # Without a head for the teacher's last layer nothing tells how deep the others' layers lie.
+            weights = {name: weight for name, weight in weights.items() if not name.startswith("heads.")}
         heads = {
-            int(name.split(".")[1]): weight.size(0)
-            for name, weight in state["model"].items()
+            int(name.split(".")[1]): weight.size(0)  # the last weight of a head is that of its output
+            for name, weight in weights.items()
             if name.startswith("heads.") and name.endswith(".weight")
         }
         model = cls(cfg, heads, teacher_depth=max(heads, default=0))
-        model.load_state_dict(state["model"])
+        model.load_state_dict(weights)
         return model.float().eval()
 
     def at_initialisation(self):
         """A student of the same shape and depth with new random weights, in eval mode: what training has to beat."""
-        widths = {int(layer): head.out_features for layer, head in self.heads.items()}
-        fresh = StackedHubert(self.cfg, widths, self.teacher_depth)
+        fresh = StackedHubert(self.cfg, self.head_widths, self.teacher_depth)
         fresh.stage.copy_(self.stage)
         fresh._stage_index = self._stage_index
         return fresh.eval()

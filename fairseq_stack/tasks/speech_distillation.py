@@ -39,8 +39,8 @@ class SpeechDistillationConfig(FairseqDataclass):
     mask_prob: float = field(
         default=0.0,
         metadata={
-            "help": "share of the student's input frames to mask in training, before spans overlap (the teacher hears"
-            " all of them); 0 masks nothing"
+            "help": "share of the student's input frames to mask in training, before spans overlap (the"
+            " teacher hears all of them); 0 masks nothing"
         },
     )
     mask_length: int = field(default=10, metadata={"help": "frames of a masked span"})

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
-from conftest import TINY, stock_hubert
+from conftest import LINKED, TINY, stock_hubert
 from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.huggingface import export_huggingface, load_huggingface
@@ -219,7 +219,7 @@ def test_excerpts_have_several_lengths_and_at_least_a_frame(speech):
 
 def student_file(folder, speech, stage, **shape):
     """A checkpoint as fairseq saves it after some training, here none."""
-    fields = {**TINY, **shape, "teacher_layers": [4, 8, 12], "max_update": 1000}
+    fields = {**TINY, **LINKED, **shape}
     cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), fields)
     torch.manual_seed(0)
     model = StackedHubert(cfg, {4: 24, 8: 24, 12: 24}, teacher_depth=12)

@@ -1,7 +1,7 @@
 """DistilHuBERT's recipe computes what s3prl's distiller computes.
 
-The distiller is s3prl's own model with the student's weights. One layer differs and is handed over: the student is a
-HuBERT, which has a layer norm between CNN and projection, and DistilHuBERT leaves it out.
+The distiller is s3prl's own model with the student's weights. One layer differs and is handed over:
+the student is a HuBERT, which has a layer norm between CNN and projection; DistilHuBERT leaves it out.
 """
 
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ import torch.nn as nn
 from omegaconf import OmegaConf
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 
-from conftest import TINY
+from conftest import LINKED, TINY
 from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 
@@ -21,14 +21,14 @@ LAYERS, WIDTH = [4, 8, 12], 6
 
 def distilhubert():
     """Student and criterion of DistilHuBERT's recipe: two layers, three heads on the last, L1 and cosine."""
-    fields = {"loss": "l1_cosine", "teacher_layers": LAYERS, "intermediate_style": "prediction", "output_weight": 0.0}
+    fields = {"loss": "l1_cosine", "intermediate_style": "prediction", "output_weight": 0.0}
+    fields["teacher_layers"] = LAYERS
     criterion_cfg = OmegaConf.merge(
-        OmegaConf.structured(LayerDistillationConfig), {**fields, "intermediate_weight": 1.0, "cosine_weight": 2.0}
+        OmegaConf.structured(LayerDistillationConfig), fields, {"intermediate_weight": 1.0, "cosine_weight": 2.0}
     )
-    shape = {**TINY, "encoder_layers": 2, "head_inner_dim": TINY["encoder_embed_dim"], "mask_prob": 0.0}
+    shape = {"encoder_layers": 2, "head_inner_dim": 16, "stack_method": "none", "stack_stages": 1}
     student_cfg = OmegaConf.merge(
-        OmegaConf.structured(StackedHubertConfig),
-        {**shape, **fields, "stack_method": "none", "stack_stages": 1, "max_update": 100},
+        OmegaConf.structured(StackedHubertConfig), {**LINKED, **fields, **TINY, **shape}
     )
     task = SimpleNamespace(teacher=SimpleNamespace(name="teacher.pt", depth=12, width=WIDTH))
     torch.manual_seed(0)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from conftest import TINY
+from conftest import LINKED, TINY
 from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
 from fairseq_stack.losses import normalize_targets, span_mask, temporal_gram
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
+from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
 LENGTHS = [4000, 3000, 1200, 720]
 TEACHER = SimpleNamespace(name="teacher.pt", depth=12, width=6)
@@ -23,24 +24,24 @@ def build(mask_prob=0.0, head_inner_dim=0, **fields):
     student_cfg = OmegaConf.merge(
         OmegaConf.structured(StackedHubertConfig),
         {**TINY, "dropout": 0.0, "attention_dropout": 0.0, "head_inner_dim": head_inner_dim},
-        {**linked, "mask_prob": mask_prob, "max_update": 1000},
+        {**LINKED, **linked, "mask_prob": mask_prob},
     )
     task = SimpleNamespace(teacher=TEACHER)
     torch.manual_seed(0)
     return StackedHubert.build_model(student_cfg, task), LayerDistillation.build_criterion(cfg, task)
 
 
-def make_batch(rows, layers=(4, 8, 12), width=6):
+def make_batch(rows, layers=(4, 8, 12)):
+    """Utterances of different lengths; frames beyond their ends hold numbers too, which must not count."""
     generator = torch.Generator().manual_seed(5)
     waveforms = [torch.randn(length, generator=generator) for length in LENGTHS]
-    targets = {layer: [torch.randn(12, width, generator=generator) for _ in LENGTHS] for layer in layers}
+    targets = {layer: [torch.randn(12, 6, generator=generator) for _ in LENGTHS] for layer in layers}
     chosen = [waveforms[row] for row in rows]
-    student_frames = build()[0].frames(max(LENGTHS[row] for row in rows))
+    frames = build()[0].frames(max(LENGTHS[row] for row in rows))
     return {
         "waveforms": torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True),
         "lengths": torch.tensor([LENGTHS[row] for row in rows]),
-        # Frames beyond an utterance's end hold numbers too: they must not count.
-        "targets": {layer: torch.stack([target[row][:student_frames] for row in rows]) for layer, target in targets.items()},
+        "targets": {layer: torch.stack([each[row][:frames] for row in rows]) for layer, each in targets.items()},
     }
 
 
@@ -60,7 +61,8 @@ def test_the_loss_is_output_plus_weighted_mean_of_the_intermediate_layers():
     loss, sample_size, log = criterion(student, batch)
     with torch.no_grad():
         predictions = student(batch["waveforms"], batch["lengths"])["predictions"]
-    terms = {layer: float(squared_errors(predictions[layer], batch["targets"][layer]).mean()) for layer in (4, 8, 12)}
+    targets = batch["targets"]
+    terms = {layer: float(squared_errors(predictions[layer], targets[layer]).mean()) for layer in (4, 8, 12)}
     assert sample_size == 12
     assert loss.item() / sample_size == pytest.approx(2 * terms[12] + 0.25 * sum(terms.values()) / 3, rel=1e-5)
     for layer in (4, 8, 12):
@@ -93,7 +95,8 @@ def test_one_big_batch_and_several_small_ones_give_the_same_gradient(recipe):
             loss, sample_size, _ = criterion(student, batch(rows))
             loss.backward()
             frames += sample_size
-        gradients.append({name: value.grad / frames for name, value in student.named_parameters() if value.grad is not None})
+        learning = [(name, value) for name, value in student.named_parameters() if value.grad is not None]
+        gradients.append({name: value.grad / frames for name, value in learning})
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4)
@@ -136,17 +139,32 @@ def test_a_student_shallower_than_its_predictions_still_trains():
 
 def test_a_checkpoint_with_deep_heads_gives_back_its_student():
     student, _ = build(head_inner_dim=9)
-    cfg = {**TINY, "head_inner_dim": 9, "loss": "mse", "teacher_layers": [4, 8, 12], "mask_prob": 0.0}
-    cfg = {**cfg, "intermediate_style": "layer_to_layer", "output_weight": 1.0}
-    loaded = StackedHubert.from_checkpoint({"model": student.state_dict(), "cfg": {"model": cfg}})
+    state = {"model": student.state_dict(), "cfg": {"model": {**LINKED, **TINY, "head_inner_dim": 9}}}
+    loaded = StackedHubert.from_checkpoint(state)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in student.state_dict().items())
+    fresh = loaded.at_initialisation().state_dict()
+    assert {name: value.shape for name, value in fresh.items()} == {
+        name: value.shape for name, value in loaded.state_dict().items()
+    }
+
+
+def test_heads_whose_positions_a_checkpoint_does_not_tell_stay_behind():
+    student, _ = build(teacher_layers=[4, 8], output_weight=0.0)
+    cfg = {**LINKED, **TINY, "teacher_layers": [4, 8], "output_weight": 0.0}
+    loaded = StackedHubert.from_checkpoint({"model": student.state_dict(), "cfg": {"model": cfg}})
+    batch = make_batch([0])
+    with torch.no_grad():
+        ours, theirs = student(batch["waveforms"], batch["lengths"]), loaded(batch["waveforms"], batch["lengths"])
+    assert set(ours["predictions"]) == {4, 8} and not theirs["predictions"]
+    assert torch.equal(ours["hidden_states"][-1], theirs["hidden_states"][-1])
 
 
 def test_targets_are_normalised_before_they_are_compared():
     batch = make_batch([0, 1])
     (student, criterion), (_, plain) = build(target_normalization="layer_norm"), build()
     valid = torch.ones(2, 12, dtype=torch.bool)
-    normalized = {layer: normalize_targets(target, valid, "layer_norm") for layer, target in batch["targets"].items()}
+    targets = batch["targets"].items()
+    normalized = {layer: normalize_targets(target, valid, "layer_norm") for layer, target in targets}
     expected, _, _ = plain(student, {**batch, "targets": normalized})
     assert criterion(student, batch)[0].item() == pytest.approx(expected.item(), rel=1e-6)
     assert plain(student, batch)[0].item() != pytest.approx(expected.item(), rel=1e-2)
@@ -162,8 +180,8 @@ def test_temporal_relations_are_those_of_one_layer_of_each_at_the_same_relative_
         states, targets = student(batch["waveforms"], batch["lengths"])["hidden_states"], batch["targets"]
         total = 0.0
         for layer, position in positions.items():
-            teacher = targets[layer - 1], targets[layer]
-            term = temporal_gram(states[position - 1], states[position], *teacher, torch.ones(1, 12, dtype=torch.bool))
+            pairs = states[position - 1], states[position], targets[layer - 1], targets[layer]
+            term = temporal_gram(*pairs, torch.ones(1, 12, dtype=torch.bool))
             assert float(log[f"layer_{layer}"]) == pytest.approx(term.item(), rel=1e-6)
             total += term.item() / 3
         assert loss.item() == pytest.approx(total, rel=1e-6)
@@ -189,12 +207,13 @@ def test_masked_frames_are_hidden_from_the_student_and_the_others_are_weighed_ap
 
 def test_the_student_does_not_hear_a_masked_frame():
     student, _ = build(mask_prob=0.5)
-    batch = make_batch([0])
-    mask = torch.ones(1, 12, dtype=torch.bool)
-    heard = [student(waveforms, batch["lengths"], mask)["hidden_states"][-1] for waveforms in (batch["waveforms"], -batch["waveforms"])]
-    assert torch.equal(*heard)
-    unmasked = student(batch["waveforms"], batch["lengths"])["hidden_states"][-1]
-    assert not torch.allclose(unmasked, heard[0])
+    waveforms, lengths = make_batch([0])["waveforms"], torch.tensor([LENGTHS[0]])
+
+    def heard(waveforms, masked):
+        return student(waveforms, lengths, torch.full((1, 12), masked))["hidden_states"][-1]
+
+    assert torch.equal(heard(waveforms, True), heard(-waveforms, True))
+    assert not torch.allclose(heard(waveforms, False), heard(-waveforms, False))
 
 
 def test_a_student_that_is_never_masked_has_no_mask_embedding():
@@ -231,15 +250,15 @@ def test_masked_and_unmasked_losses_are_logged_as_means_over_their_frames():
     "fields, message",
     [
         ({"loss": "huber"}, "criterion.loss=huber is unknown; choose from mse, l1, l1_cosine, temporal_gram"),
-        ({"intermediate_style": "heads"}, "criterion.intermediate_style=heads is unknown; choose from layer_to_layer,"),
-        ({"target_normalization": "batch"}, "criterion.target_normalization=batch is unknown; choose from none,"),
+        ({"intermediate_style": "heads"}, "criterion.intermediate_style=heads is unknown; choose from layer_to"),
+        ({"target_normalization": "batch"}, "criterion.target_normalization=batch is unknown; choose from none"),
         ({"intermediate_weight": -1.0}, "criterion.intermediate_weight=-1.0 must be 0 or more"),
         ({"output_weight": -1.0}, "criterion.output_weight=-1.0 must be 0 or more"),
         ({"unmasked_weight": -1.0}, "criterion.unmasked_weight=-1.0 must be 0 or more"),
         ({"cosine_weight": -1.0}, "criterion.cosine_weight=-1.0 must be 0 or more"),
-        ({"output_weight": 0.0, "intermediate_weight": 0.0}, "criterion.output_weight=0 and criterion.intermediate_w"),
-        ({"output_weight": 0.0, "teacher_layers": []}, "criterion.output_weight=0 with empty criterion.teacher_layers"),
-        ({"loss": "temporal_gram", "intermediate_style": "prediction"}, "criterion.loss=temporal_gram compares layers"),
+        ({"output_weight": 0.0, "intermediate_weight": 0.0}, "=0 and criterion.intermediate_weight=0 leave nothing"),
+        ({"output_weight": 0.0, "teacher_layers": []}, "=0 with empty criterion.teacher_layers leaves nothing to learn"),
+        ({"loss": "temporal_gram", "intermediate_style": "prediction"}, "criterion.loss=temporal_gram compares"),
         ({"loss": "temporal_gram", "mask_prob": 0.5}, "criterion.loss=temporal_gram relates all frames"),
         ({"intermediate_style": "prediction", "teacher_layers": [13]}, "criterion.teacher_layers: 13 is no layer"),
     ],
@@ -248,3 +267,15 @@ def test_a_wrong_name_or_an_impossible_combination_ends_with_one_line(fields, me
     with pytest.raises(SystemExit, match=message) as ended:
         build(**fields)
     assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
+
+
+def test_the_mask_of_an_utterance_changes_with_the_update_and_not_with_its_batch():
+    task = SpeechDistillation(SimpleNamespace(mask_prob=0.5, mask_length=3, seed=1), TEACHER)
+    student, _ = build(mask_prob=0.5)
+
+    def mask(rows, update):
+        sample = {"utterances": [f"{row}.flac" for row in rows], "lengths": torch.tensor(LENGTHS)[rows]}
+        return task.mask(sample, student, update)
+
+    assert torch.equal(mask([0, 1, 2, 3], 7)[1, :9], mask([1], 7)[0])
+    assert len({tuple(mask([0], update)[0].tolist()) for update in range(10)}) > 5

@@ -1,4 +1,4 @@
-"""Losses, target normalisation and masks, each against a slow version written out frame by frame in float64."""
+"""Losses, target normalisation and masks, each against a slow version written out frame by frame."""
 
 import math
 
@@ -50,8 +50,10 @@ def slow_gram(student_input, student_output, teacher_input, teacher_output):
 
     for i in range(frames):
         for j in range(frames):
-            layer_wise = relation(student_output[i], student_output[j]) - relation(teacher_output[i], teacher_output[j])
-            intra_layer = relation(student_input[i], student_output[j]) - relation(teacher_input[i], teacher_output[j])
+            layer_wise = relation(student_output[i], student_output[j])
+            layer_wise -= relation(teacher_output[i], teacher_output[j])
+            intra_layer = relation(student_input[i], student_output[j])
+            intra_layer -= relation(teacher_input[i], teacher_output[j])
             total += layer_wise**2 + intra_layer**2
     return frames * total / frames**2
 

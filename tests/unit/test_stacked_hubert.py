@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from conftest import TINY, stock_hubert
+from conftest import LINKED, TINY, stock_hubert
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.supervision import student_position
@@ -16,15 +16,7 @@ TEACHER = SimpleNamespace(name="teacher.pt", depth=12, width=16)
 
 
 def student_config(**fields):
-    linked = {  # by interpolation to the criterion, the task and the optimisation
-        "loss": "mse",
-        "teacher_layers": [4, 8, 12],
-        "intermediate_style": "layer_to_layer",
-        "output_weight": 1.0,
-        "mask_prob": 0.0,
-        "max_update": 1000,
-    }
-    return OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), linked, fields)
+    return OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), LINKED, fields)
 
 
 def tiny_student(seed=0, **fields):
