@@ -132,12 +132,12 @@ def student_from_checkpoint(state, name="the checkpoint"):
             raise
         raise InputError(f"{name}: model.conv_feature_layers={error} is not a list of (channels, kernel, stride)")
 
-    # Layers of seats that the stage does not use, the heads and the stage itself stay behind.
+    # Layers of seats that the stage does not use, the heads and the state of the growth stay behind.
     idle = tuple(f"encoder.layers.{seat}." for seat in range(config["encoder_layers"]) if seat not in seats)
     found = {
         key: tensor
         for key, tensor in state["model"].items()
-        if not key.startswith((*idle, "heads.")) and key != "stage"
+        if not key.startswith((*idle, "heads.")) and key not in ("stage", "plateau")
     }
     for key in shapes.keys() | found.keys():
         if key not in found:
