@@ -148,6 +148,13 @@ class StackedHubert(HubertEncoder):
         for layer in layers:
             for depth in model.plan.depths:
                 student_position(layer, teacher.depth, depth)
+        layer_to_layer = getattr(cfg, "intermediate_style", "layer_to_layer") == "layer_to_layer"
+        if str(cfg.stack_method) in ("gradual", "midas") and layer_to_layer and layers != [teacher.depth]:
+            # A growth moves the layers that were there to another relative depth, and so to another teacher layer.
+            logger.warning(
+                f"model.stack_method={cfg.stack_method} diverged with a layer-to-layer intermediate loss in Kim & Lee"
+                " 2026; criterion.intermediate_style=prediction is what they used"
+            )
         model.starts = stage_starts(
             str(cfg.stack_schedule), len(model.plan.stages), cfg.max_update, cfg.stack_alpha, cfg.stack_milestones
         )
