@@ -45,7 +45,9 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
     weights = [Fraction(1 if schedule == "equal" else stage**alpha) for stage in range(1, stages + 1)]
     starts = [round(max_update * sum(weights[:stage]) / sum(weights)) for stage in range(stages)]
     if len(set(starts)) < stages or starts[-1] >= max_update:
-        raise InputError(f"optimization.max_update={max_update} is too short for {stages} stages; each needs an update")
+        raise InputError(
+            f"optimization.max_update={max_update} is too short for {stages} stages; each needs an update"
+        )
     return tuple(starts)
 
 
@@ -96,6 +98,7 @@ class Plateau:
 
     @property
     def reached(self):
+        """Whether the stage should end now."""
         return self.waited >= self.patience and self.seen - self.start >= self.min_updates
 
     def observe(self, update, loss):
@@ -109,15 +112,15 @@ class Plateau:
             self.waited += 1
 
     def begin(self, update):
-        """Forget the losses of the stage that ends at `update`: a deeper student may begin with a higher one."""
+        """A stage begins at `update`: forget the losses of the one before, which had another depth."""
         self.start, self.best, self.waited = update, math.inf, 0
 
     @property
     def state(self):
-        """What a checkpoint keeps: four numbers."""
+        """What a checkpoint keeps, four numbers: start, best, waited, seen."""
         return [self.start, self.best, self.waited, self.seen]
 
     @state.setter
     def state(self, state):
-        start, self.best, waited, seen = map(float, state)
-        self.start, self.waited, self.seen = round(start), round(waited), round(seen)
+        start, self.best, waited, seen = state
+        self.start, self.waited, self.seen = int(start), int(waited), int(seen)

@@ -57,23 +57,23 @@ class StackedHubertConfig(FairseqDataclass):
     stack_method: ChoiceEnum(METHODS) = field(
         default="interleaved",
         metadata={
-            "help": "how the depth grows: interleaved (each copy right behind its original), gradual (copies of the last"
-            " block on top), midas (of the middle block, right behind it), stackbert (of the whole stack on top, depth"
-            " doubles), gstack (of the whole stack on top, to the full depth at once) or none"
+            "help": "how the depth grows: interleaved (each copy right behind its original), gradual (a copy of"
+            " the last block on top), midas (of the middle block, right behind it), stackbert (of the whole stack"
+            " on top, depth doubles), gstack (copies of the whole stack on top, full depth at once) or none"
         },
     )
     stack_stages: int = field(
         default=4,
         metadata={
-            "help": "stages B; stage b trains b * encoder_layers / B layers (stackbert: the first stage trains"
-            " encoder_layers / 2 ** (B - 1); gstack: encoder_layers / B in the first of two stages; none: B is 1)"
+            "help": "stages B; stage b trains b * encoder_layers / B layers (stackbert: the first trains"
+            " encoder_layers / 2 ** (B - 1); gstack: the first of two trains encoder_layers / B; none: B is 1)"
         },
     )
     stack_schedule: ChoiceEnum(SCHEDULES) = field(
         default="prop",
         metadata={
-            "help": "updates of each stage: equal, prop (stage b in proportion to b ** alpha), milestones, or plateau"
-            " (a stage ends as with prop, or before when the validation loss has stopped falling)"
+            "help": "updates of each stage: equal, prop (stage b in proportion to b ** alpha), milestones, or"
+            " plateau (a stage ends as with prop, or before when the validation loss has stopped falling)"
         },
     )
     stack_alpha: float = field(default=1.0, metadata={"help": "alpha of the prop and plateau schedules"})
@@ -84,12 +84,13 @@ class StackedHubertConfig(FairseqDataclass):
     stack_patience: int = field(
         default=3,
         metadata={
-            "help": "validations in a row without a lower loss that end a stage of the plateau schedule (first subset of"
-            " dataset.valid_subset, four decimals, as in the log)"
+            "help": "validations in a row without a lower loss that end a stage of the plateau schedule (loss of"
+            " the first subset in dataset.valid_subset, to four decimals as in the log)"
         },
     )
     stack_min_updates: int = field(
-        default=0, metadata={"help": "updates of a stage before which the plateau schedule does not end it early"}
+        default=0,
+        metadata={"help": "updates of a stage before which the plateau schedule does not end it early"},
     )
     stack_optimizer_state: ChoiceEnum(["copy", "reset"]) = field(
         default="copy", metadata={"help": "the optimiser's moments of a new layer: those of its original, or zeros"}
@@ -150,10 +151,10 @@ class StackedHubert(HubertEncoder):
                 student_position(layer, teacher.depth, depth)
         layer_to_layer = getattr(cfg, "intermediate_style", "layer_to_layer") == "layer_to_layer"
         if str(cfg.stack_method) in ("gradual", "midas") and layer_to_layer and layers != [teacher.depth]:
-            # A growth moves the layers that were there to another relative depth, and so to another teacher layer.
+            # A growth gives the layers another relative depth, and with it another teacher layer.
             logger.warning(
-                f"model.stack_method={cfg.stack_method} diverged with a layer-to-layer intermediate loss in Kim & Lee"
-                " 2026; criterion.intermediate_style=prediction is what they used"
+                f"model.stack_method={cfg.stack_method} diverged with a layer-to-layer intermediate loss in Kim"
+                " & Lee 2026; they used what criterion.intermediate_style=prediction does"
             )
         model.starts = stage_starts(
             str(cfg.stack_schedule), len(model.plan.stages), cfg.max_update, cfg.stack_alpha, cfg.stack_milestones

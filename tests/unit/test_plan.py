@@ -172,16 +172,13 @@ def test_without_growth_all_layers_train_from_the_start():
 @pytest.mark.parametrize(
     "method, layers, stages, message",
     [
-        ("interleaved", 10, 4, "model.encoder_layers=10 is not divisible by model.stack_stages=4, as model.stack_method"),
+        ("interleaved", 10, 4, "model.encoder_layers=10 is not divisible by model.stack_stages=4"),
+        ("interleaved", 10, 4, "as model.stack_method=interleaved needs"),
         ("gradual", 10, 4, "by model.stack_stages=4, as model.stack_method=gradual needs"),
         ("midas", 12, 5, "by model.stack_stages=5, as model.stack_method=midas needs"),
         ("gstack", 12, 7, "by model.stack_stages=7, as model.stack_method=gstack needs"),
-        (
-            "stackbert",
-            12,
-            4,
-            r"model.encoder_layers=12 is not divisible by 2 \*\* \(model.stack_stages=4 - 1\), as model.stack_method=stackb",
-        ),
+        ("stackbert", 12, 4, r"encoder_layers=12 is not divisible by 2 \*\* \(model.stack_stages=4 - 1\)"),
+        ("stackbert", 12, 4, "as model.stack_method=stackbert needs"),
         ("interlaced", 12, 4, "model.stack_method=interlaced is unknown; choose from none, interleaved"),
         ("none", 12, 4, "model.stack_stages=4 has no meaning with model.stack_method=none"),
         ("interleaved", 12, 0, "model.stack_stages=0 must be at least 1"),
