@@ -17,6 +17,7 @@ setup(
         "torch>=2.4",
         "torchaudio>=2.4",
         "soundfile",
+        "scikit-learn",
         "sentencepiece",
         "transformers>=4.44",
         "safetensors",
