@@ -21,6 +21,7 @@ setup(
         "sentencepiece",
         "transformers>=4.44",
         "safetensors",
+        "scikit-learn",
         "tensorboard",
         "matplotlib",
         "pyyaml",

@@ -128,12 +128,12 @@ def student_from_checkpoint(state, name="the checkpoint"):
     except KeyError as error:
         raise InputError(f"{name} lacks {error}, which every checkpoint of a stacked_hubert has") from None
 
-    # Layers of seats that the stage does not use, the heads, the mask embedding and the stage stay behind.
+    # Layers of seats that the stage does not use stay behind, and what only training needs.
     idle = tuple(f"encoder.layers.{seat}." for seat in range(config["encoder_layers"]) if seat not in seats)
     found = {
         key: tensor
         for key, tensor in state["model"].items()
-        if not key.startswith((*idle, "heads.")) and key not in ("mask_emb", "stage")
+        if not key.startswith((*idle, "heads.")) and key not in ("mask_emb", "stage", "plateau")
     }
     for key in {**shapes, **found}:
         if key not in found:

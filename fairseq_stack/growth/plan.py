@@ -30,26 +30,75 @@ class GrowthPlan:
         return tuple(len(seats) for seats in self.stages)
 
 
-def _interleaved(layers, block, stage):
+# The next stack, from bottom to top, out of the present one; K, the block, is the depth of the first
+# stage, `layers` that of the last. Where a layer is named again, its copy will stand.
+
+
+def _interleaved(stack, block, layers):
     """After stage b, a copy of every b-th layer goes right behind its original.
 
     Kim & Lee, "Fast Speech Foundation Model Distillation Using Interleaved Stacking",
     Interspeech 2026.
     """
-    return [(index, index) for index in range(stage - 1, len(layers), stage)]
+    every = len(stack) // block
+    return [layer for place, layer in enumerate(stack, start=1) for _ in range(1 if place % every else 2)]
 
 
-_INSERTIONS = {"interleaved": _interleaved}
-METHODS = ("none", *_INSERTIONS)
+def _gradual(stack, block, layers):
+    """A copy of the last K layers goes on top.
+
+    Gradual stacking (GradStack): Reddi et al., "Efficient Training of Language Models using
+    Few-Shot Learning", ICML 2023, after Gong et al. 2019.
+    """
+    return stack + stack[-block:]
+
+
+def _midas(stack, block, layers):
+    """A copy of the middle block of K layers goes right behind it; of n blocks, block ceil(n / 2).
+
+    Saunshi et al., "On the Inductive Bias of Stacking Towards Improving Reasoning", NeurIPS 2024.
+    """
+    blocks = len(stack) // block
+    end = (blocks + 1) // 2 * block
+    return stack[:end] + stack[end - block :]
+
+
+def _stackbert(stack, block, layers):
+    """A copy of the whole stack goes on top, which doubles it.
+
+    Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019.
+    """
+    return stack + stack
+
+
+def _gstack(stack, block, layers):
+    """Copies of the whole stack go on top until all layers are in use.
+
+    Du et al., "Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM
+    Pre-Training", NeurIPS 2024 (G_stack, depth-wise).
+    """
+    return stack * (layers // block)
+
+
+_NEXT_STACK = {
+    "interleaved": _interleaved,
+    "gradual": _gradual,
+    "midas": _midas,
+    "stackbert": _stackbert,
+    "gstack": _gstack,
+}
+METHODS = ("none", *_NEXT_STACK)
 
 
 def plan_growth(method, layers, stages):
-    """Plan the growth of a student to `layers` layers in `stages` stages.
+    """Plan the growth of a student to `layers` layers.
 
     Args:
         method: one of METHODS; `none` has all layers from the start.
         layers: N, the layers of the finished student.
-        stages: B, the stages; stage b has b * N / B layers.
+        stages: B. The student starts with N / B layers and gains as many at each growth, except
+            with `stackbert`, which starts with N / 2 ** (B - 1) and doubles, and `gstack`, which
+            goes from N / B to N at once and so has two stages however large B is.
 
     Raises:
         InputError: the method is unknown, or it cannot divide the layers into these stages.
@@ -62,31 +111,34 @@ def plan_growth(method, layers, stages):
         if stages != 1:
             raise InputError(f"model.stack_stages={stages} has no meaning with model.stack_method=none; set it to 1")
         return GrowthPlan(stages=(tuple(range(layers)),), growths=())
-    if layers % stages:
+    parts = 2 ** (stages - 1) if method == "stackbert" else stages
+    if layers % parts:
+        divisor = f"model.stack_stages={stages}"
+        if method == "stackbert":
+            divisor = f"2 ** ({divisor} - 1)"
         raise InputError(
-            f"model.encoder_layers={layers} is not divisible by model.stack_stages={stages};"
-            f" choose a number of stages that divides the layers"
+            f"model.encoder_layers={layers} is not divisible by {divisor}, as model.stack_method={method} needs;"
+            " choose another number of stages"
         )
 
-    block = layers // stages
-    # A layer is known by its order of birth while the stack is being simulated.
-    order = list(range(block))
-    orders, births = [tuple(order)], []
-    for stage in range(1, stages):
-        copies = []
-        # Back to front, so that an insertion does not shift the ones still to be made.
-        for source, behind in reversed(_INSERTIONS[method](order, block, stage)):
-            copies.append((order[source], behind))
-        grown, pairs = list(order), []
-        for source, behind in copies:
-            born = len(order) + len(pairs)
-            grown.insert(behind + 1, born)
-            pairs.append((source, born))
-        order = grown
-        orders.append(tuple(order))
+    block = layers // parts
+    # A layer is known by its order of birth while the growth is being simulated.
+    stack = list(range(block))
+    stacks, births = [stack], []
+    while len(stack) < layers:
+        grown, pairs = [], []
+        for layer in _NEXT_STACK[method](stack, block, layers):
+            if layer in grown:
+                source, layer = layer, len(stack) + len(pairs)
+                pairs.append((source, layer))
+            grown.append(layer)
+        stack = grown
+        stacks.append(stack)
         births.append(pairs)
-    seat = {layer: index for index, layer in enumerate(order)}
+    seat = {layer: index for index, layer in enumerate(stack)}
     return GrowthPlan(
-        stages=tuple(tuple(seat[layer] for layer in stack) for stack in orders),
-        growths=tuple(tuple(sorted((seat[source], seat[born]) for source, born in pairs)) for pairs in births),
+        stages=tuple(tuple(seat[layer] for layer in stack) for stack in stacks),
+        growths=tuple(
+            tuple(sorted((seat[source], seat[born]) for source, born in pairs)) for pairs in births
+        ),
     )

@@ -1,10 +1,12 @@
 """At which update each stage begins."""
 
+import math
+from dataclasses import dataclass
 from fractions import Fraction
 
 from fairseq_stack.errors import InputError
 
-SCHEDULES = ("equal", "prop", "milestones")
+SCHEDULES = ("equal", "prop", "milestones", "plateau")
 
 
 def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
@@ -12,7 +14,8 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
 
     `equal` gives each stage the same number of updates; `prop` gives stage b (from 1) a number
     proportional to b ** alpha (PROP-alpha of Saunshi et al. 2024; alpha 0 is `equal`);
-    `milestones` lists the first updates of stages 2, 3, ... themselves.
+    `milestones` lists the first updates of stages 2, 3, ... themselves. `plateau` has the updates of
+    `prop`, and they are the latest: a stage may end before, see Plateau.
 
     Args:
         schedule: one of SCHEDULES.
@@ -39,12 +42,11 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
     if alpha < 0:
         raise InputError(f"model.stack_alpha={alpha} must be 0 or more")
     # Fractions, so that 0.3 of 1,000 updates is 300 and not 299.999.
-    weights = [Fraction(stage**alpha if schedule == "prop" else 1) for stage in range(1, stages + 1)]
+    weights = [Fraction(1 if schedule == "equal" else stage**alpha) for stage in range(1, stages + 1)]
     starts = [round(max_update * sum(weights[:stage]) / sum(weights)) for stage in range(stages)]
     if len(set(starts)) < stages or starts[-1] >= max_update:
         raise InputError(
-            f"optimization.max_update={max_update} is too short for model.stack_stages={stages}:"
-            " every stage needs an update"
+            f"optimization.max_update={max_update} is too short for {stages} stages; each needs an update"
         )
     return tuple(starts)
 
@@ -63,3 +65,62 @@ def _checked_milestones(milestones, stages, max_update):
 def stage_at(update, starts):
     """The stage, from 0, that trains at `update` (the number of updates already done)."""
     return sum(start <= update for start in starts) - 1
+
+
+@dataclass
+class Plateau:
+    """Whether the validation loss of the current stage has stopped falling.
+
+    Attributes:
+        patience: validations in a row without a lower loss that end a stage.
+        min_updates: updates of a stage before which it does not end.
+        start: update at which the stage began.
+        best: lowest validation loss of the stage.
+        waited: validations since then.
+        seen: update of the last validation.
+
+    Raises:
+        InputError: a patience below 1, or negative updates.
+    """
+
+    patience: int
+    min_updates: int = 0
+    start: int = 0
+    best: float = math.inf
+    waited: int = 0
+    seen: int = -1
+
+    def __post_init__(self):
+        if self.patience < 1:
+            raise InputError(f"model.stack_patience={self.patience} must be at least 1")
+        if self.min_updates < 0:
+            raise InputError(f"model.stack_min_updates={self.min_updates} must be 0 or more")
+
+    @property
+    def reached(self):
+        """Whether the stage should end now."""
+        return self.waited >= self.patience and self.seen - self.start >= self.min_updates
+
+    def observe(self, update, loss):
+        """Take in the validation loss at `update`; of several at one update the first counts."""
+        if update == self.seen:
+            return
+        self.seen = update
+        if loss < self.best:
+            self.best, self.waited = loss, 0
+        else:
+            self.waited += 1
+
+    def begin(self, update):
+        """A stage begins at `update`: forget the losses of the one before, which had another depth."""
+        self.start, self.best, self.waited = update, math.inf, 0
+
+    @property
+    def state(self):
+        """What a checkpoint keeps, four numbers: start, best, waited, seen."""
+        return [self.start, self.best, self.waited, self.seen]
+
+    @state.setter
+    def state(self, state):
+        start, self.best, waited, seen = state
+        self.start, self.waited, self.seen = int(start), int(waited), int(seen)

@@ -14,7 +14,7 @@ from omegaconf import II, OmegaConf
 
 from fairseq_stack.errors import InputError, one_line_errors
 from fairseq_stack.growth.plan import METHODS, plan_growth
-from fairseq_stack.growth.schedule import SCHEDULES, stage_at, stage_starts
+from fairseq_stack.growth.schedule import SCHEDULES, Plateau, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.supervision import check_supervision, student_position, taught_layers
@@ -57,19 +57,41 @@ class StackedHubertConfig(FairseqDataclass):
 
     stack_method: ChoiceEnum(METHODS) = field(
         default="interleaved",
-        metadata={"help": "how the depth grows: interleaved (each copy right behind its original) or none"},
+        metadata={
+            "help": "how the depth grows: interleaved (each copy right behind its original), gradual (a copy of"
+            " the last block on top), midas (of the middle block, right behind it), stackbert (of the whole stack"
+            " on top, depth doubles), gstack (copies of the whole stack on top, full depth at once) or none"
+        },
     )
     stack_stages: int = field(
-        default=4, metadata={"help": "stages B; stage b trains b * encoder_layers / B layers (1 for method none)"}
+        default=4,
+        metadata={
+            "help": "stages B; stage b trains b * encoder_layers / B layers (stackbert: the first trains"
+            " encoder_layers / 2 ** (B - 1); gstack: the first of two trains encoder_layers / B; none: B is 1)"
+        },
     )
     stack_schedule: ChoiceEnum(SCHEDULES) = field(
         default="prop",
-        metadata={"help": "updates of each stage: equal, prop (stage b in proportion to b ** alpha) or milestones"},
+        metadata={
+            "help": "updates of each stage: equal, prop (stage b in proportion to b ** alpha), milestones, or"
+            " plateau (a stage ends as with prop, or before when the validation loss has stopped falling)"
+        },
     )
-    stack_alpha: float = field(default=1.0, metadata={"help": "alpha of the prop schedule"})
+    stack_alpha: float = field(default=1.0, metadata={"help": "alpha of the prop and plateau schedules"})
     stack_milestones: List[int] = field(
         default_factory=list,
         metadata={"help": "first updates of stages 2, 3, ... for the milestones schedule"},
+    )
+    stack_patience: int = field(
+        default=3,
+        metadata={
+            "help": "validations in a row without a lower loss that end a stage of the plateau schedule (loss of"
+            " the first subset in dataset.valid_subset, to four decimals as in the log)"
+        },
+    )
+    stack_min_updates: int = field(
+        default=0,
+        metadata={"help": "updates of a stage before which the plateau schedule does not end it early"},
     )
     stack_optimizer_state: ChoiceEnum(["copy", "reset"]) = field(
         default="copy", metadata={"help": "the optimiser's moments of a new layer: those of its original, or zeros"}
@@ -123,6 +145,7 @@ class StackedHubert(HubertEncoder):
             self.mask_emb = nn.Parameter(torch.rand(cfg.encoder_embed_dim))  # as fairseq starts it
         self.stack_optimizer_state = str(cfg.stack_optimizer_state)
         self.starts = None  # set for training; a model that is only evaluated never grows
+        self.plateau = None
         # A float, because fairseq's moving average multiplies every entry of the state dict.
         self.register_buffer("stage", torch.zeros(()))
         self._stage_index = 0
@@ -150,9 +173,18 @@ class StackedHubert(HubertEncoder):
         for layer in layers:
             for depth in model.plan.depths:
                 student_position(layer, teacher.depth, depth, cfg.intermediate_style)
+        layer_to_layer = cfg.intermediate_style == "layer_to_layer"
+        if str(cfg.stack_method) in ("gradual", "midas") and layer_to_layer and layers != [teacher.depth]:
+            # A growth gives the layers another relative depth, and with it another teacher layer.
+            logger.warning(
+                f"model.stack_method={cfg.stack_method} diverged with a layer-to-layer intermediate loss in Kim"
+                " & Lee 2026; they used what criterion.intermediate_style=prediction does"
+            )
         model.starts = stage_starts(
             str(cfg.stack_schedule), len(model.plan.stages), cfg.max_update, cfg.stack_alpha, cfg.stack_milestones
         )
+        if str(cfg.stack_schedule) == "plateau":
+            model.plateau = Plateau(cfg.stack_patience, cfg.stack_min_updates)
         return model
 
     @classmethod
@@ -198,7 +230,15 @@ class StackedHubert(HubertEncoder):
 
     def due_stage(self, update):
         """The stage (from 1) that the schedule asks for at `update`, never less than the current one."""
-        return max(stage_at(update, self.starts) + 1, self.stage_number) if self.starts else self.stage_number
+        if not self.starts:
+            return self.stage_number
+        ended = self.plateau is not None and self.plateau.reached and self.stage_number < len(self.plan.stages)
+        return max(stage_at(update, self.starts) + 1, self.stage_number + ended)
+
+    def observe_validation(self, update, loss):
+        """Tell the plateau schedule the validation loss at `update`; the other schedules do not care."""
+        if self.plateau is not None:
+            self.plateau.observe(update, loss)
 
     def set_num_updates(self, num_updates):
         """fairseq's hook before every forward pass in training: grow if the schedule asks for it.
@@ -206,7 +246,12 @@ class StackedHubert(HubertEncoder):
         Called again at the same update (gradient accumulation) it does nothing more.
         """
         super().set_num_updates(num_updates)
-        self.grow_to(self.due_stage(num_updates))
+        due = self.due_stage(num_updates)
+        if due == self.stage_number:
+            return
+        self.grow_to(due)
+        if self.plateau is not None:
+            self.plateau.begin(num_updates)
 
     def grow_to(self, stage):
         """Wake layers until `stage` (from 1) is reached; `finish_growth` tells which parameters were copied."""
@@ -222,7 +267,17 @@ class StackedHubert(HubertEncoder):
         growth, self._unfinished = self._unfinished, []
         return list(paired_parameters(self.encoder.layers, growth))
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.plateau is not None:
+            # fairseq saves its tasks' state but does not load it when training resumes, so it is here.
+            # No buffer: training in half precision would round it.
+            destination[prefix + "plateau"] = torch.tensor(self.plateau.state, dtype=torch.float64)
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        plateau = state_dict.pop(prefix + "plateau", None)
+        if plateau is not None and self.plateau is not None:
+            self.plateau.state = plateau.tolist()
         super()._load_from_state_dict(state_dict, prefix, *args)
         # fairseq calls set_num_updates on a fresh model before it loads the weights of a resumed
         # run. What grew then was a copy of random weights, and the checkpoint has replaced it.

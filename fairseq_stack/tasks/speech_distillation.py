@@ -121,6 +121,10 @@ class SpeechDistillation(FairseqTask):
     def valid_step(self, sample, model, criterion):
         return super().valid_step(self.with_targets(sample), model, criterion)
 
+    def post_validate(self, model, stats, agg):
+        """fairseq's hook after every validation subset, with the means over all processes."""
+        model.observe_validation(stats["num_updates"], float(stats["loss"]))
+
     def with_targets(self, sample):
         """The batch with the teacher's hidden states, and waveforms as the student wants them."""
         if sample["problems"]:

@@ -99,6 +99,70 @@ def test_the_depth_is_restored_with_the_weights_whatever_grew_before():
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in resumed.state_dict().items())
 
 
+def plateau_student(seed=0):
+    """A student whose stages may end after one validation without a lower loss."""
+    return tiny_student(seed, stack_schedule="plateau", stack_patience=1)
+
+
+def test_a_plateau_wakes_layers_before_their_time_and_only_once():
+    student = plateau_student()
+    student.observe_validation(10, 5.0)
+    assert student.due_stage(10) == 1
+    student.observe_validation(20, 5.1)
+    for update in (20, 20, 21):
+        student.set_num_updates(update)
+        assert student.stage_number == 2
+    student.observe_validation(30, 5.0)
+    student.set_num_updates(30)
+    assert student.stage_number == 2
+
+
+def test_a_stage_without_a_plateau_ends_as_with_prop():
+    student = plateau_student()
+    for update in range(0, 1000, 50):
+        student.observe_validation(update, 1000.0 - update)
+        student.set_num_updates(update)
+        assert student.stage_number == 1 + (update >= 100) + (update >= 300) + (update >= 600)
+
+
+def test_a_plateau_of_the_finished_student_changes_nothing():
+    student = plateau_student()
+    student.set_num_updates(600)
+    for update in (700, 800, 900):
+        student.observe_validation(update, 5.0)
+        student.set_num_updates(update)
+    assert student.stage_number == 4
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_the_wait_for_a_plateau_is_restored_with_the_weights(halved):
+    saved = plateau_student(seed=1)
+    if halved:
+        saved.half()
+    saved.observe_validation(98_765, 5.4321)
+    saved.plateau.start = 87_654  # more than half precision can count
+    resumed = plateau_student(seed=2)
+    resumed.set_num_updates(10)
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.plateau == saved.plateau
+    resumed.observe_validation(98_766, 5.4321)
+    assert resumed.plateau.reached
+
+
+def test_the_schedule_may_change_between_two_runs():
+    plateau, prop = plateau_student(), tiny_student()
+    plateau.load_state_dict(prop.state_dict())
+    prop.load_state_dict(plateau.state_dict())
+    assert plateau.plateau.seen == -1 and "plateau" not in prop.state_dict()
+
+
+@pytest.mark.parametrize("method, warned", [("gradual", 1), ("midas", 1), ("interleaved", 0), ("gstack", 0)])
+def test_layer_to_layer_supervision_is_warned_about_where_it_diverges(method, warned, caplog):
+    tiny_student(stack_method=method)
+    tiny_student(stack_method=method, teacher_layers=[12])  # no intermediate loss
+    assert [f"model.stack_method={method} diverged" in message for message in caplog.messages] == [True] * warned
+
+
 def test_a_checkpoint_gives_back_the_student_at_its_depth():
     student = tiny_student().eval()
     student.grow_to(3)
@@ -134,6 +198,8 @@ def test_blocks_learn_from_the_same_teacher_layers_in_every_stage():
         ({"encoder_layers": 10}, "model.encoder_layers=10 is not divisible by model.stack_stages=4"),
         ({"conv_feature_layers": "__import__('os')"}, "model.conv_feature_layers=__import__"),
         ({"stack_schedule": "milestones", "stack_milestones": [5, 4, 6]}, "strictly ascending"),
+        ({"stack_schedule": "plateau", "stack_patience": 0}, "model.stack_patience=0 must be at least 1"),
+        ({"stack_method": "stackbert"}, "model.encoder_layers=12 is not divisible by 2"),
     ],
 )
 def test_an_impossible_student_ends_with_one_line(fields, message):
