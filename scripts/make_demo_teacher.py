@@ -14,32 +14,30 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torchaudio
 from sklearn.cluster import MiniBatchKMeans
 
-from fairseq_stack.errors import InputError
+from fairseq_stack.data.audio import read_audio
+from fairseq_stack.data.manifest import write_lines
+from fairseq_stack.errors import InputError, one_line_errors
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "examples" / "demo_teacher"
-SAMPLE_RATE = 16000  # Hz
 CLUSTERS = 100  # as in HuBERT's first iteration
 SPLITS = ("train", "valid")
 
 
+@one_line_errors
 def main():
     args = parse_arguments()
     teacher = args.output.resolve() / "teacher.pt"
     if teacher.exists():
         print(f"teacher: {teacher} is already there, kept")
         return
-    try:
-        speech = args.speech.resolve()
-        labels = teacher.parent / "labels"
-        make_labels(speech, labels)
-        train(speech, labels, teacher, args.overrides)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    speech = args.speech.resolve()
+    labels = teacher.parent / "labels"
+    make_labels(speech, labels)
+    train(speech, labels, teacher, args.overrides)
     print(f"teacher: trained, {teacher}")
 
 
@@ -93,12 +91,12 @@ def make_labels(speech, labels):
     kmeans.fit(frames)
     for split in SPLITS:
         clusters = [kmeans.predict(utterance) for utterance in features[split]]
-        write_beside(labels / f"{split}.tsv", manifests[split])
-        write_beside(labels / f"{split}.km", "".join(" ".join(map(str, row)) + "\n" for row in clusters))
+        write_lines(labels / f"{split}.tsv", manifests[split].splitlines())
+        write_lines(labels / f"{split}.km", (" ".join(map(str, row)) for row in clusters))
     counts = np.bincount(np.concatenate(clusters), minlength=CLUSTERS)
     print(f"labels: guessing the largest cluster scores {counts.max() / counts.sum():.3f} on valid")
     # fairseq's dictionary format, one symbol and its count a line; the counts are not used.
-    write_beside(dictionary, "".join(f"{cluster} 1\n" for cluster in range(CLUSTERS)))
+    write_lines(dictionary, (f"{cluster} 1" for cluster in range(CLUSTERS)))
 
 
 def read_manifest(path):
@@ -118,12 +116,7 @@ def mfcc_features(path):
     The features of fairseq's examples/hubert/simple_kmeans, whose scripts need a package that fairseq does
     not declare and keep the clusters as a pickle.
     """
-    try:
-        samples, rate = soundfile.read(path, dtype="float32")
-    except soundfile.SoundFileError as error:
-        raise InputError(f"{path}: not readable ({error}); run scripts/prepare_speech.py --check") from None
-    if rate != SAMPLE_RATE or samples.ndim != 1:
-        raise InputError(f"{path}: {rate} Hz, shape {samples.shape}; the teacher needs {SAMPLE_RATE} Hz mono")
+    samples = read_audio(path)
     cepstra = torchaudio.compliance.kaldi.mfcc(torch.from_numpy(samples)[None], use_energy=False).T
     slopes = torchaudio.functional.compute_deltas(cepstra)
     return torch.cat([cepstra, slopes, torchaudio.functional.compute_deltas(slopes)]).T.numpy()
@@ -164,13 +157,6 @@ def train(speech, labels, teacher, overrides):
 def quoted(path):
     """Return the path as a quoted string of hydra's override grammar."""
     return "'" + str(path).replace("'", r"\'") + "'"
-
-
-def write_beside(path, text):
-    """Write a text file under a temporary name and rename it, so that it exists only when complete."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,6 @@ def test_audio_at_another_rate_is_refused_and_leaves_no_labels(speech, tmp_path,
     soundfile.write(tmp_path / "telephone.wav", np.zeros(8000), 8000)
     for split in ("train", "valid"):
         (tmp_path / f"{split}.tsv").write_text(f"{tmp_path}\ntelephone.wav\t8000\n")
-    with pytest.raises(SystemExit, match=r"^error: .*telephone\.wav: 8000 Hz.* 16000 Hz mono$"):
+    with pytest.raises(SystemExit, match=r"^error: .*telephone\.wav: has 8000 Hz"):
         make_teacher_here(monkeypatch, tmp_path, tmp_path / "output")
     assert not (tmp_path / "output" / "labels" / "dict.km.txt").exists()
