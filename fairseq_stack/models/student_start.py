@@ -14,12 +14,13 @@ def start_cnn(student, teacher):
     Raises:
         InputError: the teacher has no encoder of this kind, or a CNN of another shape.
     """
-    source = _encoder(teacher, "model.init_cnn_from_teacher=true")
+    field = "model.init_cnn_from_teacher=true"
+    source = _encoder(teacher, field)
     for name in ("feature_extractor", "layer_norm"):
-        _copy(getattr(source, name), getattr(student, name), name, "model.init_cnn_from_teacher=true", teacher)
+        _copy(getattr(source, name), getattr(student, name), name, field, teacher)
     ours, theirs = student.post_extract_proj, source.post_extract_proj
     if ours is not None and theirs is not None and ours.weight.shape == theirs.weight.shape:
-        _copy(theirs, ours, "post_extract_proj", "model.init_cnn_from_teacher=true", teacher)
+        _copy(theirs, ours, "post_extract_proj", field, teacher)
 
 
 def start_layers(student, seats, teacher, layers):
@@ -39,6 +40,9 @@ def start_layers(student, seats, teacher, layers):
     """
     field = f"model.init_layers_from_teacher={list(layers)}"
     source = _encoder(teacher, field)
+    pre_norm = source.encoder.layer_norm_first
+    if student.encoder.layer_norm_first != pre_norm:
+        raise InputError(f"{field} needs model.layer_norm_first={str(pre_norm).lower()}, as the teacher has it")
     unknown = [layer for layer in layers if not 1 <= layer <= teacher.depth]
     if unknown:
         raise InputError(
@@ -48,34 +52,27 @@ def start_layers(student, seats, teacher, layers):
         raise InputError(
             f"{field} names {len(layers)} layers, but the student starts with {len(seats)}; name {len(seats)}"
         )
-    for name in ("pos_conv", "layer_norm"):
-        _copy(getattr(source.encoder, name), getattr(student.encoder, name), f"encoder.{name}", field, teacher)
-    for seat, layer in zip(seats, layers):
-        name = f"encoder.layers.{seat}"
-        _copy(source.encoder.layers[layer - 1], student.encoder.layers[seat], name, field, teacher)
-    if source.encoder.layer_norm_first != student.encoder.layer_norm_first:
-        raise InputError(
-            f"{field}, but model.layer_norm_first={str(student.encoder.layer_norm_first).lower()} is not that of"
-            f" task.teacher={teacher.name}; set it to {str(source.encoder.layer_norm_first).lower()}"
-        )
+    pairs = {"pos_conv": source.encoder.pos_conv, "layer_norm": source.encoder.layer_norm}
+    pairs.update({f"layers.{seat}": source.encoder.layers[layer - 1] for seat, layer in zip(seats, layers)})
+    for name, module in pairs.items():
+        _copy(module, student.encoder.get_submodule(name), f"encoder.{name}", field, teacher)
 
 
 def _encoder(teacher, field):
     if not isinstance(teacher.model, HubertEncoder):
         raise InputError(
-            f"{field} needs the checkpoint of a teacher that fairseq trained, which task.teacher={teacher.name} is not"
+            f"{field} needs a teacher from a checkpoint of fairseq, which task.teacher={teacher.name} is not"
         )
     return teacher.model
 
 
 def _copy(source, target, name, field, teacher):
-    theirs, ours = (
-        {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()} for module in (source, target)
-    )
+    theirs, ours = source.state_dict(), target.state_dict()
     for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key):
+        shapes = [tuple(weights[key].shape) if key in weights else "missing" for weights in (ours, theirs)]
+        if shapes[0] != shapes[1]:
             raise InputError(
-                f"{field}: {name}.{key} has the shape {ours.get(key, 'none')} in the student and"
-                f" {theirs.get(key, 'none')} in task.teacher={teacher.name}; give the student the teacher's shape there"
+                f"{field}: {name}.{key} is {shapes[0]} in the student and {shapes[1]} in"
+                f" task.teacher={teacher.name}; give the student the teacher's shape there"
             )
-    target.load_state_dict(source.state_dict())
+    target.load_state_dict(theirs)

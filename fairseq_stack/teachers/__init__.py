@@ -27,7 +27,8 @@ def load_teacher(path, whisper_pad=False):
         return load_huggingface_teacher(path, whisper_pad)
     if not path.is_file():
         raise InputError(
-            f"task.teacher={path} does not exist; give a fairseq checkpoint or a folder in Hugging Face's format"
+            f"task.teacher={path} does not exist; give a fairseq checkpoint or a folder in Hugging"
+            " Face's format"
         )
     from fairseq_stack.teachers.fairseq_checkpoint import load_fairseq_teacher
 

@@ -64,11 +64,11 @@ def load_weights(model, weights, name):
         if key not in weights:
             raise InputError(f"task.teacher={name} lacks the weight {key} that its configuration asks for")
         if key not in expected:
-            raise InputError(f"task.teacher={name} has the weight {key}, which its configuration has no place for")
+            raise InputError(f"task.teacher={name} has the weight {key} that its configuration has no place for")
         if weights[key].shape != expected[key].shape:
             raise InputError(
-                f"task.teacher={name}: {key} has the shape {tuple(weights[key].shape)}, its configuration asks for"
-                f" {tuple(expected[key].shape)}"
+                f"task.teacher={name}: {key} has the shape {tuple(weights[key].shape)}, but its configuration"
+                f" asks for {tuple(expected[key].shape)}"
             )
     model.load_state_dict(weights)
     model.float().eval().requires_grad_(False)

@@ -92,11 +92,12 @@ def load_fairseq_teacher(path):
         normalize = bool(cfg["task"].get("normalize", False))
     except (AttributeError, KeyError, TypeError):
         raise InputError(
-            f"task.teacher={path} has no cfg, which early versions of fairseq did not write; load it with today's"
-            " fairseq where you trust it, and save it from there"
+            f"task.teacher={path} has no cfg, which early versions of fairseq did not write; load it with"
+            " today's fairseq where you trust it, and save it from there"
         ) from None
     if family not in PRETRAINING_ONLY:
         raise InputError(
-            f"task.teacher={path} holds a model of the kind {family}; give one of {', '.join(PRETRAINING_ONLY)}"
+            f"task.teacher={path} holds a model of the kind {family}; give one of"
+            f" {', '.join(PRETRAINING_ONLY)}"
         )
     return FairseqTeacher(str(path), cfg["model"], normalize, state["model"])

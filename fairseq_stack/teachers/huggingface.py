@@ -136,7 +136,8 @@ def load_huggingface_teacher(folder, whisper_pad=False):
     family = config.get("model_type")
     if family not in FAMILIES:
         raise InputError(
-            f"task.teacher={name} has model_type={family} in its config.json; give one of {', '.join(FAMILIES)}"
+            f"task.teacher={name} has model_type={family} in its config.json; give one of"
+            f" {', '.join(FAMILIES)}"
         )
     if whisper_pad and family != "whisper":
         raise InputError(f"task.whisper_pad=true, but task.teacher={name} is a {family}; set it to false")
@@ -149,7 +150,8 @@ def load_huggingface_teacher(folder, whisper_pad=False):
     normalize = preprocessor.get("do_normalize")
     if family != "whisper" and not isinstance(normalize, bool):
         raise InputError(
-            f"{folder}/preprocessor_config.json has do_normalize={normalize}; say true or false, as the model was trained"
+            f"{folder}/preprocessor_config.json has do_normalize={normalize}; say true where the model was"
+            " trained on waveforms of zero mean and unit variance, else false"
         )
     architecture, prefixes = FAMILIES[family]
     model = _build(architecture, config, name)
@@ -164,7 +166,9 @@ def _read_json(folder, file):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; task.teacher takes a folder that transformers' save_pretrained wrote") from None
+        raise InputError(
+            f"{path} is missing; task.teacher takes a folder that transformers' save_pretrained wrote"
+        ) from None
     except (OSError, ValueError, RecursionError):
         raise InputError(f"{path} cannot be read as JSON; save the model again") from None
     if not isinstance(content, dict):
@@ -189,7 +193,9 @@ def _read_weights(folder, prefixes):
     files = ["model.safetensors"]
     if index.is_file():
         shards = _read_json(folder, index.name).get("weight_map")
-        files = sorted({Path(str(file)).name for file in shards.values()}) if isinstance(shards, dict) else files
+        if not isinstance(shards, dict):
+            raise InputError(f"{index} has no weight_map; save the model again")
+        files = sorted({Path(str(file)).name for file in shards.values()})
     weights = {}
     for file in files:
         path = folder / file
@@ -197,8 +203,8 @@ def _read_weights(folder, prefixes):
             pickled = (folder / "pytorch_model.bin").is_file()
             reason = ", and pytorch_model.bin is a pickle, which could run code" if pickled else ""
             raise InputError(
-                f"{path} is missing{reason}; load the model with transformers where you trust it, and save_pretrained"
-                " writes the file"
+                f"{path} is missing{reason}; load the model with transformers where you trust it, and"
+                " save_pretrained writes the file"
             )
         try:
             weights.update(load_file(path))

@@ -48,8 +48,8 @@ class WhisperTeacher(Teacher):
     def frames(self, samples):
         if samples > self.longest:
             raise InputError(
-                f"task.teacher={self.name} takes at most {self.longest} samples, but was to take {samples}; set"
-                f" task.max_sample_size to {self.longest} or less"
+                f"task.teacher={self.name} takes at most {self.longest} samples, but was to take"
+                f" {samples}; set task.max_sample_size to {self.longest} or less"
             )
         return frames_from_samples(samples, FRAMES)
 
@@ -72,8 +72,8 @@ class WhisperTeacher(Teacher):
         valid = _valid(x.transpose(1, 2), (mel_frames + 1) // 2)
         mask = None
         if not bool(valid.all()):
-            mask = torch.zeros(x.size(0), 1, 1, x.size(1), device=x.device)
-            mask = mask.masked_fill(~valid[:, None, None], torch.finfo(x.dtype).min).expand(-1, -1, x.size(1), -1)
+            mask = torch.where(valid, 0.0, torch.finfo(x.dtype).min)[:, None, None]
+            mask = mask.expand(-1, -1, x.size(1), -1)  # [B, 1, T, T], added to the attention's scores
 
         outputs = {}
         for number, layer in enumerate(self.model.layers[: max(layers)], start=1):
