@@ -17,11 +17,13 @@ setup(
         "torch>=2.4",
         "torchaudio>=2.4",
         "soundfile",
+        "tqdm",
         "sentencepiece",
         "transformers>=4.44",
         "safetensors",
         "tensorboard",
         "matplotlib",
+        "pyyaml",
         # espnet-s3prl is the s3prl that is kept up; its omegaconf excludes fairseq 0.12.2.
         'espnet-s3prl==2026.5.14; python_version >= "3.11"',
     ],

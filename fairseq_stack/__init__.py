@@ -7,5 +7,5 @@ analysis need neither fairseq nor hydra.
 
 import sys
 
-if "fairseq" in sys.modules:
+if sys.modules.get("fairseq"):
     from fairseq_stack import criterions, models, tasks  # noqa: F401

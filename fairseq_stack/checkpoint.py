@@ -66,11 +66,11 @@ def load_checkpoint(path):
         needed = re.search(r"GLOBAL ([\w.]+)", str(error))
         if needed:
             raise InputError(
-                f"{path} needs {needed[1]} to unpickle, and unpickling that could run code; only tensors, plain"
-                " values and fairseq dictionaries are loaded, so save the checkpoint again without it"
+                f"{path} needs {needed[1]} to unpickle, and that could run code; only tensors, plain values"
+                " and fairseq dictionaries are loaded, so save the checkpoint again without it"
             ) from None
         raise InputError(
-            f"{path} is damaged or is not a checkpoint that torch saved; give the file of a fairseq checkpoint"
+            f"{path} is damaged or not a checkpoint that torch saved; give the file of a fairseq checkpoint"
         ) from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise InputError(f"{path} holds no model; give the file of a fairseq checkpoint")
@@ -113,24 +113,20 @@ def student_from_checkpoint(state, name="the checkpoint"):
         config, task = state["cfg"]["model"], state["cfg"]["task"]
         architecture = config["_name"]
     except (KeyError, TypeError):
-        raise InputError(f"{name} has no fairseq configuration; give a checkpoint of a stacked_hubert") from None
+        raise InputError(f"{name} has no configuration; give a checkpoint of a stacked_hubert") from None
     if architecture != "stacked_hubert":
-        raise InputError(f"{name} holds a model of the kind {architecture}; give a checkpoint of a stacked_hubert")
+        raise InputError(f"{name} holds a model named {architecture}; give a checkpoint of a stacked_hubert")
     try:
         stages = plan_growth(config["stack_method"], config["encoder_layers"], config["stack_stages"]).stages
-        stage = round(float(state["model"]["stage"]))
-        if not 0 <= stage < len(stages):
-            raise InputError(f"{name} is at stage {stage} of {len(stages)}, counted from 0; the file is damaged")
-        seats = stages[stage]
-        conv_layers = parse_conv_layers(config["conv_feature_layers"])
+        stage = state["model"]["stage"].item()
+        if stage not in range(len(stages)):
+            raise InputError(f"{name} has stage {stage}, not one of 0 to {len(stages) - 1}; it is damaged")
+        seats = stages[int(stage)]
+        conv_layers = _conv_layers(config["conv_feature_layers"])
         shapes = hubert_shapes(config, conv_layers, seats)
         normalize = task["normalize"]
     except KeyError as error:
         raise InputError(f"{name} lacks {error}, which every checkpoint of a stacked_hubert has") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name}: model.conv_feature_layers={error} is not a list of (channels, kernel, stride)")
 
     # Layers of seats that the stage does not use, the heads and the stage itself stay behind.
     idle = tuple(f"encoder.layers.{seat}." for seat in range(config["encoder_layers"]) if seat not in seats)
@@ -139,22 +135,31 @@ def student_from_checkpoint(state, name="the checkpoint"):
         for key, tensor in state["model"].items()
         if not key.startswith((*idle, "heads.")) and key != "stage"
     }
-    for key in shapes.keys() | found.keys():
+    for key in {**shapes, **found}:
         if key not in found:
             raise InputError(f"{name} lacks the weight {key}; the file is damaged or of another version")
         if key not in shapes:
             raise InputError(f"{name} has the weight {key}, which its configuration has no place for")
-        if tuple(found[key].shape) != shapes[key]:
-            raise InputError(f"{name}: {key} has the shape {tuple(found[key].shape)}, its configuration {shapes[key]}")
+        shape = tuple(found[key].shape)
+        if shape != shapes[key]:
+            raise InputError(f"{name} has {key} in the shape {shape}; its configuration says {shapes[key]}")
 
     position = {seat: index for index, seat in enumerate(seats)}
-    weights = {
-        re.sub(r"^encoder\.layers\.(\d+)", lambda match: f"encoder.layers.{position[int(match[1])]}", key): (
-            found[key].float()
-        )
-        for key in shapes
-    }
+
+    def renumbered(key):
+        return re.sub(r"(?<=^encoder\.layers\.)\d+", lambda match: str(position[int(match[0])]), key)
+
+    weights = {renumbered(key): found[key].float() for key in shapes}
     return Student(config, conv_layers, bool(normalize), len(seats), weights)
+
+
+def _conv_layers(text):
+    try:
+        return parse_conv_layers(text)
+    except ValueError:
+        raise InputError(
+            f"model.conv_feature_layers={text} is not a list of (channels, kernel, stride)"
+        ) from None
 
 
 def hubert_shapes(config, conv_layers, layers):

@@ -6,8 +6,6 @@ extractors of HuBERT, wav2vec 2.0 and WavLM are stacks of such convolutions.
 
 import ast
 
-SAMPLE_RATE = 16_000  # Hz, of every waveform that a model sees
-
 
 def parse_conv_layers(text):
     """Return [(channels, kernel, stride), ...] from fairseq's `conv_feature_layers` string.

@@ -4,11 +4,12 @@ import random
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from safetensors import SafetensorError
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
+from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
+from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import receptive_field
 
@@ -33,7 +34,7 @@ def hidden_states_of(student, manifest, seconds=60.0, seed=0):
         InputError: the folder is no exported student, or the manifest or one of its files cannot
             be used.
     """
-    student, manifest = Path(student), Path(manifest)
+    student = Path(student)
     for name in ("config.json", "preprocessor_config.json"):
         # Checked here, because transformers would look for a missing folder on the web.
         if not (student / name).is_file():
@@ -45,46 +46,19 @@ def hidden_states_of(student, manifest, seconds=60.0, seed=0):
         raise InputError(f"{student} cannot be loaded as a HubertModel; export the student again") from error
     conv_layers = list(zip(model.config.conv_dim, model.config.conv_kernel, model.config.conv_stride))
 
-    files = _listed_files(manifest)
-    random.Random(seed).shuffle(files)
+    listed = read_manifest(manifest)
+    order = list(range(len(listed)))
+    random.Random(seed).shuffle(order)
     layers, left = [], seconds
-    for file in files:
-        wave = _read(file, preprocessor.sampling_rate, receptive_field(conv_layers))
-        left -= len(wave) / preprocessor.sampling_rate
+    for index in order:
+        wave = read_audio(listed.path(index))
+        if len(wave) < receptive_field(conv_layers):
+            raise InputError(f"{listed.path(index)} has {len(wave)} samples, less than one frame; take it off {manifest}")
+        left -= len(wave) / SAMPLE_RATE
         if layers and left < 0:
             break
-        samples = preprocessor(wave, sampling_rate=preprocessor.sampling_rate, return_tensors="pt")
+        samples = preprocessor(wave, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         with torch.inference_mode():
             states = model(samples.input_values, output_hidden_states=True).hidden_states
         layers.append([state[0].numpy() for state in states])
     return [np.concatenate(states) for states in zip(*layers)]
-
-
-def _listed_files(manifest):
-    try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{manifest} cannot be read as a manifest; write one with scripts/prepare_speech.py"
-        ) from error
-    files = [Path(lines[0]) / line.split("\t")[0] for line in lines[1:] if line]
-    if not files:
-        raise InputError(f"{manifest} lists no audio; write one with scripts/prepare_speech.py")
-    return files
-
-
-def _read(file, rate, shortest):
-    try:
-        wave, found = soundfile.read(file, dtype="float32")
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise InputError(f"{file} cannot be read as audio; correct the manifest or the file") from error
-    if found != rate or wave.ndim != 1:
-        raise InputError(
-            f"{file} has {found} Hz and {1 if wave.ndim == 1 else wave.shape[1]} channels;"
-            f" convert it to {rate} Hz mono with scripts/prepare_speech.py"
-        )
-    if len(wave) < shortest:
-        raise InputError(
-            f"{file} has {len(wave)} samples, less than one frame ({shortest}); take it off the manifest"
-        )
-    return wave

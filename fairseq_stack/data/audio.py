@@ -1,5 +1,8 @@
 """Speech from files: 16 kHz mono, as every teacher here expects it."""
 
+import os
+from contextlib import contextmanager
+
 import numpy as np
 import soundfile
 
@@ -12,39 +15,65 @@ def read_audio(path, start=0, stop=None):
     """Read the samples `start` to `stop` (exclusive; None means the end) of a 16 kHz mono file.
 
     Args:
-        path: any format that libsndfile reads (FLAC, WAV, Ogg, MP3).
+        path: a file in any format that libsndfile knows by its content (FLAC, WAV, Ogg, MP3).
         start, stop: in samples, 0 <= start < stop.
 
     Returns:
         float32 array [samples], exactly stop - start of them.
 
     Raises:
-        InputError: the file is unreadable, empty or shorter than asked for, has another rate or
-            several channels, or holds samples that are not finite.
+        InputError: the file is missing, unreadable, empty or shorter than asked for, has another
+            rate or several channels, or holds samples that are not finite.
     """
-    try:
-        with soundfile.SoundFile(path) as file:
-            if file.samplerate != SAMPLE_RATE or file.channels != 1:
-                raise InputError(
-                    f"{path}: {file.samplerate} Hz, {file.channels} channel(s) instead of {SAMPLE_RATE} Hz mono;"
-                    f" prepare it with scripts/prepare_speech.py"
-                )
-            if file.frames == 0:
-                raise InputError(f"{path}: has no samples; remove it or prepare the speech again")
-            stop = file.frames if stop is None else stop
-            if stop > file.frames:
-                raise InputError(f"{path}: has {file.frames} samples, {stop} were asked for; check its manifest")
-            file.seek(start)
-            samples = file.read(stop - start, dtype="float32")
-    except (soundfile.SoundFileError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as audio ({_reason(error)}); replace or remove it") from error
+    with _opened(path) as file:
+        if file.samplerate != SAMPLE_RATE or file.channels != 1:
+            raise InputError(
+                f"{path}: has {file.samplerate} Hz and {file.channels} channel(s) instead of"
+                f" {SAMPLE_RATE} Hz mono; prepare it with scripts/prepare_speech.py"
+            )
+        stop = file.frames if stop is None else stop
+        if stop > file.frames:
+            raise InputError(f"{path}: has {file.frames} samples, {stop} were asked for; prepare again")
+        file.seek(start)
+        samples = file.read(stop - start, dtype="float32")
     if len(samples) != stop - start:
-        raise InputError(f"{path}: ends at sample {start + len(samples)} of {stop}; replace or remove it")
+        raise InputError(f"{path}: breaks off at sample {start + len(samples)} of {stop}; replace it")
+    return _finite(path, samples)
+
+
+def read_any_audio(path):
+    """Read a whole file of any rate and any number of channels; `.gsm` is raw GSM 06.10.
+
+    Returns:
+        float32 array [samples], the mean of the channels, and the rate in Hz.
+
+    Raises:
+        InputError: the file is missing, unreadable or empty, or holds samples that are not finite.
+    """
+    with _opened(path) as file:
+        samples = file.read(file.frames, dtype="float32", always_2d=True)
+        return _finite(path, samples.mean(axis=1)), file.samplerate
+
+
+@contextmanager
+def _opened(path):
+    """Open an audio file that has samples; what libsndfile complains about becomes an InputError."""
+    # Telephony's GSM files have no header to say what they are.
+    raw = {"samplerate": 8_000, "channels": 1, "format": "RAW", "subtype": "GSM610"}
+    try:
+        os.stat(path)  # libsndfile does not tell a missing file from others
+        with soundfile.SoundFile(path, **(raw if str(path).endswith(".gsm") else {})) as file:
+            if file.frames < 1:
+                raise InputError(f"{path}: has no samples; replace or remove it")
+            yield file
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string.removeprefix("Error : ").rstrip(".").lower()
+        raise InputError(f"{path}: cannot be read as audio ({reason}); replace or remove it") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from error
+
+
+def _finite(path, samples):
     if not np.isfinite(samples).all():
         raise InputError(f"{path}: holds samples that are not finite; replace or remove it")
     return samples
-
-
-def _reason(error):
-    """libsndfile's own words without the path, which the message already has."""
-    return getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from fairseq_stack.errors import InputError
 
@@ -57,21 +58,22 @@ def read_manifest(path):
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             text = file.read()
     except OSError as error:
-        raise InputError(f"{path}: cannot read this manifest ({error.strerror}); "
-                         f"make one with scripts/prepare_speech.py") from error
-    if "\0" in text:
-        raise InputError(f"{path}: is not a text file; a manifest is expected")
+        raise InputError(
+            f"{path}: cannot read this manifest ({error.strerror}); make one with scripts/prepare_speech.py"
+        ) from error
+    if not text or "\0" in text:
+        problem = "is not a text file" if text else "is empty"
+        raise InputError(f"{path}: {problem}; make a manifest with scripts/prepare_speech.py")
     root, *lines = text.removesuffix("\n").split("\n")
-    if not text:
-        raise InputError(f"{path}: is empty; make it again with scripts/prepare_speech.py")
     if not os.path.isdir(root):
-        raise InputError(f"{path}:1: the root folder {root!r} does not exist; correct the line or prepare again")
+        raise InputError(f"{path}:1: the root folder {root!r} does not exist; correct it or prepare again")
     if not lines:
-        raise InputError(f"{path}: lists no files after its first line; prepare again with more audio")
+        raise InputError(f"{path}: lists no files after its first line; prepare the speech again")
 
     paths, samples, seen = [], np.empty(len(lines), dtype=np.int64), set()
     for number, line in enumerate(lines):
         name, tab, count = line.partition("\t")
+        utterance = utterance_id(name)
         problem = None
         if not name or not tab:
             problem = f"{line!r} is not a path, a tab and a number of samples"
@@ -80,11 +82,11 @@ def read_manifest(path):
             problem = f"{count!r} is not a positive whole number of samples"
         elif name[0] == "/" or (".." in name and ".." in name.split("/")):
             problem = f"{name!r} does not lie below the root folder"
-        elif utterance_id(name) in seen:
-            problem = f"the utterance {utterance_id(name)!r} is listed before"
+        elif utterance in seen:
+            problem = f"the utterance {utterance!r} is listed before"
         if problem:
             raise InputError(f"{path}:{number + 2}: {problem}; correct the line or prepare again")
-        seen.add(utterance_id(name))
+        seen.add(utterance)
         paths.append(name)
         samples[number] = int(count)
     return Manifest(root=root, paths=paths, samples=samples)
@@ -114,13 +116,19 @@ def write_manifest(path, root, entries):
         InputError: there are no entries, or a name cannot be written in a line.
     """
     lines = [os.path.abspath(root)]
+    check_name(lines[0])
     for name, samples in entries:
+        check_name(name)
         lines.append(f"{name}\t{samples}")
-        if any(mark in name for mark in "\t\n\r"):
-            raise InputError(f"{name!r}: a manifest has no room for tabs or line breaks; rename the file")
     if len(lines) == 1:
         raise InputError(f"{path}: there is no audio to list")
     write_lines(path, lines)
+
+
+def check_name(name):
+    """Raise InputError if a path holds what ends a field or a line."""
+    if any(mark in name for mark in "\t\n\r"):
+        raise InputError(f"{name!r}: a manifest cannot list names with tabs or line breaks; rename the file")
 
 
 def write_lines(path, lines):
@@ -137,9 +145,7 @@ def check_manifest(path):
     Raises:
         InputError: the manifest itself cannot be read.
     """
-    from tqdm import tqdm
-
-    from fairseq_stack.data.audio import read_audio
+    from fairseq_stack.data.audio import read_audio  # here, because reading a manifest needs no libsndfile
 
     manifest = read_manifest(path)
 

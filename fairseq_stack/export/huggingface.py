@@ -1,10 +1,12 @@
 """A student as a folder that transformers' HubertModel loads."""
 
 import torch
+import torch.nn.functional as F
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
+from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import SAMPLE_RATE
+from fairseq_stack.export.verify import ExportMismatch
 
 # fairseq's names on the left, transformers' on the right.
 _NORMS = {"default": "group", "layer_norm": "layer"}
@@ -67,6 +69,36 @@ def export_huggingface(student, folder):
         # The student has never attended to padding, so a batch needs its mask.
         return_attention_mask=True,
     ).save_pretrained(folder)
+
+
+def load_huggingface(folder, normalize):
+    """The hidden states of an export for transformers, as a function of a waveform [S].
+
+    Where `normalize` asks for it, the function normalises as fairseq does, with an epsilon of 1e-5. The
+    preprocessor of transformers has 1e-7 written into its code: a recording of variance v comes out
+    louder by a factor of about 1 + 5e-6 / v.
+
+    Args:
+        folder: what export_huggingface wrote.
+        normalize: the student's.
+
+    Returns:
+        a function from [S] to D + 1 times [1, T, D].
+
+    Raises:
+        ExportMismatch: transformers finds a key missing or left over.
+    """
+    model, report = HubertModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    problems = {kind: sorted(keys) for kind, keys in report.items() if keys}
+    if problems:
+        raise ExportMismatch(f"transformers does not load all of the export: {problems}")
+    model.eval()
+
+    def hidden_states(waveform):
+        inputs = F.layer_norm(waveform, waveform.shape) if normalize else waveform
+        return model(inputs[None], output_hidden_states=True).hidden_states
+
+    return hidden_states
 
 
 def _config(student):

@@ -2,8 +2,9 @@
 
 import torch
 
+from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import SAMPLE_RATE, samples_per_frame
+from fairseq_stack.lengths import samples_per_frame
 
 # What s3prl's HuBERT upstream takes for granted.
 _SAMPLES_PER_FRAME = 320
@@ -28,9 +29,9 @@ _MODEL_FIELDS = (
 def export_s3prl(student, file):
     """Write the student in s3prl's own format: tensors and plain values in four entries.
 
-    `s3prl.hub.hubert_local(ckpt=file)` loads it. A single utterance gives the features of training; so
-    does a padded batch, unless the CNN has a group norm (`extractor_mode=default`), whose statistics
-    s3prl takes over the padding too.
+    `s3prl.hub.hubert_local(ckpt=file)` loads it. An utterance on its own gives the features of training.
+    In a padded batch s3prl rounds its frames up, so that it may attend to one frame of padding, and
+    takes the statistics of a group norm (`extractor_mode=default`) over the padding too.
 
     Args:
         student: a Student.
@@ -42,8 +43,8 @@ def export_s3prl(student, file):
     config, hop = student.config, samples_per_frame(student.conv_layers)
     if hop != _SAMPLES_PER_FRAME:
         raise InputError(
-            f"model.conv_feature_layers={config['conv_feature_layers']} makes a frame of {hop} samples, and s3prl's"
-            f" HuBERT takes {_SAMPLES_PER_FRAME} for granted; export this student with --to huggingface"
+            f"model.conv_feature_layers={config['conv_feature_layers']} makes a frame of {hop} samples, and"
+            f" s3prl's HuBERT takes {_SAMPLES_PER_FRAME} for granted; export it with --to huggingface"
         )
     width = config["encoder_embed_dim"]
     torch.save(
@@ -71,3 +72,24 @@ def export_s3prl(student, file):
         },
         file,
     )
+
+
+def load_s3prl(file):
+    """The hidden states of an export for s3prl, as a function of a waveform [S].
+
+    Args:
+        file: what export_s3prl wrote.
+
+    Returns:
+        a function from [S] to D + 1 times [1, T, D].
+
+    Raises:
+        InputError: s3prl is not installed.
+    """
+    try:
+        from s3prl.upstream.hubert.hubconf import hubert_local
+    except ImportError as error:
+        raise InputError(f"s3prl cannot be imported ({error}); install espnet-s3prl beside fairseq") from None
+    upstream = hubert_local(ckpt=str(file)).eval()
+    # The upstream normalises by itself where the export says so.
+    return lambda waveform: upstream([waveform])["hidden_states"]

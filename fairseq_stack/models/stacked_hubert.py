@@ -107,6 +107,7 @@ class StackedHubert(HubertEncoder):
     def __init__(self, cfg, head_widths, teacher_depth):
         plan = plan_growth(str(cfg.stack_method), cfg.encoder_layers, cfg.stack_stages)
         super().__init__(cfg)
+        self.cfg = cfg
         self.plan = plan
         self.teacher_depth = teacher_depth
         self.heads = nn.ModuleDict(
@@ -155,6 +156,14 @@ class StackedHubert(HubertEncoder):
         model = cls(cfg, heads, teacher_depth=max(heads))
         model.load_state_dict(state["model"])
         return model.float().eval()
+
+    def at_initialisation(self):
+        """A student of the same shape and depth with new random weights, in eval mode: what training has to beat."""
+        widths = {int(layer): head.out_features for layer, head in self.heads.items()}
+        fresh = StackedHubert(self.cfg, widths, self.teacher_depth)
+        fresh.stage.copy_(self.stage)
+        fresh._stage_index = self._stage_index
+        return fresh.eval()
 
     # Growth
 

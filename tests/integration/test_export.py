@@ -1,25 +1,34 @@
 """Exports compute what fairseq computes.
 
-The reference is fairseq's own HubertModel with random weights, norms and biases included; this package's
-student is not involved. The waveforms are noise: only the arithmetic is compared.
+The reference is fairseq's own HubertModel with random weights, those of the norms included; this
+package's student takes part in the tests of the script only. The waveforms are noise and sweeps: only
+the arithmetic is compared.
 """
+
+import runpy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import s3prl.hub
 import torch
 import torch.nn.functional as F
-from fairseq.models.hubert.hubert import HubertConfig, HubertModel
-from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig
-from transformers import HubertModel as TransformersHubert
-from transformers import Wav2Vec2FeatureExtractor
+from omegaconf import OmegaConf
+from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
+from conftest import TINY, stock_hubert
 from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.huggingface import export_huggingface
-from fairseq_stack.export.s3prl import export_s3prl
-from fairseq_stack.export.verify import TOLERANCE
+from fairseq_stack.export.huggingface import export_huggingface, load_huggingface
+from fairseq_stack.export.s3prl import export_s3prl, load_s3prl
+from fairseq_stack.export.verify import TOLERANCE, ExportMismatch, read_speech, write_verified
+from fairseq_stack.lengths import parse_conv_layers
+from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 
-CONV = "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "export_student.py"
+
 # Seats in use at each stage of 12 layers in 4 stages: A1 B1 C1, then A1 A2 B1 B2 C1 C2, and so on.
 SEATS = {
     0: [0, 4, 8],
@@ -27,67 +36,47 @@ SEATS = {
     2: [0, 1, 2, 4, 5, 6, 8, 9, 10],
     3: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
 }
-# The shapes of HuBERT Base, of HuBERT Large, and what lies between.
 BASE = {"extractor_mode": "default", "layer_norm_first": False, "conv_bias": False}
 LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
-VARIANTS = {
-    "base": (BASE, False),
-    "base, normalised": (BASE, True),
-    "large": (LARGE, True),
-    "large, as recorded": (LARGE, False),
-    "pre-norm behind a group norm": ({**BASE, "layer_norm_first": True}, False),
-    "no projection": ({**BASE, "encoder_embed_dim": 16}, False),
-    "tanh approximation of gelu": ({**BASE, "activation_fn": "gelu_accurate"}, False),
-}
-LENGTHS = (400, 7_777, 16_000, 16_080)  # samples; 1, 24, 49 and 49 frames
+OTHER_ACTIVATIONS = ("gelu_accurate", "gelu_fast", "relu", "tanh", "linear")
+LENGTHS = (400, 7_777, 16_000, 16_080)  # samples; 1, 24, 49 and 50 frames
 
 
-def fairseq_hubert(shape):
-    """fairseq's HubertModel with 12 random layers."""
-    torch.manual_seed(0)
-    cfg = HubertConfig(
-        label_rate=50.0,
-        conv_feature_layers=CONV,
-        encoder_layers=12,
-        encoder_ffn_embed_dim=48,
-        encoder_attention_heads=4,
-        conv_pos=16,
-        conv_pos_groups=4,
-        **{"encoder_embed_dim": 32, **shape},
-    )
-    model = HubertModel(cfg, HubertPretrainingConfig(), [None]).eval()
+def hubert_and_state(shape, stage, normalize):
+    """fairseq's HubertModel of one stage, and what fairseq would save for a student with its weights.
+
+    Layers that the stage does not use hold NaN in the student: they must not matter.
+    """
+    model, cfg = stock_hubert(normalize=normalize, **{**TINY, **shape})
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
-                tensor.add_(0.2 * torch.randn_like(tensor))
-    return cfg, model
-
-
-def student_state(shape, stage, normalize):
-    """What fairseq would save for a student with these weights, and the model that it should equal."""
-    cfg, model = fairseq_hubert(shape)
-    weights = {
-        name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("mask_emb", "final_proj"))
-    }
-    weights["heads.12.weight"] = torch.randn(48, cfg.encoder_embed_dim)
-    weights["heads.12.bias"] = torch.randn(48)
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+    weights = model.state_dict()
+    for name in [name for name in weights if name.startswith(("mask_emb", "final_proj", "label_embs"))]:
+        del weights[name]
+    for name in weights:
+        if name.startswith("encoder.layers.") and int(name.split(".")[2]) not in SEATS[stage]:
+            weights[name] = torch.full_like(weights[name], float("nan"))
+    weights.update({"heads.12.weight": torch.zeros(4, 16), "heads.12.bias": torch.zeros(4)})
     weights["stage"] = torch.tensor(float(stage))
-    config = {**vars(cfg), "_name": "stacked_hubert", "stack_method": "interleaved", "stack_stages": 4}
-    state = {"model": weights, "cfg": {"model": config, "task": {"normalize": normalize}}}
+    cfg["model"].update(_name="stacked_hubert", stack_method="interleaved", stack_stages=4)
     model.encoder.layers = torch.nn.ModuleList(model.encoder.layers[seat] for seat in SEATS[stage])
-    return state, model
+    return model, {"model": weights, "cfg": cfg}
 
 
 @torch.no_grad()
 def fairseq_hidden_states(model, waveform, normalize):
-    """Hidden states 0 to D of one waveform [S], the last one behind the final layer norm of a pre-norm model."""
+    """Hidden states 0 to D of one waveform [S], the last one behind the final norm of a pre-norm encoder."""
     source = (F.layer_norm(waveform, waveform.shape) if normalize else waveform)[None]
-    first = []
-    handle = model.encoder.layers[0].register_forward_pre_hook(lambda module, args: first.append(args[0]))
+    inputs = []
+    hook = model.encoder.layers[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     depth = len(model.encoder.layers)
     states = [model.extract_features(source, output_layer=layer)[0] for layer in (*range(1, depth), None)]
-    handle.remove()
-    return [first[0].transpose(0, 1)[:, : states[0].size(1)], *states]
+    hook.remove()
+    frames = states[0].size(1)  # fairseq pads the layers' input to an even number of frames
+    return [inputs[0].transpose(0, 1)[:, :frames], *states]
 
 
 def waveform(length):
@@ -99,52 +88,199 @@ def difference(states, others):
     return max((state - other).abs().max().item() for state, other in zip(states, others))
 
 
-def exported(tmp_path, state):
+@pytest.mark.parametrize(
+    "shape, normalize, stage",
+    [
+        (BASE, False, 0),
+        (BASE, False, 1),
+        (BASE, False, 2),
+        (BASE, False, 3),
+        (BASE, True, 3),
+        (LARGE, True, 1),
+        (LARGE, True, 3),
+        (LARGE, False, 3),
+        ({**BASE, "layer_norm_first": True}, False, 0),
+        ({**LARGE, "layer_norm_first": False}, True, 0),
+        ({**BASE, "encoder_embed_dim": 8}, False, 0),  # as wide as the CNN, so without a projection
+        *(({**BASE, "activation_fn": name}, False, 0) for name in OTHER_ACTIVATIONS),
+    ],
+)
+def test_every_hidden_state_of_an_utterance_equals_fairseqs(tmp_path, shape, normalize, stage):
+    model, state = hubert_and_state(shape, stage, normalize)
     student = student_from_checkpoint(state)
     export_huggingface(student, tmp_path / "huggingface")
     export_s3prl(student, tmp_path / "s3prl.pt")
-    return tmp_path / "huggingface", tmp_path / "s3prl.pt"
 
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stage", [0, 3])
-def test_every_hidden_state_equals_fairseqs(tmp_path, variant, stage):
-    shape, normalize = VARIANTS[variant]
-    state, model = student_state(shape, stage, normalize)
-    folder, file = exported(tmp_path, state)
-
-    transformers_model, report = TransformersHubert.from_pretrained(folder, output_loading_info=True)
+    in_transformers, report = HubertModel.from_pretrained(tmp_path / "huggingface", output_loading_info=True)
     assert not any(report.values()), report
-    upstream = s3prl.hub.hubert_local(ckpt=str(file)).eval()
+    in_s3prl = s3prl.hub.hubert_local(ckpt=str(tmp_path / "s3prl.pt")).eval()
 
     for length in LENGTHS:
-        expected = fairseq_hidden_states(model, waveform(length), normalize)
-        assert len(expected) == len(SEATS[stage]) + 1
         source = waveform(length)
+        expected = fairseq_hidden_states(model, source, normalize)
+        assert len(expected) == len(SEATS[stage]) + 1
         inputs = F.layer_norm(source, source.shape) if normalize else source
         with torch.no_grad():
-            states = transformers_model(inputs[None], output_hidden_states=True).hidden_states
-            print(variant, length, "hf", difference(states, expected))
-            assert difference(states, expected) < TOLERANCE
-            d=difference(upstream([source])["hidden_states"], expected); print("s3", d)
-            assert d < TOLERANCE
+            output = in_transformers(inputs[None], output_hidden_states=True)
+            assert difference(output.hidden_states, expected) < TOLERANCE
+            assert difference([output.last_hidden_state], expected[-1:]) < TOLERANCE
+            assert difference(in_s3prl([source])["hidden_states"], expected) < TOLERANCE
 
 
-def test_batches(tmp_path):
-    for variant in VARIANTS:
-        shape, normalize = VARIANTS[variant]
-        state, model = student_state(shape, 1, normalize)
-        (tmp_path/variant).mkdir()
-        folder, file = exported(tmp_path/variant, state)
-        up = s3prl.hub.hubert_local(ckpt=str(file)).eval()
-        hf = s3prl.hub.hf_hubert_custom(str(folder)).eval()
-        m = TransformersHubert.from_pretrained(folder)
-        fe = Wav2Vec2FeatureExtractor.from_pretrained(folder)
-        ws = [waveform(l) for l in (7777, 16000, 12345)]
-        for k, w in enumerate(ws):
-            e = fairseq_hidden_states(model, w, normalize)
-            T = e[0].size(1)
-            with torch.no_grad():
-                nomask = fe([w.numpy() for w in ws], return_tensors="pt", padding=True, return_attention_mask=False, sampling_rate=16000)
-                print(variant, len(w), "hf1", difference(hf([w])["hidden_states"], e), "s3prlbatch", difference([s[k:k+1,:T] for s in up(ws)["hidden_states"]], e),
-                 "hfbatch", difference([s[k:k+1,:T] for s in hf(ws)["hidden_states"]], e), "nomask", difference([s[k:k+1,:T] for s in m(**nomask, output_hidden_states=True).hidden_states], e))
+@pytest.mark.parametrize(
+    "shape, normalize, tolerance",
+    [
+        (BASE, False, TOLERANCE),
+        # A group norm undoes what the preprocessor's epsilon (1e-7 for fairseq's 1e-5) does to the scale.
+        (BASE, True, TOLERANCE),
+        (LARGE, False, TOLERANCE),
+        # Biases in the first convolution keep the scale: noise of variance 0.01 comes out 0.05 % louder.
+        (LARGE, True, 2e-3),
+    ],
+)
+def test_s3prl_loads_the_huggingface_export_with_its_preprocessing(tmp_path, shape, normalize, tolerance):
+    model, state = hubert_and_state(shape, 1, normalize)
+    export_huggingface(student_from_checkpoint(state), tmp_path)
+    upstream = s3prl.hub.hf_hubert_custom(str(tmp_path)).eval()
+    assert upstream.extracter.do_normalize is normalize
+    for length in LENGTHS:
+        with torch.no_grad():
+            states = upstream([waveform(length)])["hidden_states"]
+        assert difference(states, fairseq_hidden_states(model, waveform(length), normalize)) < tolerance
+
+
+def test_padding_changes_nothing_in_transformers_unless_a_group_norm_sees_it(tmp_path):
+    lengths = (7_777, 16_000, 12_345)
+    model, state = hubert_and_state(LARGE, 1, False)
+    export_huggingface(student_from_checkpoint(state), tmp_path)
+    extractor = Wav2Vec2FeatureExtractor.from_pretrained(tmp_path)
+    waveforms = [waveform(length).numpy() for length in lengths]
+    batch = extractor(waveforms, padding=True, return_tensors="pt", sampling_rate=16_000)
+    with torch.no_grad():
+        states = HubertModel.from_pretrained(tmp_path)(**batch, output_hidden_states=True).hidden_states
+    for row, length in enumerate(lengths):
+        expected = fairseq_hidden_states(model, waveform(length), False)
+        frames = expected[0].size(1)
+        assert difference([state[row : row + 1, :frames] for state in states], expected) < TOLERANCE
+
+
+def test_the_s3prl_file_holds_tensors_and_plain_values(tmp_path):
+    _, state = hubert_and_state(BASE, 0, False)
+    export_s3prl(student_from_checkpoint(state), tmp_path / "s3prl.pt")
+    content = torch.load(tmp_path / "s3prl.pt", weights_only=True)
+    assert set(content) == {"task_cfg", "model_cfg", "model_weight", "dictionaries_symbols"}
+
+
+def test_what_the_other_library_cannot_compute_is_refused(tmp_path):
+    _, state = hubert_and_state(BASE, 0, False)
+    state["cfg"]["model"]["activation_fn"] = "relu_squared"
+    with pytest.raises(InputError, match="activation_fn=relu_squared"):
+        export_huggingface(student_from_checkpoint(state), tmp_path / "huggingface")
+    _, state = hubert_and_state({"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 3"}, 0, False)
+    with pytest.raises(InputError, match="40 samples.*320"):
+        export_s3prl(student_from_checkpoint(state), tmp_path / "s3prl.pt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+@pytest.mark.parametrize("format", ["huggingface", "s3prl"])
+def test_an_export_that_computes_something_else_leaves_nothing(tmp_path, format, value):
+    model, state = hubert_and_state(BASE, 0, False)
+    state["model"]["encoder.layers.4.fc2.bias"] = torch.full((16,), value)
+    student = student_from_checkpoint(state)
+    write, load = {
+        "huggingface": (partial(export_huggingface, student), partial(load_huggingface, normalize=False)),
+        "s3prl": (partial(export_s3prl, student), load_s3prl),
+    }[format]
+    reference = partial(fairseq_hidden_states, model, normalize=False)
+    with pytest.raises(ExportMismatch, match="not written"):
+        write_verified(write, load, reference, [waveform(8_000)], tmp_path / "export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_exporters_need_neither_fairseq_nor_hydra():
+    code = (
+        "import sys, fairseq_stack.checkpoint, fairseq_stack.export.huggingface, fairseq_stack.export.s3prl,"
+        " fairseq_stack.export.verify; sys.exit(bool({'fairseq', 'hydra'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[1]).returncode == 0
+
+
+def test_excerpts_have_several_lengths_and_at_least_a_frame(speech):
+    conv_layers = parse_conv_layers(TINY["conv_feature_layers"])
+    lengths = [len(excerpt) for excerpt in read_speech(speech / "valid.tsv", conv_layers)]
+    assert len(set(lengths)) == 8 and min(lengths) >= 400
+    with pytest.raises(InputError, match="shorter than one frame"):
+        read_speech(speech / "valid.tsv", [(8, 16_000, 1)])
+
+
+# The script, with this package's own student
+
+
+def student_file(folder, speech, stage, **shape):
+    """A checkpoint as fairseq saves it after some training, here none."""
+    fields = {**TINY, **shape, "teacher_layers": [4, 8, 12], "max_update": 1000}
+    cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), fields)
+    torch.manual_seed(0)
+    model = StackedHubert(cfg, {4: 24, 8: 24, 12: 24}, teacher_depth=12)
+    model.grow_to(stage)
+    model_cfg = {**OmegaConf.to_container(cfg, enum_to_str=True), "_name": "stacked_hubert"}
+    task_cfg = {"_name": "speech_distillation", "data": str(speech), "normalize": False}
+    path = folder / "checkpoint_last.pt"
+    torch.save({"cfg": {"model": model_cfg, "task": task_cfg}, "model": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def export_student(monkeypatch, capsys):
+    """Run scripts/export_student.py; returns its error (None or a line) and its standard output."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as exit:
+            return exit.code, capsys.readouterr().out
+        return None, capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("stage, depth", [(2, 6), (4, 12)])
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+def test_the_script_exports_a_student_at_any_stage(tmp_path, speech, export_student, shape, stage, depth):
+    checkpoint = student_file(tmp_path, speech, stage, **shape)
+    for format in ("huggingface", "s3prl"):
+        error, output = export_student(checkpoint, "--to", format, "--output", tmp_path / format)
+        assert error is None
+        assert output.startswith(f"{format}: {tmp_path / format}, largest difference")
+        assert output.count("\n") == 1
+    assert HubertModel.from_pretrained(tmp_path / "huggingface").config.num_hidden_layers == depth
+    in_s3prl = s3prl.hub.hubert_local(ckpt=str(tmp_path / "s3prl"))
+    assert len(in_s3prl([waveform(8_000)])["hidden_states"]) == depth + 1
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.name, "huggingface", "s3prl"}
+
+
+@pytest.mark.parametrize("format", ["huggingface", "s3prl"])
+def test_the_script_leaves_an_existing_target_as_it_is(tmp_path, speech, export_student, format):
+    checkpoint, target = student_file(tmp_path, speech, 1), tmp_path / "target"
+    target.mkdir()
+    (target / "file").write_text("mine")
+    error, _ = export_student(checkpoint, "--to", format, "--output", target)
+    assert error == f"error: {target} exists; remove it or choose another --output"
+    assert (target / "file").read_text() == "mine" and len(list(target.iterdir())) == 1
+
+
+def test_the_script_names_what_it_cannot_use(tmp_path, speech, teacher_file, export_student):
+    checkpoint, target = student_file(tmp_path, tmp_path / "elsewhere", 1), tmp_path / "target"
+    for arguments, words in (
+        ([tmp_path / "none.pt"], f"{tmp_path / 'none.pt'} does not exist"),
+        ([teacher_file], f"{teacher_file} holds a model named hubert"),
+        ([checkpoint], f"{tmp_path / 'elsewhere' / 'valid.tsv'} does not exist; give --speech"),
+        ([checkpoint, "--speech", checkpoint], f"{checkpoint}"),
+    ):
+        error, output = export_student(*arguments, "--to", "s3prl", "--output", target)
+        assert error.startswith(f"error: {words}") and "\n" not in error and not output
+    error, _ = export_student(checkpoint, "--to", "s3prl", "--output", tmp_path / "no" / "target")
+    assert error.startswith(f"error: {tmp_path / 'no'} is not a folder")
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]

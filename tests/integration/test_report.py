@@ -165,10 +165,10 @@ def test_speech_is_drawn_up_to_the_given_seconds_and_the_same_each_time(student,
 def test_unusable_students_and_speech_are_named(student, speech, tmp_path):
     with pytest.raises(InputError, match="nowhere has no config.json"):
         hidden_states_of(tmp_path / "nowhere", speech)
-    with pytest.raises(InputError, match="missing.tsv cannot be read"):
+    with pytest.raises(InputError, match="missing.tsv: cannot read this manifest"):
         hidden_states_of(student, tmp_path / "missing.tsv")
     (tmp_path / "empty.tsv").write_text(f"{tmp_path}\n")
-    with pytest.raises(InputError, match="empty.tsv lists no audio"):
+    with pytest.raises(InputError, match="empty.tsv: lists no files"):
         hidden_states_of(student, tmp_path / "empty.tsv")
     for samples, rate, complaint in (
         (np.zeros(16_000), 8_000, "8000 Hz"),

@@ -97,7 +97,7 @@ def test_the_older_command_line_trains_too(speech, teacher_file, tmp_path):
         "--conv-feature-layers", "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2", "--encoder-embed-dim", 16,
         "--encoder-ffn-embed-dim", 32, "--encoder-attention-heads", 4, "--conv-pos", 8, "--conv-pos-groups", 4,
         "--stack-schedule", "equal", "--teacher-layers", "4,8,12", "--optimizer", "adam", "--lr", 0.0005,
-        "--batch-size", 4, "--max-update", 8, "--save-dir", tmp_path, "--num-workers", 0, "--log-format", "simple",
+        "--batch-size", 4, "--required-batch-size-multiple", 1, "--max-update", 8, "--save-dir", tmp_path, "--num-workers", 0, "--log-format", "simple",
     )  # fmt: skip
     output, _ = run.communicate()
     assert run.returncode == 0, output

@@ -1,0 +1,49 @@
+"""How much of the teacher a student predicts on speech that it has not heard."""
+
+import torch
+
+from fairseq_stack.analysis.similarity import explained_variance
+from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
+from fairseq_stack.data.waveforms import normalize_waveforms
+
+LONGEST_SECONDS = 10  # of an utterance; attention over a whole minute would cost more than it tells
+
+
+@torch.no_grad()
+def explained_by_layer(student, teacher, manifest, normalize, seconds=120.0):
+    """Share of the teacher's variance that the student's heads explain, for each head.
+
+    Utterances pass one by one in the manifest's order, each up to LONGEST_SECONDS.
+
+    Args:
+        student: a StackedHubert in eval mode.
+        teacher: its Teacher.
+        manifest: a Manifest of held-out speech.
+        normalize: whether the student wants normalised waveforms.
+        seconds: how much speech to use.
+
+    Returns:
+        {teacher layer: 1 - squared error / variance}; 1 is perfect, 0 is as good as the mean frame,
+        below 0 is worse.
+
+    Raises:
+        InputError: a recording cannot be read.
+    """
+    layers = [int(layer) for layer in student.heads]
+    predictions, targets = {layer: [] for layer in layers}, {layer: [] for layer in layers}
+    left = seconds * SAMPLE_RATE
+    for index in range(len(manifest)):
+        if left <= 0:
+            break
+        samples = min(int(manifest.samples[index]), LONGEST_SECONDS * SAMPLE_RATE)
+        left -= samples
+        waveform, length = torch.from_numpy(read_audio(manifest.path(index), 0, samples))[None], torch.tensor([samples])
+        wanted = teacher.hidden_states(waveform, length, layers)
+        given = student(normalize_waveforms(waveform, length) if normalize else waveform, length)["predictions"]
+        for layer in layers:
+            predictions[layer].append(given[layer][0])
+            targets[layer].append(wanted[layer][0])
+    return {
+        layer: explained_variance(torch.cat(predictions[layer]).numpy(), torch.cat(targets[layer]).numpy())
+        for layer in layers
+    }

@@ -1,0 +1,24 @@
+# Sourced by demo.sh and test.sh: makes .venv beside this folder from constraints.txt, once, and uses it.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+find_python() {
+  for candidate in ${PYTHON:-} python3.12 python3.11 python3; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: Python 3.11 or 3.12 is needed; install one, or name it as PYTHON=/path/to/python" >&2
+  return 1
+}
+
+wanted=$(cat setup.py constraints.txt | cksum)
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+  python=$(find_python) || exit 1
+  echo "== Installing into .venv with $("$python" --version)"
+  "$python" -m venv .venv
+  .venv/bin/pip install --quiet --progress-bar off --constraint constraints.txt --editable '.[test]'
+  echo "$wanted" > .venv/installed
+fi
+PATH="$PWD/.venv/bin:$PATH"

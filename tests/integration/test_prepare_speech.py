@@ -1,0 +1,391 @@
+"""Whatever the source, the output is 16 kHz mono audio whose manifests fairseq reads as they are."""
+
+import csv
+import gzip
+import math
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from fairseq.data.audio.hubert_dataset import load_audio
+
+from fairseq_stack.data.manifest import read_manifest
+from fairseq_stack.data.prepare import (
+    PACKAGES, Recording, asterisk_recordings, fetch_packages, prepare, prepare_recordings, split_prompts
+)
+from fairseq_stack.errors import InputError
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_speech.py"
+
+
+def tone(rate, hertz=440.0, seconds=0.5):
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate)
+
+
+def noise(seed, samples=1600):
+    return np.random.default_rng(seed).uniform(-0.3, 0.3, samples)
+
+
+def write(path, samples, rate=16_000, **kind):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, samples, rate, **kind)
+    return path
+
+
+def listed(output):
+    """{utterance: (split, path of the file, samples)}, read by fairseq's own code."""
+    found = {}
+    for split in ("train", "valid", "test"):
+        if (output / f"{split}.tsv").exists():
+            root, names, _, _, sizes = load_audio(output / f"{split}.tsv", None, None)
+            for name, size in zip(names, sizes):
+                assert os.path.splitext(name)[0] not in found
+                found[os.path.splitext(name)[0]] = split, Path(root, name), size
+    return found
+
+
+def labels(output):
+    with open(output / "labels.tsv", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert list(rows[0]) == ["utterance", "speaker", "language", "text", "keyword"]
+    return {row["utterance"]: row for row in rows}
+
+
+def run_script(monkeypatch, *arguments):
+    """Run the script's main in this process."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT))["main"]()
+
+
+# Any folder
+
+
+def test_any_rate_format_and_channel_count_becomes_16_khz_mono(tmp_path):
+    source, output = tmp_path / "source", tmp_path / "output"
+    stereo = {rate: np.stack([tone(rate), np.zeros(rate // 2)], axis=1) for rate in (44_100, 48_000)}
+    lossless = {
+        "a/eight": write(source / "a/eight.wav", tone(8_000), 8_000),
+        "a/sixteen": write(source / "a/sixteen.flac", tone(16_000), 16_000),
+        "b/odd name.x": write(source / "b/odd name.x.WAV", tone(22_050), 22_050, subtype="FLOAT"),
+        "half": write(source / "half.wav", stereo[44_100], 44_100, subtype="PCM_24"),
+    }
+    lossy = {
+        "é/ogg": write(source / "é/ogg.ogg", stereo[48_000], 48_000),
+        "é/mp3": write(source / "é/mp3.mp3", tone(32_000), 32_000),
+    }
+    (source / "notes.txt").write_text("not audio")
+    (source / ".hidden.wav").write_text("not audio")
+    prepare(str(source), output)
+
+    found = listed(output)
+    assert set(found) == {*lossless, *lossy} == set(labels(output))
+    for utterance, path in {**lossless, **lossy}.items():
+        _, prepared, samples = found[utterance]
+        info = soundfile.info(prepared)
+        assert (info.samplerate, info.channels, info.subtype) == (16_000, 1, "PCM_16")
+        original = soundfile.info(path)
+        assert samples == info.frames == math.ceil(original.frames * 16_000 / original.samplerate)
+
+        # The same tone sampled at 16 kHz; half as loud where the other channel is silent.
+        expected = tone(16_000) / original.channels
+        heard, _ = soundfile.read(prepared)
+        middle = slice(800, 7200)  # the resampling filter sees zeros beyond both ends
+        tolerance = 0.005 if utterance in lossless else 0.05
+        np.testing.assert_allclose(heard[middle], expected[middle], atol=tolerance)
+
+
+def test_tones_that_16_khz_cannot_hold_are_removed(tmp_path):
+    rate, seconds = 44_100, 0.5
+    write(tmp_path / "source/a.wav", tone(rate, 12_000, seconds) + tone(rate, 1_000, seconds) / 2, rate)
+    for name in "bc":
+        write(tmp_path / f"source/{name}.wav", noise(ord(name)))
+    prepare(str(tmp_path / "source"), tmp_path / "output")
+    heard, _ = soundfile.read(listed(tmp_path / "output")["a"][1])
+    spectrum = np.abs(np.fft.rfft(heard[800:7200] * np.hanning(6400)))
+    hertz = np.fft.rfftfreq(6400, 1 / 16_000)
+    assert hertz[spectrum.argmax()] == 1_000
+    assert spectrum[np.abs(hertz - 1_000) > 50].max() < spectrum.max() / 100  # nothing folded to 4 kHz
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("one", "two", "three", "four"):
+        write(tmp_path / f"source/{name}.wav", noise(len(name) * 7 + ord(name[0])))
+    return tmp_path / "source"
+
+
+def test_a_second_run_converts_only_what_is_new_or_changed(folder, tmp_path):
+    def times():
+        return {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "output/audio").iterdir()}
+
+    prepare(str(folder), tmp_path / "output")
+    before = times()
+    changed = write(folder / "two.wav", noise(99))  # as long and as big as before
+    os.utime(changed, ns=(1, 1))  # and older
+    write(folder / "five.wav", noise(100))
+    (tmp_path / "output/audio/five.flac.part").write_bytes(b"cut off by a crash")
+    prepare(str(folder), tmp_path / "output")
+    after = times()
+    assert {name for name in after if after[name] == before.get(name)} == {"one", "three", "four"}
+    assert set(after) == {"one", "two", "three", "four", "five"}
+    heard, _ = soundfile.read(tmp_path / "output/audio/two.flac")
+    np.testing.assert_allclose(heard, noise(99), atol=2**-15)
+
+
+def test_the_same_audio_under_two_names_counts_once(folder, tmp_path):
+    (folder / "copy.wav").write_bytes((folder / "two.wav").read_bytes())
+    (folder / "link.wav").symlink_to("two.wav")
+    (folder / "again").symlink_to(".")
+    prepare(str(folder), tmp_path / "output")
+    assert set(listed(tmp_path / "output")) == {"one", "copy", "three", "four"}
+
+
+def test_an_unreadable_file_is_named_and_costs_nothing(folder, tmp_path):
+    output = tmp_path / "output"
+    prepare(str(folder), output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    (folder / "broken.wav").write_text("not audio")
+    write(folder / "empty.wav", noise(0)[:0])
+    with pytest.raises(InputError) as caught:
+        prepare(str(folder), output)
+    assert str(caught.value).startswith(f"{folder}/broken.wav: cannot be read as audio")
+    assert "1 more of 6 files" in str(caught.value) and "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_unusable_folders_are_refused_before_anything_is_written(folder, tmp_path):
+    output = tmp_path / "output"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no audio; looked for \.wav, \.flac, \.ogg, \.mp3"):
+        prepare(str(tmp_path / "empty"), output)
+    with pytest.raises(InputError, match="absent: is not a folder"):
+        prepare(str(tmp_path / "absent"), output)
+    with pytest.raises(InputError, match="choose another folder"):
+        prepare(str(folder), folder)
+    write(folder / "one.flac", noise(3))
+    with pytest.raises(InputError, match="2 files named one"):
+        prepare(str(folder), output)
+    for name in ("one.flac", "three.wav", "four.wav"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match="2 different prompts"):
+        prepare(str(folder), output)
+    (folder / "line\nbreak.wav").touch()
+    with pytest.raises(InputError, match="rename the file"):
+        prepare(str(folder), output)
+    assert not output.exists()
+
+
+def test_what_was_prepared_inside_the_source_is_not_a_source(folder):
+    for _ in range(2):
+        prepare(str(folder), folder / "prepared")
+        assert set(listed(folder / "prepared")) == {"one", "two", "three", "four"}
+
+
+# Splits
+
+
+def test_five_percent_of_the_prompts_each_are_held_out_whatever_the_order():
+    recordings = [Recording(Path(), f"{speaker}/prompt{index}") for speaker in "abc" for index in range(400)]
+    split = split_prompts(recordings, {})
+    for index in range(400):
+        assert len({split[f"{speaker}/prompt{index}"] for speaker in "abc"}) == 1
+    counts = {name: list(split.values()).count(name) // 3 for name in ("train", "valid", "test")}
+    assert counts == {"train": 360, "valid": 20, "test": 20}
+    assert split_prompts(recordings[::-1], {}) == split
+    # A further speaker of the same prompts moves nothing.
+    more = split_prompts(recordings + [Recording(Path(), f"d/PROMPT{index}") for index in range(400)], {})
+    assert more == {**split, **{f"d/PROMPT{index}": split[f"a/prompt{index}"] for index in range(400)}}
+
+
+def test_prompts_that_share_a_text_or_audio_share_a_split():
+    # With independent splits, one pair in five would be torn.
+    recordings = [Recording(Path(), f"en/a{index}", text=f"Press {index}, please.") for index in range(200)]
+    recordings += [Recording(Path(), f"en/b{index}", text=f"press {index} PLEASE") for index in range(200)]
+    recordings += [Recording(Path(), f"fr/c{index}") for index in range(200)]
+    recordings += [Recording(Path(), f"fr/b{index}") for index in range(200)]
+    copies = {f"fr/c{index}": f"fr/b{index}" for index in range(200)}
+    split = split_prompts(recordings, copies)
+    assert len(set(split.values())) == 3
+    assert split_prompts(recordings[::-1], copies) == split
+    for index in range(200):
+        assert len({split[f"{name}{index}"] for name in ("en/a", "en/b", "fr/b", "fr/c")}) == 1
+
+
+# Debian's recordings
+
+
+@pytest.fixture
+def unpacked(tmp_path):
+    """A small tree as dpkg leaves it."""
+    sounds = tmp_path / "unpacked/usr/share/asterisk/sounds"
+    texts = {
+        "digits/1": "one", "vm-one": "One.", "letters/a": "a", "letters/at": "at [@]", "digits/10": "ten",
+        "ascending-2tone": "[ascending tones]", "silence/1": "(1 second of silence)",
+        **{f"prompt-{index}": f"This is prompt: {index}" for index in range(20)},
+    }
+    for seed, name in enumerate(texts):
+        write(sounds / f"en_US_f_Allison/{name}.wav", noise(seed), 8_000)
+        write(sounds / f"ru_RU_f_IvrvoiceRU/{name}.wav", noise(seed + 100), 8_000)
+    write(sounds / "ru_RU_f_IvrvoiceRU/is.wav", noise(0)[:0], 8_000)
+    gsm = {"format": "RAW", "subtype": "GSM610"}
+    for seed, name in enumerate(("digits/1", "digits/h-1", "vm-first", "ascending-2tone")):
+        write(sounds / f"es/{name}.gsm", noise(seed + 200), 8_000, **gsm)
+    (sounds / "es/vm-first.gsm").write_bytes((sounds / "es/digits/h-1.gsm").read_bytes())
+    (sounds / "digits").mkdir()
+    (sounds / "digits/es").symlink_to("../es/digits")
+    document = tmp_path / "unpacked/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
+    document.parent.mkdir(parents=True)
+    lines = "".join(f"{name}: {text}\n" for name, text in texts.items())
+    document.write_bytes(gzip.compress(f"; Core: sounds\n\n{lines}".encode()))
+    return tmp_path / "unpacked"
+
+
+def test_debian_recordings_get_speakers_languages_texts_and_keywords(unpacked, tmp_path):
+    output = tmp_path / "output"
+    prepare_recordings(asterisk_recordings(unpacked), output)
+    spoken = ["digits/1", "vm-one", "letters/a", "letters/at", "digits/10"]
+    spoken += [f"prompt-{index}" for index in range(20)]
+    found, rows = listed(output), labels(output)
+    assert set(found) == set(rows) == {
+        *(f"en_US_f_Allison/{name}" for name in spoken),
+        *(f"ru_RU_f_IvrvoiceRU/{name}" for name in spoken),
+        "es/digits/1", "es/vm-first",  # digits/h-1 is the same audio
+    }
+    assert {tuple(row.values()) for row in rows.values()} > {
+        ("en_US_f_Allison/digits/1", "Allison", "en", "one", "1"),
+        ("en_US_f_Allison/letters/at", "Allison", "en", "at", ""),
+        ("en_US_f_Allison/letters/a", "Allison", "en", "a", "a"),
+        ("es/digits/1", "July", "es", "", "1"),
+        ("ru_RU_f_IvrvoiceRU/digits/10", "IvrvoiceRU", "ru", "", ""),
+        ("en_US_f_Allison/prompt-3", "Allison", "en", "This is prompt: 3", ""),
+    }
+    for name in spoken:
+        assert found[f"en_US_f_Allison/{name}"][0] == found[f"ru_RU_f_IvrvoiceRU/{name}"][0]
+    one = ("es/digits/1", "en_US_f_Allison/vm-one", "en_US_f_Allison/digits/1")
+    assert len({found[utterance][0] for utterance in one}) == 1
+    assert {split for split, _, _ in found.values()} == {"train", "valid", "test"}
+    assert found["es/digits/1"][2] == 2 * 1600  # 8 kHz became 16 kHz
+
+
+def test_without_apt_get_only_packages_that_are_there_can_be_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    archive = tmp_path / "some-speech_1.0-1_all.deb"
+    archive.touch()
+    assert fetch_packages(["some-speech"], tmp_path) == [archive]
+    with pytest.raises(InputError, match=r"^some-speech-wav: cannot be fetched; .* \(apt-get: No such file"):
+        fetch_packages(["some-speech", "some-speech-wav"], tmp_path)
+
+
+def test_a_damaged_package_is_named(tmp_path):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for package in PACKAGES:
+        (packages / f"{package}_1.0_all.deb").write_bytes(b"cut off")
+    with pytest.raises(InputError, match=r"asterisk-core-sounds-en_1\.0_all\.deb: cannot be unpacked"):
+        prepare("asterisk", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["packages"]
+    assert len(list(packages.iterdir())) == len(PACKAGES)
+
+
+# LibriSpeech
+
+
+@pytest.fixture
+def librispeech(tmp_path):
+    root = tmp_path / "LibriSpeech"
+    for split, speaker, chapter in (
+        ("train-clean-100", 19, 198), ("train-other-500", 25, 123),
+        ("dev-clean", 84, 121), ("test-other", 61, 70),
+    ):
+        folder, stem = root / f"{split}/{speaker}/{chapter}", f"{speaker}-{chapter}"
+        for index in range(2):
+            write(folder / f"{stem}-000{index}.flac", noise(speaker + index, 1600 + speaker))
+        (folder / f"{stem}.trans.txt").write_text(
+            f"{stem}-0000 FIRST OF {speaker}\n{stem}-0001 IT'S THE SECOND\n"
+        )
+    return root
+
+
+def test_librispeech_is_listed_in_place_with_its_own_splits(librispeech, tmp_path):
+    output = tmp_path / "output"
+    prepare(str(librispeech), output)
+    assert [(utterance, split, size) for utterance, (split, _, size) in listed(output).items()] == [
+        ("train-clean-100/19/198/19-198-0000", "train", 1619),
+        ("train-clean-100/19/198/19-198-0001", "train", 1619),
+        ("train-other-500/25/123/25-123-0000", "train", 1625),
+        ("train-other-500/25/123/25-123-0001", "train", 1625),
+        ("dev-clean/84/121/84-121-0000", "valid", 1684),
+        ("dev-clean/84/121/84-121-0001", "valid", 1684),
+        ("test-other/61/70/61-70-0000", "test", 1661),
+        ("test-other/61/70/61-70-0001", "test", 1661),
+    ]
+    assert read_manifest(output / "train.tsv").root == str(librispeech)
+    assert not (output / "audio").exists()
+    assert tuple(labels(output)["dev-clean/84/121/84-121-0000"].values()) == (
+        "dev-clean/84/121/84-121-0000", "84", "en", "FIRST OF 84", ""
+    )
+
+
+def test_the_folder_around_librispeech_will_do_and_test_folders_are_optional(librispeech, tmp_path):
+    prepare(str(tmp_path), tmp_path / "output")
+    for path in librispeech.glob("test-other/*/*/*"):
+        path.unlink()
+    prepare(str(tmp_path), tmp_path / "output")
+    written = sorted(path.name for path in (tmp_path / "output").iterdir())
+    assert written == ["labels.tsv", "train.tsv", "valid.tsv"]
+    for path in librispeech.glob("dev-clean/*/*/*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"has no dev-\* folder"):
+        prepare(str(librispeech), tmp_path / "output")
+
+
+def test_librispeech_files_of_another_rate_are_refused(librispeech, tmp_path):
+    write(librispeech / "dev-clean/84/121/84-121-0001.flac", noise(0), 8_000)
+    with pytest.raises(InputError, match=r"84-121-0001\.flac: .* 8000 Hz"):
+        prepare(str(librispeech), tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+
+
+# The command line
+
+
+def test_the_script_prepares_checks_and_names_each_damage_in_a_line(folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "output"
+    run_script(monkeypatch, "--source", folder, "--output", output)
+    run_script(monkeypatch, "--output", output, "--check")
+    train = f"{output}: train 2 files, 0.00 h; valid 1 files, 0.00 h; test 1 files, 0.00 h"
+    assert capsys.readouterr().out.splitlines() == [train, train]
+
+    (output / "audio/three.flac").unlink()
+    whole = (output / "audio/one.flac").read_bytes()
+    (output / "audio/one.flac").write_bytes(whole[:-40])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(monkeypatch, "--output", output, "--check")
+    assert sorted(line.split(": ")[0] for line in stopped.value.code.splitlines()) == [
+        f"{output}/audio/one.flac", f"{output}/audio/three.flac"
+    ]
+
+    # What was damaged is mended by removing it and preparing again.
+    (output / "audio/one.flac").unlink()
+    run_script(monkeypatch, "--source", folder, "--output", output)
+    run_script(monkeypatch, "--output", output, "--check")
+
+
+def test_check_without_manifests_says_how_to_make_them(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"^error: .*train\.tsv: cannot read .* make one with scripts"):
+        run_script(monkeypatch, "--output", tmp_path, "--check")
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_a_nonzero_exit(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--source", "absent", "--output", "out"], cwd=tmp_path, text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"error: --source {tmp_path}/absent: is not a folder")
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

@@ -1,0 +1,72 @@
+"""Audio comes as 16 kHz mono float32, exactly the samples asked for, or not at all."""
+
+import numpy as np
+import pytest
+import soundfile
+
+from fairseq_stack.data.audio import SAMPLE_RATE, read_any_audio, read_audio
+from fairseq_stack.errors import InputError
+
+INTEGERS = np.array([0, 1, -1, 16384, -32768, 32767, 8192, -4096], dtype=np.int16)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_samples_are_the_stored_integers_over_32768(tmp_path, suffix):
+    soundfile.write(tmp_path / f"a.{suffix}", INTEGERS, SAMPLE_RATE)
+    samples = read_audio(tmp_path / f"a.{suffix}")
+    assert samples.dtype == np.float32 and samples.shape == (8,)
+    assert samples.tolist() == [0, 2**-15, -2**-15, 0.5, -1, 1 - 2**-15, 0.25, -0.125]
+
+
+@pytest.mark.parametrize("start, stop", [(0, 1), (3, 4097), (30_000, 40_000), (39_999, 40_000), (5, None)])
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_a_span_is_a_slice_of_the_whole(tmp_path, suffix, start, stop):
+    integers = np.random.default_rng(1).integers(-2**15, 2**15, 40_000, dtype=np.int16)
+    soundfile.write(tmp_path / f"a.{suffix}", integers, SAMPLE_RATE)
+    samples = read_audio(tmp_path / f"a.{suffix}", start, stop)
+    np.testing.assert_array_equal(samples, integers[start:stop] / 32768)
+
+
+def test_a_span_beyond_the_end_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", INTEGERS, SAMPLE_RATE)
+    with pytest.raises(InputError, match=r"a\.wav: has 8 samples, 9 were asked for"):
+        read_audio(tmp_path / "a.wav", 2, 9)
+
+
+def test_unusable_files_are_named(tmp_path):
+    silence = np.zeros(100)
+    soundfile.write(tmp_path / "rate.wav", silence, 44_100)
+    soundfile.write(tmp_path / "stereo.flac", np.zeros((100, 2)), SAMPLE_RATE)
+    soundfile.write(tmp_path / "empty.wav", silence[:0], SAMPLE_RATE)
+    soundfile.write(tmp_path / "nan.wav", [0, np.nan], SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "infinite.wav", [np.inf, 0], SAMPLE_RATE, subtype="FLOAT")
+    (tmp_path / "nothing.wav").touch()
+    (tmp_path / "text.flac").write_text("words")
+    (tmp_path / "folder.wav").mkdir()
+    expected = {
+        "rate.wav": "has 44100 Hz and 1 channel.* scripts/prepare_speech.py",
+        "stereo.flac": "has 16000 Hz and 2 channel.* scripts/prepare_speech.py",
+        "empty.wav": "has no samples", "nan.wav": "not finite", "infinite.wav": "not finite",
+        "nothing.wav": "cannot be read as audio", "text.flac": "cannot be read as audio",
+        "folder.wav": "cannot be read", "absent.wav": "cannot be read .No such file",
+    }
+    for name, words in expected.items():
+        with pytest.raises(InputError, match=f"{name}: .*{words}"):
+            read_audio(tmp_path / name)
+
+
+def test_any_audio_is_the_mean_of_its_channels_at_its_own_rate(tmp_path):
+    channels = np.array([[0.5, 0.25, -0.25], [1 / 4, -1 / 2, 1 / 4]])
+    soundfile.write(tmp_path / "a.wav", channels, 44_100, subtype="FLOAT")
+    samples, rate = read_any_audio(tmp_path / "a.wav")
+    assert rate == 44_100 and samples.dtype == np.float32
+    np.testing.assert_allclose(samples, [0.5 / 3, 0], atol=1e-7)
+
+
+def test_headerless_gsm_is_telephone_speech_at_8_khz(tmp_path):
+    tone = 0.5 * np.sin(2 * np.pi * 400 * np.arange(1600) / 8000)
+    soundfile.write(tmp_path / "a.gsm", tone, 8_000, format="RAW", subtype="GSM610")
+    assert (tmp_path / "a.gsm").stat().st_size == 330  # ten frames of 33 bytes
+    samples, rate = read_any_audio(tmp_path / "a.gsm")
+    assert rate == 8_000 and len(samples) == 1600
+    assert np.corrcoef(samples[160:], tone[160:])[0, 1] > 0.95  # lossy

@@ -1,0 +1,176 @@
+"""Checkpoints are read without running what is in them, and a student is what its stage uses."""
+
+import os
+
+import pytest
+import torch
+from fairseq.data import Dictionary
+
+from conftest import TINY, stock_hubert
+from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
+from fairseq_stack.errors import InputError
+
+
+class Runs:
+    """An object that calls a function when it is unpickled."""
+
+    def __init__(self, function, argument):
+        self.call = (function, (argument,))
+
+    def __reduce__(self):
+        return self.call
+
+
+class Harmless:
+    pass
+
+
+def the_line(error):
+    """The message of an InputError, which has one line."""
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_fairseq_dictionary_is_read_as_data(tmp_path):
+    dictionary = Dictionary()
+    for label in ("0", "1", "2"):
+        dictionary.add_symbol(label)
+    model, cfg = stock_hubert(dictionary=dictionary, **TINY)
+    path = tmp_path / "hubert.pt"
+    task_state = {"dictionaries": [dictionary]}
+    torch.save({"cfg": cfg, "model": model.state_dict(), "task_state": task_state}, path)
+
+    state = load_checkpoint(path)
+    (stand_in,) = state["task_state"]["dictionaries"]
+    assert not isinstance(stand_in, Dictionary)
+    assert stand_in.symbols == dictionary.symbols == ["<s>", "<pad>", "</s>", "<unk>", "0", "1", "2"]
+    assert torch.equal(state["model"]["encoder.layers.3.fc1.weight"], model.encoder.layers[3].fc1.weight)
+
+
+@pytest.mark.parametrize(
+    "function, code, name",
+    [(os.system, "touch {}", "posix.system"), (eval, "open({!r}, 'w').close()", "eval")],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, function, code, name, zipped):
+    trace, path = tmp_path / "trace", tmp_path / "hostile.pt"
+    dictionary = Dictionary()
+    dictionary.payload = Runs(function, code.format(str(trace)))
+    state = {"model": {}, "task_state": {"dictionaries": [dictionary]}}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+
+    with pytest.raises(InputError) as error:
+        load_checkpoint(path)
+    assert str(path) in the_line(error) and name in the_line(error)
+    assert not trace.exists()
+
+    # The same file does run under an unsafe load, so that the assertion above can fail.
+    torch.load(path, weights_only=False)
+    assert trace.exists()
+
+
+def test_what_others_allow_stays_theirs(tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save({"model": {}, "object": Harmless()}, path)
+    torch.serialization.add_safe_globals([Harmless])
+    try:
+        torch.load(path, weights_only=True)
+        with pytest.raises(InputError, match="Harmless"):
+            load_checkpoint(path)
+        torch.load(path, weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated", "list", "no model"])
+def test_what_is_not_a_checkpoint_gives_one_line_with_its_path(tmp_path, kind):
+    path = tmp_path / "file.pt"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("config: model\n" * 50)
+    elif kind == "truncated":
+        torch.save({"model": {"weight": torch.zeros(1000)}}, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "list":
+        torch.save([torch.zeros(1)], path)
+    elif kind == "no model":
+        torch.save({"cfg": {}}, path)
+    with pytest.raises(InputError) as error:
+        load_checkpoint(path)
+    assert str(path) in the_line(error)
+
+
+def student_state(stage, **shape):
+    """A checkpoint of a student of 12 layers in 4 stages, its weights those of a random HuBERT."""
+    model, cfg = stock_hubert(**TINY, **shape)
+    left_out = ("mask_emb", "final_proj", "label_embs")
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(left_out)}
+    weights.update({"heads.12.weight": torch.zeros(4, 16), "heads.12.bias": torch.zeros(4)})
+    weights["stage"] = torch.tensor(float(stage))
+    cfg["model"].update(_name="stacked_hubert", stack_method="interleaved", stack_stages=4)
+    return {"model": weights, "cfg": cfg}
+
+
+def test_a_student_is_the_layers_of_its_stage_renumbered():
+    state = student_state(stage=1)
+    student = student_from_checkpoint(state)
+    assert student.depth == 6
+    # Stage 2 of 4 uses A1 A2 B1 B2 C1 C2 of A1..A4 B1..B4 C1..C4.
+    for index, seat in enumerate([0, 1, 4, 5, 8, 9]):
+        ours = student.weights[f"encoder.layers.{index}.fc1.weight"]
+        assert torch.equal(ours, state["model"][f"encoder.layers.{seat}.fc1.weight"])
+    assert not any(name.startswith(("encoder.layers.6", "heads", "stage")) for name in student.weights)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True},
+    ],
+)
+def test_a_students_tensors_are_those_of_fairseqs_hubert(shape):
+    state = student_state(stage=3, **shape)
+    student = student_from_checkpoint(state)
+    backbone = {name for name in state["model"] if not name.startswith(("heads.", "stage"))}
+    assert student.depth == 12 and set(student.weights) == backbone
+
+
+def test_half_precision_becomes_single():
+    state = student_state(stage=0)
+    state["model"] = {name: value.half() for name, value in state["model"].items()}
+    assert {value.dtype for value in student_from_checkpoint(state).weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda state: state["model"].pop("encoder.layers.4.fc1.bias"), "encoder.layers.4.fc1.bias"),
+        (lambda state: state["model"].update(extra=torch.zeros(1)), "extra"),
+        (lambda state: state["model"].update({"layer_norm.bias": torch.zeros(9)}), "layer_norm.bias.*9,"),
+        (lambda state: state["model"].update(stage=torch.tensor(4.0)), "stage 4.0"),
+        (lambda state: state["model"].update(stage=torch.tensor(float("nan"))), "stage nan"),
+        (lambda state: state["model"].pop("stage"), "stage"),
+        (lambda state: state["cfg"]["model"].update(_name="hubert"), "hubert.*stacked_hubert"),
+        (lambda state: state["cfg"]["model"].update(conv_feature_layers="exit()"), "conv_feature_layers"),
+        (lambda state: state["cfg"]["model"].pop("encoder_embed_dim"), "encoder_embed_dim"),
+        (lambda state: state["cfg"]["task"].pop("normalize"), "normalize"),
+        (lambda state: state.pop("cfg"), "configuration"),
+    ],
+)
+def test_a_checkpoint_that_is_not_a_whole_student_gives_one_line(damage, words):
+    state = student_state(stage=0)
+    damage(state)
+    with pytest.raises(InputError, match=words) as error:
+        student_from_checkpoint(state, "student.pt")
+    the_line(error)
+
+
+def test_a_seat_that_sleeps_may_hold_anything():
+    state = student_state(stage=0)
+    state["model"]["encoder.layers.1.fc1.bias"] = torch.full((1,), float("nan"))
+    assert student_from_checkpoint(state).depth == 3
