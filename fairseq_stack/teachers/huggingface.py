@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import Data2VecAudioModel, HubertModel, Wav2Vec2Model, WavLMModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import SAMPLE_RATE, frames_from_samples
+from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.hubert_encoder import masked_group_norm
 from fairseq_stack.teachers.base import Teacher, load_weights
 from fairseq_stack.teachers.whisper import WhisperTeacher
