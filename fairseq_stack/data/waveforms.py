@@ -3,7 +3,7 @@
 import torch
 
 
-def normalize_waveforms(waveforms, lengths):
+def normalize_waveforms(waveforms, lengths, epsilon=1e-5):
     """Shift and scale each utterance to zero mean and unit variance over its own samples.
 
     What fairseq's `task.normalize` does to one waveform before padding (F.layer_norm), for a padded
@@ -12,6 +12,7 @@ def normalize_waveforms(waveforms, lengths):
     Args:
         waveforms: [B, S] with zeros behind the end of an utterance.
         lengths: [B], samples.
+        epsilon: what is added to the variance: 1e-5 in fairseq, 1e-7 in transformers.
 
     Returns:
         [B, S], zeros behind the end.
@@ -21,4 +22,4 @@ def normalize_waveforms(waveforms, lengths):
     wide = waveforms.float()
     centred = (wide - wide.sum(1, keepdim=True) / count) * valid
     variance = centred.pow(2).sum(1, keepdim=True) / count
-    return (centred * torch.rsqrt(variance + 1e-5)).type_as(waveforms)
+    return (centred * torch.rsqrt(variance + epsilon)).type_as(waveforms)

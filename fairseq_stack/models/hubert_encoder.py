@@ -23,7 +23,8 @@ class HubertEncoder(BaseFairseqModel):
     Args:
         cfg: fairseq's names for the shape: extractor_mode, conv_feature_layers, conv_bias,
             encoder_layers, encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads,
-            activation_fn, layer_norm_first, conv_pos, conv_pos_groups; and for training dropout,
+            activation_fn, layer_norm_first, conv_pos, conv_pos_groups and, where the positional
+            convolution is several blocks (data2vec), pos_conv_depth; and for training dropout,
             attention_dropout, activation_dropout, dropout_input, feature_grad_mult.
 
     Raises:
@@ -56,6 +57,7 @@ class HubertEncoder(BaseFairseqModel):
                 layer_norm_first=cfg.layer_norm_first,
                 conv_pos=cfg.conv_pos,
                 conv_pos_groups=cfg.conv_pos_groups,
+                pos_conv_depth=getattr(cfg, "pos_conv_depth", 1),
                 dropout=cfg.dropout,
                 attention_dropout=cfg.attention_dropout,
                 activation_dropout=cfg.activation_dropout,
@@ -121,13 +123,13 @@ class ConvExtractor(ConvFeatureExtractionModel):
         if self.has_group_norm and bool((lengths < waveforms.size(1)).any()):
             conv, dropout, norm, activation = blocks.pop(0)
             frames = frames_from_samples(lengths, self.shapes[:1])
-            x = activation(_masked_group_norm(dropout(conv(x)), frames, norm))
+            x = activation(masked_group_norm(dropout(conv(x)), frames, norm))
         for block in blocks:
             x = block(x)
         return x
 
 
-def _masked_group_norm(x, frames, norm):
+def masked_group_norm(x, frames, norm):
     """Normalise each channel of [B, C, T] over the first frames[b] frames, in fp32."""
     valid = (torch.arange(x.size(2), device=x.device) < frames[:, None])[:, None]
     wide = x.float() * valid
@@ -144,11 +146,9 @@ class LayerStack(TransformerEncoder):
     def forward(self, x, frames, seats, upto=None):
         """[B, T, D] features and [B] frames to a list of 1 + min(upto, len(seats)) times [B, T, D]."""
         padding = torch.arange(x.size(1), device=x.device) >= frames[:, None]
-        if bool(padding.any()):
-            x = x.masked_fill(padding[:, :, None], 0.0)
-        else:
+        if not bool(padding.any()):
             padding = None
-        x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.positions(x, padding)
         if not self.layer_norm_first:
             x = self.layer_norm(x)
         x = F.dropout(x, p=self.dropout, training=self.training)
@@ -160,3 +160,12 @@ class LayerStack(TransformerEncoder):
             last = self.layer_norm_first and position == len(seats)
             hidden_states.append((self.layer_norm(x) if last else x).transpose(0, 1))
         return hidden_states
+
+    def positions(self, x, padding):
+        """The positional convolution of [B, T, D]; `padding` [B, T] is true behind an utterance, or None."""
+        deep = isinstance(self.pos_conv[0], nn.Sequential)
+        x = x.transpose(1, 2)
+        for block in self.pos_conv if deep else [self.pos_conv]:
+            # Each block of a deep one would see what the block before it made of the padding.
+            x = block(x if padding is None else x.masked_fill(padding[:, None], 0.0))
+        return x.transpose(1, 2)

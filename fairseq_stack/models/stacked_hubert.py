@@ -17,6 +17,7 @@ from fairseq_stack.growth.plan import METHODS, plan_growth
 from fairseq_stack.growth.schedule import SCHEDULES, Plateau, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder
+from fairseq_stack.models.student_start import start_cnn, start_layers
 from fairseq_stack.supervision import check_supervision, student_position, taught_layers
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,14 @@ class StackedHubertConfig(FairseqDataclass):
     attention_dropout: float = field(default=0.1, metadata={"help": "dropout of the attention weights"})
     activation_dropout: float = field(default=0.0, metadata={"help": "dropout after the activation"})
     dropout_input: float = field(default=0.0, metadata={"help": "dropout of the transformer's input"})
+
+    init_cnn_from_teacher: bool = field(
+        default=False, metadata={"help": "start the CNN from the teacher's, which must have the same shape"}
+    )
+    init_layers_from_teacher: List[int] = field(
+        default_factory=list,
+        metadata={"help": "start the first stage's layers from these layers of the teacher, of the same width"},
+    )
 
     stack_method: ChoiceEnum(METHODS) = field(
         default="interleaved",
@@ -185,6 +194,10 @@ class StackedHubert(HubertEncoder):
         )
         if str(cfg.stack_schedule) == "plateau":
             model.plateau = Plateau(cfg.stack_patience, cfg.stack_min_updates)
+        if cfg.init_cnn_from_teacher:
+            start_cnn(model, teacher)
+        if cfg.init_layers_from_teacher:
+            start_layers(model, model.seats, teacher, cfg.init_layers_from_teacher)
         return model
 
     @classmethod

@@ -28,7 +28,13 @@ class SpeechDistillationConfig(FairseqDataclass):
     """Where the speech and the teacher are."""
 
     data: str = field(default=MISSING, metadata={"help": "folder with the manifests train.tsv and valid.tsv"})
-    teacher: str = field(default=MISSING, metadata={"help": "fairseq checkpoint of the teacher"})
+    teacher: str = field(
+        default=MISSING, metadata={"help": "the teacher: a fairseq checkpoint or a folder in Hugging Face's format"}
+    )
+    whisper_pad: bool = field(
+        default=False,
+        metadata={"help": "pad a Whisper teacher's input to 30 s, as in its pre-training (default: true length)"},
+    )
     max_sample_size: int = field(
         default=250_000, metadata={"help": "crop longer recordings to this many samples (at 16 kHz)"}
     )
@@ -74,7 +80,7 @@ class SpeechDistillation(FairseqTask):
             raise InputError(f"task.mask_prob={cfg.mask_prob} must lie between 0 and 1")
         if cfg.mask_length < 1:
             raise InputError(f"task.mask_length={cfg.mask_length} must be 1 or more")
-        return cls(cfg, load_teacher(cfg.teacher))
+        return cls(cfg, load_teacher(cfg.teacher, cfg.whisper_pad))
 
     @one_line_errors
     def load_dataset(self, split, **kwargs):

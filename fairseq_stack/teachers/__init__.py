@@ -1,5 +1,37 @@
 """Foundation models to learn from, behind one small interface (`base.Teacher`)."""
 
-from fairseq_stack.teachers.fairseq_checkpoint import load_fairseq_teacher as load_teacher
+from pathlib import Path
+
+from fairseq_stack.errors import InputError
 
 __all__ = ["load_teacher"]
+
+
+def load_teacher(path, whisper_pad=False):
+    """Load a teacher: a file is a fairseq checkpoint, a folder is in Hugging Face's format.
+
+    Args:
+        path: fairseq checkpoint of a hubert, wav2vec2 or data2vec_audio, or a folder that
+            transformers' save_pretrained wrote of a HubertModel, Wav2Vec2Model, WavLMModel,
+            Data2VecAudioModel or WhisperModel (or WhisperEncoder).
+        whisper_pad: give Whisper its recordings padded to 30 s, as in its pre-training.
+
+    Raises:
+        InputError: no such teacher, or one that cannot be loaded without running code from it.
+    """
+    path = Path(path)
+    # Each of the two imports takes seconds; a run needs one of them.
+    if path.is_dir():
+        from fairseq_stack.teachers.huggingface import load_huggingface_teacher
+
+        return load_huggingface_teacher(path, whisper_pad)
+    if not path.is_file():
+        raise InputError(
+            f"task.teacher={path} does not exist; give a fairseq checkpoint or a folder in Hugging"
+            " Face's format"
+        )
+    from fairseq_stack.teachers.fairseq_checkpoint import load_fairseq_teacher
+
+    if whisper_pad:
+        raise InputError(f"task.whisper_pad=true, but task.teacher={path} is no Whisper; set it to false")
+    return load_fairseq_teacher(path)

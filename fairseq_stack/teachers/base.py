@@ -2,35 +2,73 @@
 
 from abc import ABC, abstractmethod
 
+import torch
+
+from fairseq_stack.errors import InputError
+
 
 class Teacher(ABC):
     """A frozen speech foundation model in eval mode that gives hidden states without gradient.
 
-    It takes waveforms as they are recorded and normalises them itself where its training did.
+    It takes waveforms as they are recorded and normalises them itself where its training did. What it
+    gives for an utterance does not depend on the batch.
 
     Attributes:
         name: what to call it in messages: the file or folder it was loaded from.
         depth: number of transformer layers.
         width: features of a hidden state.
+        model: the network; a student can start from it where it is a HubertEncoder.
     """
 
     name: str
     depth: int
     width: int
+    model: torch.nn.Module
 
     @abstractmethod
     def hidden_states(self, waveforms, lengths, layers):
-        """Outputs of chosen layers.
+        """Outputs of chosen layers; the last one of a pre-norm encoder has passed its final layer norm.
 
         Args:
-            waveforms: [B, S], samples at 16 kHz.
+            waveforms: [B, S], samples at 16 kHz, zeros behind the end of an utterance.
             lengths: [B], samples.
             layers: numbers from 1 to depth.
 
         Returns:
-            {layer: [B, T, width]}, on the waveforms' device.
+            {layer: [B, T, width]}, on the waveforms' device. T is the frames of the longest
+            utterance; what lies behind the frames of an utterance has no meaning.
         """
 
     @abstractmethod
     def frames(self, samples):
-        """Frames that the teacher makes of `samples` samples (an int)."""
+        """Frames that the teacher makes of `samples` samples (an int).
+
+        Raises:
+            InputError: the teacher cannot take that many.
+        """
+
+
+def load_weights(model, weights, name):
+    """Load a state dict that must fit exactly, in fp32, and freeze the model in eval mode.
+
+    Args:
+        model: a torch module.
+        weights: its state dict; the precision may differ.
+        name: what an error calls the teacher.
+
+    Raises:
+        InputError: a weight is missing, left over or of another shape.
+    """
+    expected = model.state_dict()
+    for key in [*expected, *weights]:
+        if key not in weights:
+            raise InputError(f"task.teacher={name} lacks the weight {key} that its configuration asks for")
+        if key not in expected:
+            raise InputError(f"task.teacher={name} has the weight {key} that its configuration has no place for")
+        if weights[key].shape != expected[key].shape:
+            raise InputError(
+                f"task.teacher={name}: {key} has the shape {tuple(weights[key].shape)}, but its configuration"
+                f" asks for {tuple(expected[key].shape)}"
+            )
+    model.load_state_dict(weights)
+    model.float().eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""HuBERT teachers from fairseq checkpoints."""
+"""Teachers from fairseq checkpoints: HuBERT, wav2vec 2.0 and data2vec audio, which share one encoder."""
 
 from types import SimpleNamespace
 
@@ -9,12 +9,16 @@ from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.hubert_encoder import HubertEncoder
-from fairseq_stack.teachers.base import Teacher
+from fairseq_stack.teachers.base import Teacher, load_weights
 
-# What the pre-training loss needs and feature extraction does not.
-PRETRAINING_ONLY = ("mask_emb", "final_proj.", "label_embs_concat", "target_glu.")
+# What the pre-training loss needs and feature extraction does not, for each `cfg.model._name`.
+PRETRAINING_ONLY = {
+    "hubert": ("mask_emb", "final_proj.", "label_embs_concat", "target_glu."),
+    "wav2vec2": ("mask_emb", "final_proj.", "quantizer.", "project_q.", "target_glu."),
+    "data2vec_audio": ("mask_emb", "final_proj.", "_ema"),
+}
 
-# fairseq's HuBERT Base, for the fields that an older checkpoint leaves to their defaults.
+# The base models' shape, for the fields that an older checkpoint leaves to their defaults.
 BASE_SHAPE = {
     "extractor_mode": "default",
     "conv_feature_layers": "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2",
@@ -27,6 +31,7 @@ BASE_SHAPE = {
     "layer_norm_first": False,
     "conv_pos": 128,
     "conv_pos_groups": 16,
+    "pos_conv_depth": 1,
 }
 NO_TRAINING = {
     "dropout": 0.0,
@@ -37,29 +42,26 @@ NO_TRAINING = {
 }
 
 
-class HubertTeacher(Teacher):
-    """fairseq's HuBERT: post-norm (base) or pre-norm with normalised input (large, x-large).
+class FairseqTeacher(Teacher):
+    """fairseq's HuBERT, wav2vec 2.0 or data2vec audio: post-norm (base) or pre-norm (large).
 
     Args:
         name: where it comes from.
-        model_cfg: fairseq's fields for the shape (those of BASE_SHAPE).
+        model_cfg: fairseq's configuration of the model, with `_name` and the fields of BASE_SHAPE.
         normalize: whether the pre-training normalised the waveforms.
-        weights: state dict of fairseq's HubertModel.
+        weights: state dict of fairseq's model.
 
     Raises:
-        InputError: weights are missing or left over.
+        InputError: weights are missing, left over or of another shape.
     """
 
     def __init__(self, name, model_cfg, normalize, weights):
         self.name = name
         self.normalize = normalize
-        self.model = HubertEncoder(SimpleNamespace(**{**BASE_SHAPE, **model_cfg, **NO_TRAINING}))
-        weights = {key: value for key, value in weights.items() if not key.startswith(PRETRAINING_ONLY)}
-        missing, left_over = self.model.load_state_dict(weights, strict=False)
-        for keys, what in ((missing, "lacks"), (left_over, "has an unknown")):
-            if keys:
-                raise InputError(f"task.teacher={name} {what} weight {keys[0]} ({len(keys)} in all); is it a HuBERT?")
-        self.model.float().eval().requires_grad_(False)
+        shape = {field: model_cfg.get(field, default) for field, default in BASE_SHAPE.items()}
+        self.model = HubertEncoder(SimpleNamespace(**shape, **NO_TRAINING))
+        unused = PRETRAINING_ONLY[model_cfg["_name"]]
+        load_weights(self.model, {key: weights[key] for key in weights if not key.startswith(unused)}, name)
         self.depth = len(self.model.encoder.layers)
         self.width = self.model.encoder.embedding_dim
 
@@ -77,14 +79,25 @@ class HubertTeacher(Teacher):
 
 
 def load_fairseq_teacher(path):
-    """Load a HuBERT checkpoint of fairseq without running code from it.
+    """Load a checkpoint of fairseq's pre-training without running code from it.
 
     Raises:
-        InputError: not a checkpoint, not a HuBERT, needs code to unpickle, or weights do not fit.
+        InputError: not a checkpoint, another kind of model, no `cfg` (early fairseq wrote a pickled
+            Namespace instead), needs code to unpickle, or weights do not fit.
     """
     state = load_checkpoint(path)
     cfg = state.get("cfg")
-    if not isinstance(state.get("model"), dict) or not cfg or cfg["model"].get("_name") != "hubert":
-        raise InputError(f"task.teacher={path} is no fairseq HuBERT checkpoint; give a file with cfg.model._name=hubert")
-    shape = {name: cfg["model"][name] for name in BASE_SHAPE if name in cfg["model"]}
-    return HubertTeacher(str(path), shape, bool(cfg["task"].get("normalize", False)), state["model"])
+    try:
+        family = cfg["model"]["_name"]
+        normalize = bool(cfg["task"].get("normalize", False))
+    except (AttributeError, KeyError, TypeError):
+        raise InputError(
+            f"task.teacher={path} has no cfg, which early versions of fairseq did not write; load it with"
+            " today's fairseq where you trust it, and save it from there"
+        ) from None
+    if family not in PRETRAINING_ONLY:
+        raise InputError(
+            f"task.teacher={path} holds a model of the kind {family}; give one of"
+            f" {', '.join(PRETRAINING_ONLY)}"
+        )
+    return FairseqTeacher(str(path), cfg["model"], normalize, state["model"])

@@ -6,7 +6,7 @@ from fairseq.data import Dictionary
 
 from conftest import TINY, stock_hubert
 from fairseq_stack.data.waveforms import normalize_waveforms
-from fairseq_stack.teachers.fairseq_checkpoint import HubertTeacher
+from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
 
 SHAPES = {
     "base": dict(TINY),
@@ -36,7 +36,7 @@ def reference_states(model, waveform):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_every_hidden_state_is_fairseqs_alone_and_in_a_padded_batch(shape, normalize):
     model, cfg = stock_hubert(**SHAPES[shape])
-    teacher = HubertTeacher("random", cfg["model"], normalize, model.state_dict())
+    teacher = FairseqTeacher("random", cfg["model"], normalize, model.state_dict())
     generator = torch.Generator().manual_seed(1)
     waveforms = [torch.randn(length, generator=generator) for length in LENGTHS]
     batch = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
@@ -55,7 +55,7 @@ def test_every_hidden_state_is_fairseqs_alone_and_in_a_padded_batch(shape, norma
 
 def test_only_the_layers_up_to_the_highest_target_run():
     model, cfg = stock_hubert(**TINY)
-    teacher = HubertTeacher("random", cfg["model"], False, model.state_dict())
+    teacher = FairseqTeacher("random", cfg["model"], False, model.state_dict())
     ran = []
     for number, layer in enumerate(teacher.model.encoder.layers, start=1):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -65,7 +65,7 @@ def test_only_the_layers_up_to_the_highest_target_run():
 
 def test_the_teacher_stays_frozen_and_in_eval_mode():
     model, cfg = stock_hubert(**{**TINY, "dropout": 0.5})
-    teacher = HubertTeacher("random", cfg["model"], False, model.state_dict())
+    teacher = FairseqTeacher("random", cfg["model"], False, model.state_dict())
     assert not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
     waveforms, lengths = torch.randn(1, 4000), torch.tensor([4000])
@@ -92,6 +92,6 @@ def test_a_hubert_base_teacher_has_the_published_size():
     count = sum(parameter.numel() for parameter in model.parameters())
     # SUPERB's table says 94.68 M; fairseq's HubertModel with 500 clusters and 4 special symbols has 94,697,600.
     assert count == 94_697_600 and abs(count - 94.68e6) < 0.02e6
-    teacher = HubertTeacher("random", cfg["model"], False, model.state_dict())
+    teacher = FairseqTeacher("random", cfg["model"], False, model.state_dict())
     heads = 768 * 256 + 256 + 504 * 256 + 768  # final_proj, label embeddings, mask embedding
     assert sum(parameter.numel() for parameter in teacher.model.parameters()) == count - heads

@@ -1,0 +1,78 @@
+"""A student's first weights, taken from its teacher."""
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.models.hubert_encoder import HubertEncoder
+
+
+def start_cnn(student, teacher):
+    """Copy the teacher's CNN and the layer norm behind it; the projection too if the widths agree.
+
+    Args:
+        student: a HubertEncoder, changed in place.
+        teacher: a Teacher.
+
+    Raises:
+        InputError: the teacher has no encoder of this kind, or a CNN of another shape.
+    """
+    field = "model.init_cnn_from_teacher=true"
+    source = _encoder(teacher, field)
+    for name in ("feature_extractor", "layer_norm"):
+        _copy(getattr(source, name), getattr(student, name), name, field, teacher)
+    ours, theirs = student.post_extract_proj, source.post_extract_proj
+    if ours is not None and theirs is not None and ours.weight.shape == theirs.weight.shape:
+        _copy(theirs, ours, "post_extract_proj", field, teacher)
+
+
+def start_layers(student, seats, teacher, layers):
+    """Copy transformer layers, and with them the positional convolution and the encoder's layer norm.
+
+    DistilHuBERT (Chang et al. 2021) starts its two layers from the teacher's first two.
+
+    Args:
+        student: a HubertEncoder, changed in place.
+        seats: the student's layers in use, in the order of the forward pass.
+        teacher: a Teacher.
+        layers: as many layers of the teacher, counted from 1.
+
+    Raises:
+        InputError: the teacher has no encoder of this kind or no such layer, the numbers of layers
+            differ, or the shapes do.
+    """
+    field = f"model.init_layers_from_teacher={list(layers)}"
+    source = _encoder(teacher, field)
+    pre_norm = source.encoder.layer_norm_first
+    if student.encoder.layer_norm_first != pre_norm:
+        raise InputError(f"{field} needs model.layer_norm_first={str(pre_norm).lower()}, as the teacher has it")
+    unknown = [layer for layer in layers if not 1 <= layer <= teacher.depth]
+    if unknown:
+        raise InputError(
+            f"{field}: {unknown[0]} is no layer of task.teacher={teacher.name}; choose from 1 to {teacher.depth}"
+        )
+    if len(layers) != len(seats):
+        raise InputError(
+            f"{field} names {len(layers)} layers, but the student starts with {len(seats)}; name {len(seats)}"
+        )
+    pairs = {"pos_conv": source.encoder.pos_conv, "layer_norm": source.encoder.layer_norm}
+    pairs.update({f"layers.{seat}": source.encoder.layers[layer - 1] for seat, layer in zip(seats, layers)})
+    for name, module in pairs.items():
+        _copy(module, student.encoder.get_submodule(name), f"encoder.{name}", field, teacher)
+
+
+def _encoder(teacher, field):
+    if not isinstance(teacher.model, HubertEncoder):
+        raise InputError(
+            f"{field} needs a teacher from a checkpoint of fairseq, which task.teacher={teacher.name} is not"
+        )
+    return teacher.model
+
+
+def _copy(source, target, name, field, teacher):
+    theirs, ours = source.state_dict(), target.state_dict()
+    for key in sorted(theirs.keys() | ours.keys()):
+        shapes = [tuple(weights[key].shape) if key in weights else "missing" for weights in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{field}: {name}.{key} is {shapes[0]} in the student and {shapes[1]} in"
+                f" task.teacher={teacher.name}; give the student the teacher's shape there"
+            )
+    target.load_state_dict(theirs)

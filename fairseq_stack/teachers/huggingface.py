@@ -1,0 +1,220 @@
+"""Teachers from folders in Hugging Face's format, through transformers' own models."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import Data2VecAudioModel, HubertModel, Wav2Vec2Model, WavLMModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from fairseq_stack.data.audio import SAMPLE_RATE
+from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.errors import InputError
+from fairseq_stack.lengths import frames_from_samples
+from fairseq_stack.models.hubert_encoder import masked_group_norm
+from fairseq_stack.teachers.base import Teacher, load_weights
+from fairseq_stack.teachers.whisper import WhisperTeacher
+
+# For each `model_type` the encoder, and where models with a head or a decoder keep it.
+FAMILIES = {
+    "hubert": (HubertModel, ("hubert.",)),
+    "wav2vec2": (Wav2Vec2Model, ("wav2vec2.",)),
+    "wavlm": (WavLMModel, ("wavlm.",)),
+    "data2vec-audio": (Data2VecAudioModel, ("data2vec_audio.",)),
+    "whisper": (WhisperEncoder, ("model.encoder.", "encoder.")),
+}
+# The embedding of masked frames: a teacher masks nothing, and has none when it says so.
+NO_MASKING = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+MASK_EMBEDDING = "masked_spec_embed"
+# transformers' models of today name torch's second weight norm, older files its first.
+WEIGHT_NORM = {
+    "pos_conv_embed.conv.weight_g": "pos_conv_embed.conv.parametrizations.weight.original0",
+    "pos_conv_embed.conv.weight_v": "pos_conv_embed.conv.parametrizations.weight.original1",
+}
+
+
+class HuggingFaceTeacher(Teacher):
+    """HuBERT, wav2vec 2.0, WavLM or data2vec audio of transformers.
+
+    A padded batch is where this differs from transformers' own forward pass: a group norm takes its
+    statistics over each utterance's own frames, and each block of data2vec's positional convolution
+    sees zeros behind the end. So an utterance gives what transformers gives for it alone, and
+    attention may be masked for every model (transformers advises against it for those with a group
+    norm, which were trained on batches whose padding went into the norm).
+
+    Args:
+        name: the folder.
+        model: one of transformers' models, loaded.
+        normalize: whether it wants waveforms of zero mean and unit variance.
+    """
+
+    def __init__(self, name, model, normalize):
+        self.name = name
+        self.model = model
+        self.normalize = normalize
+        self.layers = model.encoder.layers
+        self.depth = len(self.layers)
+        self.width = model.config.hidden_size
+        shape = model.config
+        self.conv_layers = list(zip(shape.conv_dim, shape.conv_kernel, shape.conv_stride))
+
+    def frames(self, samples):
+        return frames_from_samples(samples, self.conv_layers)
+
+    @torch.no_grad()
+    def hidden_states(self, waveforms, lengths, layers):
+        self.model.encoder.layers = self.layers[: max(layers)]
+        self.model.to(waveforms.device)
+        waveforms = waveforms.float()
+        if self.normalize:
+            waveforms = normalize_waveforms(waveforms, lengths, epsilon=1e-7)
+        features = self._features(waveforms, lengths).transpose(1, 2)
+        x = self.model.feature_projection(features)
+        x = x[0] if isinstance(x, tuple) else x
+        valid = torch.arange(x.size(1), device=x.device) < self.frames(lengths)[:, None]
+        valid = None if bool(valid.all()) else valid
+
+        outputs = {}
+        with ExitStack() as hooks:
+            for number, layer in enumerate(self.model.encoder.layers, start=1):
+                if number in layers:
+                    hooks.enter_context(layer.register_forward_hook(_keep(outputs, number)))
+            if valid is not None:
+                for block in getattr(self.model.encoder.pos_conv_embed, "layers", ()):
+                    hooks.enter_context(block.register_forward_pre_hook(_zero_padding(valid)))
+            final = self.model.encoder(x, attention_mask=valid)[0]
+        if self.depth in layers:
+            outputs[self.depth] = final  # in a pre-norm encoder it has passed the final layer norm
+        return outputs
+
+    def _features(self, waveforms, lengths):
+        """[B, S] samples to [B, C, T], with a group norm that knows where utterances end."""
+        x = waveforms[:, None]
+        blocks = list(self.model.feature_extractor.conv_layers)
+        norm = getattr(blocks[0], "layer_norm", None)
+        if isinstance(norm, torch.nn.GroupNorm) and bool((lengths < waveforms.size(1)).any()):
+            first = blocks.pop(0)
+            frames = frames_from_samples(lengths, self.conv_layers[:1])
+            x = first.activation(masked_group_norm(first.conv(x), frames, norm))
+        for block in blocks:
+            x = block(x)
+        return x
+
+
+def _keep(outputs, number):
+    def hook(module, inputs, output):
+        outputs[number] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _zero_padding(valid):
+    def hook(module, inputs):
+        return (inputs[0] * valid[:, None],)
+
+    return hook
+
+
+def load_huggingface_teacher(folder, whisper_pad=False):
+    """Load a folder that `save_pretrained` wrote: config.json, safetensors and preprocessor_config.json.
+
+    Nothing but these files is read, no code of the folder runs, and nothing is downloaded: the model
+    is one of FAMILIES, with those fields of config.json that transformers' own configuration has.
+
+    Args:
+        folder: its path.
+        whisper_pad: see WhisperTeacher.
+
+    Raises:
+        InputError: a file is missing or damaged, another kind of model, or weights do not fit.
+    """
+    folder = Path(folder)
+    name = str(folder)
+    config = _read_json(folder, "config.json")
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(
+            f"task.teacher={name} has model_type={family} in its config.json; give one of"
+            f" {', '.join(FAMILIES)}"
+        )
+    if whisper_pad and family != "whisper":
+        raise InputError(f"task.whisper_pad=true, but task.teacher={name} is a {family}; set it to false")
+    preprocessor = _read_json(folder, "preprocessor_config.json")
+    if preprocessor.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
+        raise InputError(
+            f"task.teacher={name} takes sampling_rate={preprocessor['sampling_rate']} in its"
+            f" preprocessor_config.json; give one of {SAMPLE_RATE}"
+        )
+    normalize = preprocessor.get("do_normalize")
+    if family != "whisper" and not isinstance(normalize, bool):
+        raise InputError(
+            f"{folder}/preprocessor_config.json has do_normalize={normalize}; say true where the model was"
+            " trained on waveforms of zero mean and unit variance, else false"
+        )
+    architecture, prefixes = FAMILIES[family]
+    model = _build(architecture, config, name)
+    load_weights(model, _read_weights(folder, prefixes), name)
+    if family == "whisper":
+        return WhisperTeacher(name, model, whisper_pad)
+    return HuggingFaceTeacher(name, model, normalize)
+
+
+def _read_json(folder, file):
+    path = folder / file
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is missing; task.teacher takes a folder that transformers' save_pretrained wrote"
+        ) from None
+    except (OSError, ValueError, RecursionError):
+        raise InputError(f"{path} cannot be read as JSON; save the model again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object; save the model again")
+    return content
+
+
+def _build(architecture, fields, name):
+    """The model with random weights. Fields that could load something else, such as auto_map, stay out."""
+    try:
+        known = architecture.config_class().to_dict()
+        fields = {field: value for field, value in fields.items() if field in known}
+        return architecture(architecture.config_class.from_dict({**fields, **NO_MASKING}))
+    except Exception as error:  # a value of the wrong kind fails wherever it is used first
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{name}/config.json describes no {architecture.__name__}: {reason[0]}") from None
+
+
+def _read_weights(folder, prefixes):
+    """The encoder's tensors, from one file or from several and their index."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        shards = _read_json(folder, index.name).get("weight_map")
+        if not isinstance(shards, dict):
+            raise InputError(f"{index} has no weight_map; save the model again")
+        files = sorted({Path(str(file)).name for file in shards.values()})
+    weights = {}
+    for file in files:
+        path = folder / file
+        if not path.is_file():
+            pickled = (folder / "pytorch_model.bin").is_file()
+            reason = ", and pytorch_model.bin is a pickle, which could run code" if pickled else ""
+            raise InputError(
+                f"{path} is missing{reason}; load the model with transformers where you trust it, and"
+                " save_pretrained writes the file"
+            )
+        try:
+            weights.update(load_file(path))
+        except (OSError, ValueError, SafetensorError):
+            raise InputError(f"{path} is damaged or no safetensors file; copy it again") from None
+    prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in weights)), "")
+    weights = {key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    weights.pop(MASK_EMBEDDING, None)
+    for old, new in WEIGHT_NORM.items():
+        if f"encoder.{old}" in weights:
+            weights[f"encoder.{new}"] = weights.pop(f"encoder.{old}")
+    return weights
