@@ -73,7 +73,9 @@ def test_a_run_killed_after_a_growth_continues_at_its_depth_and_ends_with_the_sa
 
 def test_woken_layers_learn_in_the_very_next_step(speech, teacher_file, tmp_path):
     every_update = {"checkpoint.save_interval_updates": 1, "checkpoint.keep_interval_updates": -1}
-    trainer = train("librispeech_base", tiny(speech, teacher_file, tmp_path, **every_update))
+    # Batches of 3 make epochs of 8 updates; an epoch's last checkpoint would be named after the epoch.
+    overrides = tiny(speech, teacher_file, tmp_path, **every_update, **{"dataset.batch_size": 3})
+    trainer = train("librispeech_base", overrides)
     index = {name: number for number, (name, _) in enumerate(trainer.model.named_parameters())}
     # The checkpoint of update 6 is written before the growth, that of update 7 after one step with the new layers.
     before, after = (load(next((tmp_path / "checkpoints").glob(f"checkpoint_*_{update}.pt"))) for update in (6, 7))
