@@ -10,6 +10,15 @@ class InputError(ValueError):
     """
 
 
+def check_choice(field, value, choices):
+    """Raise an InputError unless the configuration field has one of the values `choices`.
+
+    For fields of the type str: with an Enum, fairseq and hydra would answer a wrong name with a traceback.
+    """
+    if value not in choices:
+        raise InputError(f"{field}={value} is unknown; choose from {', '.join(choices)}")
+
+
 def one_line_errors(function):
     """Let an InputError end the program with its one line on stderr and exit code 1.
 

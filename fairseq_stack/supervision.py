@@ -3,16 +3,10 @@
 The model builds its heads by this and the criterion its terms, both from the criterion's fields.
 """
 
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import InputError, check_choice
 from fairseq_stack.losses import LOSSES
 
 STYLES = ("layer_to_layer", "prediction")
-
-
-def check_choice(field, value, choices):
-    """Raise an InputError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise InputError(f"{field}={value} is unknown; choose from {', '.join(choices)}")
 
 
 def check_supervision(cfg):

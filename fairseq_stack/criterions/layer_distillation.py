@@ -8,7 +8,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 
-from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.errors import InputError, check_choice, one_line_errors
 from fairseq_stack.losses import (
     FRAME_LOSSES,
     TARGET_NORMALIZATIONS,
@@ -17,10 +17,9 @@ from fairseq_stack.losses import (
     temporal_gram,
     valid_frames,
 )
-from fairseq_stack.supervision import check_choice, check_supervision, student_position, taught_layers
+from fairseq_stack.supervision import check_supervision, student_position, taught_layers
 
 
-# Names are plain strings: a wrong one then gets the one line of check_choice, and not hydra's traceback.
 @dataclass
 class LayerDistillationConfig(FairseqDataclass):
     """Which teacher layers the student learns, by which loss, and how much each part weighs."""
@@ -121,14 +120,15 @@ class LayerDistillation(FairseqCriterion):
         Args:
             model: the student.
             sample: `waveforms` [B, S], `lengths` [B] in samples, `targets` {teacher layer: [B, T, D]},
-                and `mask` [B, T] if frames of the student's input are to be masked.
+                `mask` [B, T] if frames of the student's input are to be masked, and `features` [B, C, T]
+                if it shares the teacher's CNN.
 
         Returns:
             the loss summed over frames; the number of valid frames, by which fairseq divides the
             gradient; and the sums to be logged.
         """
         mask, last = sample.get("mask"), sample["targets"][self.layers[-1]]
-        net = model(sample["waveforms"], sample["lengths"], mask)
+        net = model(sample["waveforms"], sample["lengths"], mask, sample.get("features"))
         valid = valid_frames(net["frames"], last.size(1))
         targets = {
             layer: normalize_targets(target, valid, self.cfg.target_normalization)

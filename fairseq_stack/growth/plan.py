@@ -9,7 +9,7 @@ in `encoder.layers.7` never has to move.
 from dataclasses import dataclass
 from typing import Tuple
 
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import InputError, check_choice
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def plan_growth(method, layers, stages):
     Raises:
         InputError: the method is unknown, or it cannot divide the layers into these stages.
     """
-    if method not in METHODS:
-        raise InputError(f"model.stack_method={method} is unknown; choose from {', '.join(METHODS)}")
+    check_choice("model.stack_method", method, METHODS)
     if layers < 1 or stages < 1:
         raise InputError(f"model.encoder_layers={layers} and model.stack_stages={stages} must be at least 1")
     if method == "none":

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import InputError, check_choice
 
 SCHEDULES = ("equal", "prop", "milestones", "plateau")
 
@@ -29,8 +29,7 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
         InputError: unknown schedule, negative alpha, a stage without an update, or milestones that
             do not fit the stages or the training.
     """
-    if schedule not in SCHEDULES:
-        raise InputError(f"model.stack_schedule={schedule} is unknown; choose from {', '.join(SCHEDULES)}")
+    check_choice("model.stack_schedule", schedule, SCHEDULES)
     if stages == 1:
         return (0,)
     if max_update <= 0:

@@ -53,7 +53,7 @@ class HubertEncoder(BaseFairseqModel):
                 encoder_embed_dim=cfg.encoder_embed_dim,
                 encoder_ffn_embed_dim=cfg.encoder_ffn_embed_dim,
                 encoder_attention_heads=cfg.encoder_attention_heads,
-                activation_fn=str(cfg.activation_fn),
+                activation_fn=cfg.activation_fn,
                 layer_norm_first=cfg.layer_norm_first,
                 conv_pos=cfg.conv_pos,
                 conv_pos_groups=cfg.conv_pos_groups,
@@ -70,11 +70,19 @@ class HubertEncoder(BaseFairseqModel):
         """Frames of `samples` samples (an int, or an integer tensor)."""
         return frames_from_samples(samples, self.conv_layers)
 
-    def encode(self, waveforms, lengths, seats, upto=None, mask=None):
+    def features(self, waveforms, lengths):
+        """[B, S] samples and [B] lengths to the CNN's features [B, C, T]."""
+        if self.feature_grad_mult == 0:
+            with torch.no_grad():
+                return self.feature_extractor(waveforms, lengths)
+        features = self.feature_extractor(waveforms, lengths)
+        return features if self.feature_grad_mult == 1.0 else GradMultiply.apply(features, self.feature_grad_mult)
+
+    def encode(self, features, lengths, seats, upto=None, mask=None):
         """Run the layers in `seats` and return what goes in and what comes out of them.
 
         Args:
-            waveforms: [B, S], samples at 16 kHz, zeros behind the end of an utterance.
+            features: [B, C, T], the CNN's.
             lengths: [B], the samples of each utterance.
             seats: indices of the layers to run, in order; all layers that the model has in use.
             upto: run only the first `upto` of them (default: all).
@@ -88,13 +96,6 @@ class HubertEncoder(BaseFairseqModel):
             frames: [B], the frames of each utterance; what lies behind is padding.
         """
         frames = self.frames(lengths)
-        if self.feature_grad_mult > 0:
-            features = self.feature_extractor(waveforms, lengths)
-            if self.feature_grad_mult != 1.0:
-                features = GradMultiply.apply(features, self.feature_grad_mult)
-        else:
-            with torch.no_grad():
-                features = self.feature_extractor(waveforms, lengths)
         x = self.layer_norm(features.transpose(1, 2))
         if self.post_extract_proj is not None:
             x = self.post_extract_proj(x)
@@ -160,6 +161,14 @@ class LayerStack(TransformerEncoder):
             last = self.layer_norm_first and position == len(seats)
             hidden_states.append((self.layer_norm(x) if last else x).transpose(0, 1))
         return hidden_states
+
+    def __getstate__(self):
+        # fairseq's moving average copies the model. torch's weight norm keeps the weight that it computed last,
+        # a node of autograd's graph, which cannot be copied and need not be: the next forward pass computes it anew.
+        for module in self.pos_conv.modules():
+            if hasattr(module, "weight_g"):
+                module.weight = module.weight.detach()
+        return self.__dict__
 
     def positions(self, x, padding):
         """The positional convolution of [B, T, D]; `padding` [B, T] is true behind an utterance, or None."""

@@ -7,12 +7,11 @@ from typing import Any, List
 import torch
 import torch.nn as nn
 from fairseq import utils
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import FairseqDataclass
 from fairseq.models import register_model
-from fairseq.models.wav2vec.wav2vec2 import EXTRACTOR_MODE_CHOICES
 from omegaconf import II, OmegaConf
 
-from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.errors import InputError, check_choice, one_line_errors
 from fairseq_stack.growth.plan import METHODS, plan_growth
 from fairseq_stack.growth.schedule import SCHEDULES, Plateau, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 class StackedHubertConfig(FairseqDataclass):
     """Shape of the finished student and the way it grows. The defaults are the paper's student."""
 
-    extractor_mode: EXTRACTOR_MODE_CHOICES = field(
+    extractor_mode: str = field(
         default="default",
         metadata={"help": "norm of the CNN: default (group norm in the first layer) or layer_norm (in every layer)"},
     )
@@ -43,7 +42,7 @@ class StackedHubertConfig(FairseqDataclass):
     encoder_embed_dim: int = field(default=384, metadata={"help": "width of the transformer"})
     encoder_ffn_embed_dim: int = field(default=1536, metadata={"help": "width of the feed-forward layers"})
     encoder_attention_heads: int = field(default=8, metadata={"help": "attention heads of each layer"})
-    activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
+    activation_fn: str = field(
         default="gelu", metadata={"help": "activation of the feed-forward layers"}
     )
     layer_norm_first: bool = field(
@@ -64,7 +63,12 @@ class StackedHubertConfig(FairseqDataclass):
         metadata={"help": "start the first stage's layers from these layers of the teacher, of the same width"},
     )
 
-    stack_method: ChoiceEnum(METHODS) = field(
+    share_teacher_cnn: bool = field(
+        default=False,
+        metadata={"help": "take over the teacher's CNN, frozen (with feature_grad_mult=0), and run it once for both"},
+    )
+
+    stack_method: str = field(
         default="interleaved",
         metadata={
             "help": "how the depth grows: interleaved (each copy right behind its original), gradual (a copy of"
@@ -79,7 +83,7 @@ class StackedHubertConfig(FairseqDataclass):
             " encoder_layers / 2 ** (B - 1); gstack: the first of two trains encoder_layers / B; none: B is 1)"
         },
     )
-    stack_schedule: ChoiceEnum(SCHEDULES) = field(
+    stack_schedule: str = field(
         default="prop",
         metadata={
             "help": "updates of each stage: equal, prop (stage b in proportion to b ** alpha), milestones, or"
@@ -102,10 +106,13 @@ class StackedHubertConfig(FairseqDataclass):
         default=0,
         metadata={"help": "updates of a stage before which the plateau schedule does not end it early"},
     )
-    stack_optimizer_state: ChoiceEnum(["copy", "reset"]) = field(
+    stack_optimizer_state: str = field(
         default="copy", metadata={"help": "the optimiser's moments of a new layer: those of its original, or zeros"}
     )
 
+    head_shared: bool = field(
+        default=False, metadata={"help": "one head for all teacher layers instead of one for each"}
+    )
     head_inner_dim: int = field(
         default=0,
         metadata={"help": "width of a hidden layer with GELU in every head (DistilHuBERT's); 0: linear heads"},
@@ -116,6 +123,7 @@ class StackedHubertConfig(FairseqDataclass):
     intermediate_style: str = II("criterion.intermediate_style")
     output_weight: float = II("criterion.output_weight")
     mask_prob: float = II("task.mask_prob")
+    normalize: bool = II("task.normalize")
     max_update: int = II("optimization.max_update")
 
 
@@ -137,22 +145,23 @@ class StackedHubert(HubertEncoder):
     """
 
     def __init__(self, cfg, head_widths, teacher_depth):
-        plan = plan_growth(str(cfg.stack_method), cfg.encoder_layers, cfg.stack_stages)
+        plan = plan_growth(cfg.stack_method, cfg.encoder_layers, cfg.stack_stages)
         super().__init__(cfg)
         self.cfg = cfg
         self.plan = plan
         self.teacher_depth = teacher_depth
         self.intermediate_style = cfg.intermediate_style
         self.head_widths = head_widths
-        self.heads = nn.ModuleDict(
-            {
-                str(layer): prediction_head(cfg.encoder_embed_dim, cfg.head_inner_dim, width)
-                for layer, width in head_widths.items()
-            }
-        )
+        heads = [prediction_head(cfg.encoder_embed_dim, cfg.head_inner_dim, width) for width in head_widths.values()]
+        if cfg.head_shared:
+            heads = heads[:1] * len(heads)
+        self.heads = nn.ModuleDict(zip(map(str, head_widths), heads))
+        if self.feature_grad_mult == 0:
+            # Otherwise weight decay would move what has no gradient, where masters are flat or DDP invents zeros.
+            self.feature_extractor.requires_grad_(False)
         if cfg.mask_prob > 0:
             self.mask_emb = nn.Parameter(torch.rand(cfg.encoder_embed_dim))  # as fairseq starts it
-        self.stack_optimizer_state = str(cfg.stack_optimizer_state)
+        self.stack_optimizer_state = cfg.stack_optimizer_state
         self.starts = None  # set for training; a model that is only evaluated never grows
         self.plateau = None
         # A float, because fairseq's moving average multiplies every entry of the state dict.
@@ -165,6 +174,14 @@ class StackedHubert(HubertEncoder):
     def build_model(cls, cfg, task):
         teacher = task.teacher
         check_supervision(cfg)
+        check_choice("model.extractor_mode", cfg.extractor_mode, ("default", "layer_norm"))
+        check_choice("model.activation_fn", cfg.activation_fn, utils.get_available_activation_fns())
+        check_choice("model.stack_optimizer_state", cfg.stack_optimizer_state, ("copy", "reset"))
+        if cfg.share_teacher_cnn and (cfg.feature_grad_mult or cfg.normalize != getattr(teacher, "normalize", None)):
+            raise InputError(
+                "model.share_teacher_cnn=true needs a teacher from a checkpoint of fairseq, model.feature_grad_mult=0"
+                " and task.normalize as the teacher was trained; correct them or set it to false"
+            )
         if cfg.loss == "temporal_gram" and cfg.mask_prob > 0:
             raise InputError(
                 f"criterion.loss=temporal_gram relates all frames, and task.mask_prob={cfg.mask_prob} asks for a"
@@ -183,18 +200,18 @@ class StackedHubert(HubertEncoder):
             for depth in model.plan.depths:
                 student_position(layer, teacher.depth, depth, cfg.intermediate_style)
         layer_to_layer = cfg.intermediate_style == "layer_to_layer"
-        if str(cfg.stack_method) in ("gradual", "midas") and layer_to_layer and layers != [teacher.depth]:
+        if cfg.stack_method in ("gradual", "midas") and layer_to_layer and layers != [teacher.depth]:
             # A growth gives the layers another relative depth, and with it another teacher layer.
             logger.warning(
                 f"model.stack_method={cfg.stack_method} diverged with a layer-to-layer intermediate loss in Kim"
                 " & Lee 2026; they used what criterion.intermediate_style=prediction does"
             )
         model.starts = stage_starts(
-            str(cfg.stack_schedule), len(model.plan.stages), cfg.max_update, cfg.stack_alpha, cfg.stack_milestones
+            cfg.stack_schedule, len(model.plan.stages), cfg.max_update, cfg.stack_alpha, cfg.stack_milestones
         )
-        if str(cfg.stack_schedule) == "plateau":
+        if cfg.stack_schedule == "plateau":
             model.plateau = Plateau(cfg.stack_patience, cfg.stack_min_updates)
-        if cfg.init_cnn_from_teacher:
+        if cfg.init_cnn_from_teacher or cfg.share_teacher_cnn:
             start_cnn(model, teacher)
         if cfg.init_layers_from_teacher:
             start_layers(model, model.seats, teacher, cfg.init_layers_from_teacher)
@@ -299,19 +316,20 @@ class StackedHubert(HubertEncoder):
 
     # Forward pass
 
-    def forward(self, waveforms, lengths, mask=None):
+    def forward(self, waveforms, lengths, mask=None, features=None):
         """Hidden states and what the heads predict of the teacher from them.
 
         Args:
             waveforms: [B, S], samples at 16 kHz.
             lengths: [B], samples.
             mask: [B, T] bool, the frames whose input to the transformer is the mask embedding.
+            features: [B, C, T], the CNN's, where the teacher has computed them already.
 
         Returns:
             a dict: `hidden_states`, depth + 1 times [B, T, D]; `frames` [B]; `predictions`, a dict
             from teacher layer to [B, T, teacher width]; `stage`, counted from 1.
         """
-        hidden_states, frames = self.hidden_states(waveforms, lengths, mask)
+        hidden_states, frames = self.hidden_states(waveforms, lengths, mask, features)
         predictions = {}
         for layer, head in self.heads.items():
             position = student_position(int(layer), self.teacher_depth, self.depth, self.intermediate_style)
@@ -323,9 +341,11 @@ class StackedHubert(HubertEncoder):
             "stage": self.stage_number,
         }
 
-    def hidden_states(self, waveforms, lengths, mask=None):
+    def hidden_states(self, waveforms, lengths, mask=None, features=None):
         """[B, S] samples and [B] lengths to a list of depth + 1 times [B, T, D], and [B] frames."""
-        return self.encode(waveforms, lengths, self.seats, mask=mask)
+        if features is None:
+            features = self.features(waveforms, lengths)
+        return self.encode(features.type_as(self.layer_norm.weight), lengths, self.seats, mask=mask)
 
 
 def prediction_head(width, inner, teacher_width):

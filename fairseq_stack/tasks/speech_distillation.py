@@ -116,7 +116,7 @@ class SpeechDistillation(FairseqTask):
     @one_line_errors
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
         """Grow if it is time, then forward and backward as every fairseq task does."""
-        sample = self.with_targets(sample)
+        sample = self.with_targets(sample, model)
         if self.cfg.mask_prob > 0:
             sample["mask"] = self.mask(sample, model, update_num)
         if model.due_stage(update_num) > model.stage_number:
@@ -124,18 +124,22 @@ class SpeechDistillation(FairseqTask):
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     @one_line_errors
-    def valid_step(self, sample, model, criterion):
-        return super().valid_step(self.with_targets(sample), model, criterion)
+    def valid_step(self, sample, model, criterion, ema_model=None):
+        return super().valid_step(self.with_targets(sample, model), model, criterion)
 
     def post_validate(self, model, stats, agg):
         """fairseq's hook after every validation subset, with the means over all processes."""
         model.observe_validation(stats["num_updates"], float(stats["loss"]))
 
-    def with_targets(self, sample):
+    def with_targets(self, sample, model):
         """The batch with the teacher's hidden states, and waveforms as the student wants them."""
         if sample["problems"]:
             raise InputError(sample["problems"][0])
         waveforms, lengths = sample["waveforms"], sample["lengths"]
+        if model.cfg.share_teacher_cnn:
+            features = self.teacher.cnn_features(waveforms, lengths)
+            targets = self.teacher.hidden_states(waveforms, lengths, self.target_layers, features)
+            return {**sample, "features": features, "targets": targets}
         targets = self.teacher.hidden_states(waveforms, lengths, self.target_layers)
         if self.cfg.normalize:
             waveforms = normalize_waveforms(waveforms, lengths)

@@ -32,7 +32,7 @@ class Teacher(ABC):
         Args:
             waveforms: [B, S], samples at 16 kHz, zeros behind the end of an utterance.
             lengths: [B], samples.
-            layers: numbers from 1 to depth.
+            layers: numbers from 0 to depth; 0 is the input of the first layer.
 
         Returns:
             {layer: [B, T, width]}, on the waveforms' device. T is the frames of the longest

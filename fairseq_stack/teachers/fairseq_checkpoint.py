@@ -66,12 +66,20 @@ class FairseqTeacher(Teacher):
         self.width = self.model.encoder.embedding_dim
 
     @torch.no_grad()
-    def hidden_states(self, waveforms, lengths, layers):
+    def cnn_features(self, waveforms, lengths):
+        """[B, S] samples and [B] lengths to the CNN's features [B, C, T], for a student that shares the CNN."""
         self.model.to(waveforms.device)
         waveforms = waveforms.float()
         if self.normalize:
             waveforms = normalize_waveforms(waveforms, lengths)
-        hidden_states, _ = self.model.encode(waveforms, lengths, range(self.depth), upto=max(layers))
+        return self.model.features(waveforms, lengths)
+
+    @torch.no_grad()
+    def hidden_states(self, waveforms, lengths, layers, features=None):
+        """See Teacher; `features` are those of `cnn_features`, if they are at hand."""
+        if features is None:
+            features = self.cnn_features(waveforms, lengths)
+        hidden_states, _ = self.model.encode(features, lengths, range(self.depth), upto=max(layers))
         return {layer: hidden_states[layer] for layer in layers}
 
     def frames(self, samples):

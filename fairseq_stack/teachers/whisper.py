@@ -75,7 +75,7 @@ class WhisperTeacher(Teacher):
             mask = torch.where(valid, 0.0, torch.finfo(x.dtype).min)[:, None, None]
             mask = mask.expand(-1, -1, x.size(1), -1)  # [B, 1, T, T], added to the attention's scores
 
-        outputs = {}
+        outputs = {0: x[:, :count]} if 0 in layers else {}
         for number, layer in enumerate(self.model.layers[: max(layers)], start=1):
             x = layer(x, attention_mask=mask, **self.layer_options)
             x = x[0] if isinstance(x, tuple) else x
