@@ -17,14 +17,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", help="fairseq checkpoint of the student")
     parser.add_argument("--speech", required=True, help="manifest of held-out speech, such as DIR/test.tsv")
-    parser.add_argument("--teacher", help="checkpoint of the teacher (default: the one it was trained with)")
+    parser.add_argument("--teacher", help="file or folder of the teacher (default: the one it was trained with)")
     parser.add_argument("--seconds", type=float, default=120.0, help="speech to use (default: %(default)s)")
     arguments = parser.parse_args()
 
     state = load_checkpoint(arguments.checkpoint)
     manifest = read_manifest(arguments.speech)
     task = state["cfg"]["task"]
-    teacher = load_teacher(arguments.teacher or task["teacher"])
+    teacher = load_teacher(arguments.teacher or task["teacher"], task.get("whisper_pad", False))
     student = StackedHubert.from_checkpoint(state)
     torch.manual_seed(1)
     fresh = student.at_initialisation()

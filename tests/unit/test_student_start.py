@@ -7,7 +7,7 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from conftest import TINY, stock_hubert
+from conftest import LINKED, TINY, stock_hubert
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.teachers import load_teacher
@@ -26,8 +26,7 @@ def teacher():
 
 def student(teacher, **fields):
     torch.manual_seed(0)
-    given = {"teacher_layers": [12], "max_update": 1000, **TINY, **NO_DROPOUT, **fields}
-    cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), given)
+    cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), LINKED, {**TINY, **NO_DROPOUT, **fields})
     return StackedHubert.build_model(cfg, SimpleNamespace(teacher=teacher))
 
 

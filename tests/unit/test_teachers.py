@@ -288,7 +288,7 @@ def test_nothing_of_a_hostile_folder_runs(tmp_path):
     [
         ("nothing", "does not exist; give a fairseq checkpoint or a folder in Hugging Face's format"),
         ("empty", "config.json is missing"),
-        ("text", "damaged or is not a checkpoint"),
+        ("text", "damaged or not a checkpoint"),
     ],
 )
 def test_anything_else_gets_one_line(name, message, tmp_path):
