@@ -25,6 +25,7 @@ LINKED = {
     "intermediate_style": "layer_to_layer",
     "output_weight": 1.0,
     "mask_prob": 0.0,
+    "normalize": False,
     "max_update": 1000,
 }
 

@@ -79,6 +79,8 @@ class HuggingFaceTeacher(Teacher):
 
         outputs = {}
         with ExitStack() as hooks:
+            if 0 in layers:
+                hooks.enter_context(self.layers[0].register_forward_pre_hook(_keep_input(outputs)))
             for number, layer in enumerate(self.model.encoder.layers, start=1):
                 if number in layers:
                     hooks.enter_context(layer.register_forward_hook(_keep(outputs, number)))
@@ -107,6 +109,13 @@ class HuggingFaceTeacher(Teacher):
 def _keep(outputs, number):
     def hook(module, inputs, output):
         outputs[number] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _keep_input(outputs):
+    def hook(module, inputs):
+        outputs[0] = inputs[0]
 
     return hook
 

@@ -22,7 +22,7 @@ from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.whisper import log_mel
 
 LENGTHS = [400, 401, 719, 720, 4321, 16_000]
-LAYERS = range(1, 4)
+LAYERS = range(4)  # 0 is the input of the first layer
 CLOSE = dict(atol=3e-5, rtol=1e-4)
 
 
@@ -92,12 +92,13 @@ def fairseq_states(model, waveform, normalize):
         layer.register_forward_hook(lambda *given, number=number: states.update({number: given[2][0][:, 0]}))
         for number, layer in enumerate(model.encoder.layers, start=1)
     ]
+    hooks.append(model.encoder.layers[0].register_forward_pre_hook(lambda _, given: states.update({0: given[0][:, 0]})))
     given = nn.functional.layer_norm(waveform, waveform.shape) if normalize else waveform
     with torch.no_grad():
         final = model.extract_features(given[None], None)["x"][0]
     for hook in hooks:
         hook.remove()
-    return {number: state[: len(final)] for number, state in states.items()} | {len(states): final}
+    return {number: state[: len(final)] for number, state in states.items()} | {len(states) - 1: final}
 
 
 @pytest.mark.parametrize("kind", FAIRSEQ)
