@@ -1,0 +1,71 @@
+"""Options that change what is trained: a moving average, a shared CNN, shared heads; and names that do not exist."""
+
+import pytest
+import torch
+from training import tiny, train
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_the_moving_average_grows_with_the_student(speech, teacher_file, tmp_path):
+    decay = 0.9
+    options = {"ema.store_ema": True, "ema.ema_decay": decay, "checkpoint.save_interval_updates": 1,
+               "checkpoint.keep_interval_updates": -1, "dataset.batch_size": 3}  # fmt: skip
+    trainer = train("librispeech_base", tiny(speech, teacher_file, tmp_path, **options))
+    before, after = (load(next((tmp_path / "checkpoints").glob(f"checkpoint_*_{update}.pt"))) for update in (6, 7))
+    averages = [state["extra_state"]["ema"] for state in (before, after)]
+    for source, woken in ((1, 2), (5, 6), (9, 10)):
+        name = "encoder.layers.{}.fc1.weight"
+        grown_from, learned = averages[0][name.format(source)], after["model"][name.format(woken)]
+        torch.testing.assert_close(averages[1][name.format(woken)], decay * grown_from + (1 - decay) * learned)
+    assert averages[1]["stage"] == 2 and trainer.ema.get_model().depth == 12
+
+
+def test_a_shared_cnn_runs_once_and_stays_the_teachers(speech, teacher_file, tmp_path):
+    options = {"+model.share_teacher_cnn": True, "+model.feature_grad_mult": 0}
+    runs = []
+    for name, more in (("shared", options), ("copied", {"+model.init_cnn_from_teacher": True, "+model.feature_grad_mult": 0})):
+        trainer = train("librispeech_base", tiny(speech, teacher_file, tmp_path / name, **more))
+        runs.append(load(tmp_path / name / "checkpoints/checkpoint_last.pt")["model"])
+        calls = []
+        trainer.get_model().feature_extractor.register_forward_hook(lambda *_: calls.append(name))
+        batch = trainer.task.dataset("valid").collater([trainer.task.dataset("valid")[0]])
+        trainer.task.valid_step(batch, trainer.model, trainer.criterion)
+        assert len(calls) == (0 if name == "shared" else 1)
+    teacher = load(teacher_file)["model"]
+    for key, value in runs[0].items():
+        torch.testing.assert_close(value, runs[1][key])  # the same mathematics, once less
+        if key.startswith("feature_extractor"):
+            assert torch.equal(value, teacher[key])
+
+
+def test_one_head_can_serve_all_teacher_layers(speech, teacher_file, tmp_path):
+    trainer = train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{"+model.head_shared": True}))
+    heads = trainer.get_model().heads
+    assert heads["4"] is heads["8"] is heads["12"]
+    separate = 3 * sum(parameter.numel() for parameter in heads["4"].parameters())
+    assert sum(parameter.numel() for parameter in heads.parameters()) == separate // 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model.stack_method": "interlaced"}, "model.stack_method=interlaced is unknown; choose from none, interleaved"),
+        ({"model.stack_schedule": "linear"}, "model.stack_schedule=linear is unknown; choose from equal, prop"),
+        ({"model.stack_optimizer_state": "keep"}, "model.stack_optimizer_state=keep is unknown; choose from copy, reset"),
+        ({"+model.extractor_mode": "batch_norm"}, "model.extractor_mode=batch_norm is unknown"),
+        ({"+model.activation_fn": "sine"}, "model.activation_fn=sine is unknown; choose from"),
+        ({"+criterion.loss": "l3"}, "criterion.loss=l3 is unknown; choose from"),
+        ({"model.stack_method": "none"}, "model.stack_stages=4 has no meaning with model.stack_method=none"),
+        ({"model.stack_method": "stackbert"}, "model.encoder_layers=12"),
+        ({"+model.share_teacher_cnn": True}, "model.share_teacher_cnn=true needs"),
+        ({"+model.init_cnn_from_teacher": True, "model.conv_feature_layers": "[(4,10,5)] + [(4,3,2)] * 4 + [(4,2,2)] * 2"},
+         "model.init_cnn_from_teacher=true"),
+    ],
+)  # fmt: skip
+def test_a_wrong_name_or_combination_gets_one_line(speech, teacher_file, tmp_path, options, message):
+    with pytest.raises(SystemExit) as ended:
+        train("librispeech_base", tiny(speech, teacher_file, tmp_path, **options))
+    assert str(ended.value).startswith(f"error: {message}") and "\n" not in str(ended.value)

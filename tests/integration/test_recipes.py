@@ -1,0 +1,71 @@
+"""Every recipe in examples/ trains as it is written, with nothing but its sizes made small."""
+
+import json
+
+import pytest
+import torch
+from training import EXAMPLES, tiny, train
+from transformers import WavLMConfig, WavLMModel
+
+from conftest import TINY, stock_hubert
+
+RECIPES = sorted(
+    path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "demo_teacher"
+)
+GROWN = {"librispeech_base", "librispeech_base_equal", "librispeech_base_star", "hubert_large", "wavlm_base", "demo",
+         "gradstack_equal", "gradstack_prop", "midas_equal", "midas_prop"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def large_teacher(tmp_path_factory):
+    """A random HuBERT with the structure of HuBERT Large: 24 pre-norm layers on normalised waveforms."""
+    shape = {"encoder_layers": 24, "extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
+    model, cfg = stock_hubert(normalize=True, **{**TINY, **shape})
+    path = tmp_path_factory.mktemp("large") / "teacher.pt"
+    torch.save({"args": None, "cfg": cfg, "model": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wavlm_teacher(tmp_path_factory):
+    """A random WavLM with the structure of WavLM Base, in transformers' format."""
+    folder = tmp_path_factory.mktemp("wavlm")
+    shape = WavLMConfig(hidden_size=16, num_hidden_layers=12, num_attention_heads=4, intermediate_size=32,
+                        conv_dim=(8,) * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)  # fmt: skip
+    WavLMModel(shape).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "sampling_rate": 16_000}))
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_the_recipe_trains_to_its_full_depth(recipe, speech, teacher_file, large_teacher, wavlm_teacher, tmp_path):
+    teacher = {"hubert_large": large_teacher, "wavlm_base": wavlm_teacher}.get(recipe.name, teacher_file)
+    overrides = tiny(speech, teacher, tmp_path)
+    if recipe.name == "demo":  # it batches by length
+        overrides = [item for item in overrides if not item.startswith(("dataset.batch_size", "common.fp16"))]
+    if recipe.name == "distilhubert":
+        overrides.append("model.head_inner_dim=16")
+    trainer = train(recipe.name, overrides, folder=recipe.parent.name)
+    student = trainer.get_model()
+    assert trainer.get_num_updates() == 20
+    assert student.stage_number == len(student.plan.stages) == (4 if recipe.name in GROWN else 1)
+    assert student.depth == (2 if recipe.name == "distilhubert" else 12)
+    saved = torch.load(tmp_path / "checkpoints/checkpoint_last.pt", weights_only=True)
+    assert saved["model"]["stage"] == student.stage_number - 1
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_librispeech_base_is_the_published_recipe():
+    """The numbers of the published recipe, by hand."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(config_dir=str(EXAMPLES / "interleaved")):
+        cfg = compose("librispeech_base", overrides=["task.data=x", "task.teacher=y"])
+    model, optimization = cfg.model, cfg.optimization
+    assert (model.encoder_layers, model.encoder_embed_dim, model.encoder_ffn_embed_dim) == (12, 384, 1536)
+    assert (model.encoder_attention_heads, model.stack_method, model.stack_stages) == (8, "interleaved", 4)
+    assert (model.stack_schedule, model.stack_alpha) == ("prop", 1.0)
+    assert optimization.lr == [5e-4] and cfg.optimizer.weight_decay == 1e-4 and cfg.dataset.batch_size == 64
+    assert optimization.max_update == 75 * -(-281_241 // 64)  # 75 epochs of LibriSpeech 960 h
+    assert cfg.lr_scheduler.warmup_updates == round(0.07 * optimization.max_update)
+    assert cfg.criterion.intermediate_weight == 0.5 and cfg.criterion.teacher_layers == [4, 8, 12]
