@@ -8,6 +8,8 @@ speech=$run/speech
 teacher=$run/teacher/teacher.pt
 checkpoint=$run/checkpoints/checkpoint_last.pt
 mkdir -p "$run"
+# What fairseq and hydra use is deprecated here and there; none of it is for whoever runs this.
+export PYTHONWARNINGS=ignore HF_HUB_DISABLE_PROGRESS_BARS=1
 
 step() { echo; echo "== $*"; }
 
