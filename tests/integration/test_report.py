@@ -172,7 +172,7 @@ def test_unusable_students_and_speech_are_named(student, speech, tmp_path):
         hidden_states_of(student, tmp_path / "empty.tsv")
     for samples, rate, complaint in (
         (np.zeros(16_000), 8_000, "8000 Hz"),
-        (np.zeros((16_000, 2)), 16_000, "2 channels"),
+        (np.zeros((16_000, 2)), 16_000, "2 channel"),
         (np.zeros(399), 16_000, "399 samples"),
     ):
         soundfile.write(tmp_path / "odd.wav", samples, rate)
