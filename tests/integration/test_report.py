@@ -180,7 +180,7 @@ def test_unusable_students_and_speech_are_named(student, speech, tmp_path):
         with pytest.raises(InputError, match=rf"odd\.wav.*{complaint}"):
             hidden_states_of(student, tmp_path / "odd.tsv")
     (tmp_path / "odd.wav").write_bytes(b"no audio")
-    with pytest.raises(InputError, match="odd.wav cannot be read"):
+    with pytest.raises(InputError, match="odd.wav: cannot be read"):
         hidden_states_of(student, tmp_path / "odd.tsv")
 
 
