@@ -38,7 +38,6 @@ def train(config, overrides, folder="interleaved"):
     """Compose a recipe and train it in this process, as fairseq-hydra-train does; returns fairseq's trainer."""
     from fairseq.dataclass.initialize import add_defaults, hydra_init
     from fairseq_cli import train as fairseq_train
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     import fairseq_stack.criterions
@@ -53,8 +52,7 @@ def train(config, overrides, folder="interleaved"):
             trainers.append(self)
 
     hydra_init(config)
-    with initialize_config_dir(config_dir=str(EXAMPLES / folder)):
-        cfg = compose(config_name=config, overrides=[*overrides, f"common.user_dir={ROOT}/fairseq_stack"])
+    cfg = composed(config, [*overrides, f"common.user_dir={ROOT}/fairseq_stack"], folder)
     add_defaults(cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     OmegaConf.set_struct(cfg, True)
@@ -64,6 +62,17 @@ def train(config, overrides, folder="interleaved"):
     finally:
         fairseq_train.Trainer = original
     return trainers[0]
+
+
+def composed(config, overrides, folder="interleaved"):
+    """A recipe of examples/ as hydra composes it."""
+    try:
+        from hydra import compose, initialize_config_dir
+    except ImportError:  # hydra 1.0, beside fairseq 0.12.2
+        from hydra.experimental import compose, initialize_config_dir
+
+    with initialize_config_dir(config_dir=str(EXAMPLES / folder)):
+        return compose(config_name=config, overrides=overrides)
 
 
 def command(program, *arguments, cwd=ROOT, **options):

@@ -64,6 +64,9 @@ class SpeechDistillation(FairseqTask):
     # fairseq then hands the moving average to train_step, where it grows with the student.
     uses_ema = True
 
+    # Every criterion of fairseq 0.12.2 asks its task for one.
+    target_dictionary = None
+
     def __init__(self, cfg, teacher):
         super().__init__(cfg)
         self.teacher = teacher
@@ -103,13 +106,13 @@ class SpeechDistillation(FairseqTask):
         )
 
     @one_line_errors
-    def build_model(self, cfg, from_checkpoint=False):
-        model = super().build_model(cfg, from_checkpoint)
+    def build_model(self, cfg, *args):
+        model = super().build_model(cfg, *args)
         check_frames(model, self.teacher, self.cfg.max_sample_size)
         return model
 
-    def build_criterion(self, cfg, from_checkpoint=False):
-        criterion = super().build_criterion(cfg, from_checkpoint)
+    def build_criterion(self, cfg, *args):  # fairseq 0.12.2 has no second argument
+        criterion = super().build_criterion(cfg, *args)
         self.target_layers = criterion.target_layers
         return criterion
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from training import EXAMPLES, tiny, train
+from training import EXAMPLES, composed, tiny, train
 from transformers import WavLMConfig, WavLMModel
 
 from conftest import TINY, stock_hubert
@@ -57,10 +57,7 @@ def test_the_recipe_trains_to_its_full_depth(recipe, speech, teacher_file, large
 
 def test_librispeech_base_is_the_published_recipe():
     """The numbers of the published recipe, by hand."""
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(config_dir=str(EXAMPLES / "interleaved")):
-        cfg = compose("librispeech_base", overrides=["task.data=x", "task.teacher=y"])
+    cfg = composed("librispeech_base", ["task.data=x", "task.teacher=y"])
     model, optimization = cfg.model, cfg.optimization
     assert (model.encoder_layers, model.encoder_embed_dim, model.encoder_ffn_embed_dim) == (12, 384, 1536)
     assert (model.encoder_attention_heads, model.stack_method, model.stack_stages) == (8, "interleaved", 4)
