@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from omegaconf import OmegaConf
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
+from training import EXAMPLES
 
 from conftest import LINKED, TINY
 from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
@@ -20,15 +21,17 @@ LAYERS, WIDTH = [4, 8, 12], 6
 
 
 def distilhubert():
-    """Student and criterion of DistilHuBERT's recipe: two layers, three heads on the last, L1 and cosine."""
-    fields = {"loss": "l1_cosine", "intermediate_style": "prediction", "output_weight": 0.0}
-    fields["teacher_layers"] = LAYERS
-    criterion_cfg = OmegaConf.merge(
-        OmegaConf.structured(LayerDistillationConfig), fields, {"intermediate_weight": 1.0, "cosine_weight": 2.0}
-    )
-    shape = {"encoder_layers": 2, "head_inner_dim": 16, "stack_method": "none", "stack_stages": 1}
+    """Student and criterion of the recipe in examples/, with random weights and small sizes."""
+    recipe = OmegaConf.load(EXAMPLES / "distillation/distilhubert.yaml")
+    criterion_fields, model_fields = ({**recipe[part]} for part in ("criterion", "model"))
+    for fields in (criterion_fields, model_fields):
+        del fields["_name"]
+    linked = {name: criterion_fields[name] for name in LINKED.keys() & criterion_fields.keys()}
+    small = {**TINY, "encoder_layers": 2, "head_inner_dim": 16}
+    no_start = {"init_cnn_from_teacher": False, "init_layers_from_teacher": []}
+    criterion_cfg = OmegaConf.merge(OmegaConf.structured(LayerDistillationConfig), criterion_fields)
     student_cfg = OmegaConf.merge(
-        OmegaConf.structured(StackedHubertConfig), {**LINKED, **fields, **TINY, **shape}
+        OmegaConf.structured(StackedHubertConfig), {**LINKED, **linked, **model_fields, **small, **no_start}
     )
     task = SimpleNamespace(teacher=SimpleNamespace(name="teacher.pt", depth=12, width=WIDTH))
     torch.manual_seed(0)
@@ -48,6 +51,7 @@ def s3prl_distiller(student):
             "extractor_conv_feature_layers": TINY["conv_feature_layers"],
             "encoder_layers": 2,
             "final_dim": WIDTH,
+            "feature_grad_mult": 0.1,
             "n_tasks": len(LAYERS),
             "pred_layer_id": LAYERS,
         }
@@ -81,7 +85,7 @@ def test_the_distilhubert_recipe_gives_the_loss_and_gradient_of_s3prls_distiller
     assert predictions.shape == (3, len(LAYERS), 12, WIDTH)
     target = torch.stack([targets[layer] for layer in LAYERS], dim=1)
     cosine = (predictions * target).sum(-1) / predictions.norm(dim=-1) / target.norm(dim=-1)
-    expected = (predictions - target).abs().mean() + 2.0 * -torch.sigmoid(cosine).log().mean()
+    expected = (predictions - target).abs().mean() - torch.sigmoid(cosine).log().mean()
     assert loss.item() / frames == pytest.approx(expected.item(), rel=1e-5)
     assert "output_loss" in log and float(log["intermediate_loss"]) == pytest.approx(loss.item(), rel=1e-6)
 
@@ -92,4 +96,4 @@ def test_the_distilhubert_recipe_gives_the_loss_and_gradient_of_s3prls_distiller
     assert {name.split(".")[0] for name in shared} == {"feature_extractor", "encoder"}
     for name, gradient in shared.items():
         torch.testing.assert_close(gradient, theirs[name].grad, atol=1e-6, rtol=1e-3)
-    assert shared["feature_extractor.conv_layers.0.0.weight"].abs().max() > 1e-4
+    assert shared["feature_extractor.conv_layers.0.0.weight"].abs().max() > 1e-5
