@@ -29,5 +29,5 @@ setup(
         'espnet-s3prl==2026.5.14; python_version >= "3.11"',
     ],
     entry_points={"console_scripts": ["fairseq-stack-export = fairseq_stack.export.command:main"]},
-    extras_require={"test": ["pytest"]},
+    extras_require={"onnx": ["onnx", "onnxruntime"], "test": ["pytest", "onnx", "onnxruntime"]},
 )

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 
@@ -14,6 +14,7 @@ from fairseq_stack.errors import InputError
 from fairseq_stack.export.card import model_card
 from fairseq_stack.export.fairseq import export_fairseq, load_fairseq
 from fairseq_stack.export.huggingface import export_huggingface, load_huggingface
+from fairseq_stack.export.onnx import export_onnx, load_onnx
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.s3prl import export_s3prl, load_s3prl
 from fairseq_stack.export.verify import (
@@ -36,15 +37,15 @@ class Format:
         help: what it is for.
         write: (student, path) to nothing.
         load: (path, student) to a function from a list of [S] to {name: [B, T, D]}.
-        group_norm: what happens to padded batches of students with a group norm.
-        layer_norm: the same of students without; None if nothing does.
+        group_norm: what a padded batch does to students with a group norm, and what to use; None for nothing.
+        layer_norm: the same for students without one.
     """
 
     help: str
     write: Callable
     load: Callable
-    group_norm: str
-    layer_norm: str = None
+    group_norm: Optional[str] = None
+    layer_norm: Optional[str] = None
 
     def padding(self, student):
         return self.group_norm if student.config["extractor_mode"] == "default" else self.layer_norm
@@ -72,6 +73,7 @@ FORMATS = {
         f"in fairseq the group norm of extractor_mode=default runs over the padding too: {_ONE_BY_ONE}",
         f"fairseq rounds the frames of a padded utterance up and attends to one frame of padding: {_ONE_BY_ONE}",
     ),
+    "onnx": Format("a file for onnxruntime, for batches of any size and length", export_onnx, load_onnx),
 }
 
 

@@ -61,7 +61,8 @@ class PlainStudent(nn.Module):
         return F.linear(x, *self.parameters_of(module))
 
     def norm(self, x, module):
-        return F.layer_norm(x, x.shape[-1:], *self.parameters_of(module), EPSILON)
+        weight, bias = self.parameters_of(module)
+        return F.layer_norm(x, weight.shape, weight, bias, EPSILON)
 
     def forward(self, waveforms, lengths):
         """Hidden states as fairseq_stack.models counts them.

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import onnxruntime
 import pytest
 import s3prl.hub
 import torch
@@ -28,6 +30,7 @@ from fairseq_stack.errors import InputError
 from fairseq_stack.export.command import FORMATS
 from fairseq_stack.export.fairseq import export_fairseq
 from fairseq_stack.export.huggingface import export_huggingface
+from fairseq_stack.export.onnx import export_onnx
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.s3prl import export_s3prl
 from fairseq_stack.export.verify import TOLERANCE, ExportMismatch, padded_batch, read_speech, write_verified
@@ -219,6 +222,22 @@ def test_padding_changes_nothing_in_transformers_unless_a_group_norm_sees_it(tmp
         expected = fairseq_hidden_states(model, waveform(length), False)
         frames = expected[0].size(1)
         assert difference([state[row : row + 1, :frames] for state in states], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_onnxruntime_computes_batches_of_any_size_and_length_as_if_alone(tmp_path, shape, normalize):
+    model, state = hubert_and_state(shape, 1, normalize)
+    export_onnx(student_from_checkpoint(state), tmp_path / "student.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
+    for lengths in ([400], [16_000, 7_777], [12_345, 16_080, 401]):
+        inputs, _ = padded_batch([waveform(length) for length in lengths], normalize=False)
+        *states, frames = session.run(None, {"waveforms": inputs.numpy(), "lengths": np.array(lengths)})
+        for row, length in enumerate(lengths):
+            expected = fairseq_hidden_states(model, waveform(length), normalize)
+            assert frames[row] == expected[0].size(1)
+            ours = [torch.from_numpy(state[row : row + 1, : frames[row]]) for state in states]
+            assert difference(ours, expected) < TOLERANCE
 
 
 def test_the_s3prl_file_holds_tensors_and_plain_values(tmp_path):
