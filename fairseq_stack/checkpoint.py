@@ -219,7 +219,8 @@ def hubert_shapes(config, conv_layers, layers):
         elif index == 0:
             norm(f"{block}.2", outputs)
         channels = outputs
-    norm("layer_norm", channels)
+    if config.get("feature_layer_norm", True):
+        norm("layer_norm", channels)
     if channels != width:
         linear("post_extract_proj", channels, width)
 

@@ -12,6 +12,7 @@ import torch
 from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint, with_moving_average
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.card import model_card
+from fairseq_stack.export.distiller import export_distiller, load_distiller
 from fairseq_stack.export.fairseq import export_fairseq, load_fairseq
 from fairseq_stack.export.huggingface import export_huggingface, load_huggingface
 from fairseq_stack.export.onnx import export_onnx, load_onnx
@@ -65,6 +66,13 @@ FORMATS = {
         load_s3prl,
         f"in s3prl the group norm of extractor_mode=default runs over the padding too: {_ONE_BY_ONE}",
         f"s3prl rounds the frames of a padded utterance up and attends to one frame of padding: {_ONE_BY_ONE}",
+    ),
+    "s3prl-distiller": Format(
+        "a file for s3prl's distiller_local, with the prediction heads; its first hidden state comes before the"
+        " positions",
+        export_distiller,
+        load_distiller,
+        f"in s3prl the group norm of extractor_mode=default runs over the padding too: {_ONE_BY_ONE}",
     ),
     "fairseq": Format(
         "a checkpoint of fairseq's stock HubertModel, for model.w2v_path of hubert_ctc",

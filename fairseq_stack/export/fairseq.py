@@ -51,6 +51,9 @@ def export_fairseq(student, file):
     Args:
         student: a Student.
         file: where to write.
+
+    Raises:
+        InputError: the student has no layer norm behind the CNN, which HuBERT has.
     """
     torch.save(
         {
@@ -80,7 +83,16 @@ def export_fairseq(student, file):
 
 
 def hubert_config(student):
-    """The student's shape in the fields of fairseq's HubertConfig, which s3prl's HuBERT shares."""
+    """The student's shape in the fields of fairseq's HubertConfig, which s3prl's HuBERT shares.
+
+    Raises:
+        InputError: the student has no layer norm behind the CNN, which both take for granted.
+    """
+    if not student.config.get("feature_layer_norm", True):
+        raise InputError(
+            "model.feature_layer_norm=false: HuBERT in fairseq and s3prl has a layer norm behind the CNN; export it"
+            " with --to huggingface, onnx or s3prl-distiller"
+        )
     return {
         **{field: student.config[field] for field in _SHAPE},
         # fairseq and s3prl evaluate this string: write it from the parsed layers.

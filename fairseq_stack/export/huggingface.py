@@ -111,7 +111,7 @@ def _config(student):
         conv_kernel=kernels,
         conv_stride=strides,
         conv_bias=config["conv_bias"],
-        feat_proj_layer_norm=True,
+        feat_proj_layer_norm=config.get("feature_layer_norm", True),
         hidden_size=config["encoder_embed_dim"],
         intermediate_size=config["encoder_ffn_embed_dim"],
         num_hidden_layers=student.depth,

@@ -77,7 +77,9 @@ class PlainStudent(nn.Module):
         if self.student.normalize:
             waveforms = standardized(waveforms, lengths)
         x, frames = self.features(waveforms, lengths)
-        x = self.norm(x.transpose(1, 2), "layer_norm")
+        x = x.transpose(1, 2)
+        if "layer_norm.weight" in self.student.weights:
+            x = self.norm(x, "layer_norm")
         if "post_extract_proj.weight" in self.student.weights:
             x = self.linear(x, "post_extract_proj")
 

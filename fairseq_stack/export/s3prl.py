@@ -23,7 +23,8 @@ def export_s3prl(student, file):
         file: where to write.
 
     Raises:
-        InputError: the student's frames are not 20 ms apart, which s3prl's HuBERT takes for granted.
+        InputError: the student's frames are not 20 ms apart, or it has no layer norm behind the CNN, which
+            s3prl's HuBERT takes for granted.
     """
     check_frames(student)
     torch.save(

@@ -51,6 +51,8 @@ SEATS = {
 BASE = {"extractor_mode": "default", "layer_norm_first": False, "conv_bias": False}
 LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
 OTHER_ACTIVATIONS = ("gelu_accurate", "gelu_fast", "relu", "tanh", "linear")
+DISTILHUBERT = {"feature_layer_norm": False, "intermediate_style": "prediction"}
+OTHER_FORMATS = [format for format in FORMATS if format != "s3prl-distiller"]
 LENGTHS = (400, 7_777, 16_000, 16_080)  # samples; 1, 24, 49 and 50 frames
 
 
@@ -259,7 +261,7 @@ def test_what_the_other_library_cannot_compute_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [0.5, float("nan")])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", OTHER_FORMATS)
 def test_an_export_that_computes_something_else_leaves_nothing(tmp_path, format, value):
     model, state = hubert_and_state(BASE, 0, False)
     state["model"]["encoder.layers.4.fc2.bias"] = torch.full((16,), value)
@@ -292,12 +294,15 @@ def test_excerpts_have_several_lengths_and_at_least_a_frame(speech):
 # The script, with this package's own student
 
 
-def student_file(folder, speech, stage, **shape):
+def student_file(folder, speech, stage, teacher_layers=(4, 8, 12), **shape):
     """A checkpoint as fairseq saves it after some training, here none."""
     fields = {**TINY, **LINKED, **shape}
     cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), fields)
     torch.manual_seed(0)
-    model = StackedHubert(cfg, {4: 24, 8: 24, 12: 24}, teacher_depth=12)
+    model = StackedHubert(cfg, {layer: 24 for layer in teacher_layers}, teacher_depth=12)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(0.1 * torch.randn(tensor.shape))
     model.grow_to(stage)
     model_cfg = {**OmegaConf.to_container(cfg, enum_to_str=True), "_name": "stacked_hubert"}
     task_cfg = {"_name": "speech_distillation", "data": str(speech), "normalize": False}
@@ -353,7 +358,7 @@ def test_the_script_exports_a_student_at_any_stage_and_stores_the_proof(
     tmp_path, speech, export_student, shape, stage, depth
 ):
     checkpoint = student_file(tmp_path, speech, stage, **shape)
-    for format in FORMATS:
+    for format in OTHER_FORMATS:
         error, output = export_student(checkpoint, "--to", format, "--output", tmp_path / format)
         assert error is None
         *rows, summary, padding = output.splitlines()
@@ -369,6 +374,56 @@ def test_the_script_exports_a_student_at_any_stage_and_stores_the_proof(
     assert HubertModel.from_pretrained(tmp_path / "huggingface").config.num_hidden_layers == depth
     in_s3prl = s3prl.hub.hubert_local(ckpt=str(tmp_path / "s3prl"))
     assert len(in_s3prl([waveform(8_000)])["hidden_states"]) == depth + 1
+
+
+@pytest.mark.parametrize(
+    "shape, layers",
+    [
+        ({}, [4, 8, 12]),
+        ({"head_inner_dim": 20}, [4, 8, 12]),
+        ({"head_shared": True, "extractor_mode": "layer_norm"}, [4, 8, 12]),
+        ({"encoder_embed_dim": 8}, [12]),  # as wide as the CNN, so without a projection
+        ({"head_inner_dim": 20, "intermediate_style": "layer_to_layer"}, [12]),
+    ],
+)
+def test_a_student_without_a_norm_behind_the_cnn_goes_to_s3prls_distiller_heads_included(
+    tmp_path, speech, export_student, shape, layers
+):
+    checkpoint = student_file(tmp_path, speech, 2, layers, **{**DISTILHUBERT, **shape})
+    for format in ("s3prl-distiller", "huggingface", "onnx"):
+        assert export_student(checkpoint, "--to", format, "--output", tmp_path / format)[0] is None
+    with torch.no_grad():
+        upstream = s3prl.hub.distiller_local(ckpt=str(tmp_path / "s3prl-distiller")).eval()
+        states = upstream([waveform(8_000)])["hidden_states"]
+        trained = StackedHubert.from_checkpoint(load_checkpoint(checkpoint))
+        expected = trained(*padded_batch([waveform(8_000)], False))
+    predictions = [expected["predictions"][layer] for layer in layers]
+    assert difference(states[1:], expected["hidden_states"][1:] + predictions) < TOLERANCE
+    proof = json.loads((tmp_path / "s3prl-distiller.verification.json").read_text())
+    assert list(proof["padded_batch"]["difference"]) == [*map(str, range(1, 7)), *(f"head {n}" for n in layers)]
+    assert (proof["largest_difference_padded"] <= TOLERANCE) is (shape.get("extractor_mode") == "layer_norm")
+
+
+@pytest.mark.parametrize(
+    "format, shape, words",
+    [
+        ("s3prl-distiller", {"feature_layer_norm": True}, "model.feature_layer_norm=true"),
+        ("s3prl-distiller", {"conv_bias": True}, "model.conv_bias=true"),
+        ("s3prl-distiller", {"layer_norm_first": True}, "model.layer_norm_first=true"),
+        ("s3prl-distiller", {"intermediate_style": "layer_to_layer"}, "criterion.intermediate_style=layer_to_layer"),
+        ("s3prl-distiller", {"loss": "temporal_gram", "teacher_layers": []}, "criterion.loss=temporal_gram"),
+        ("s3prl-distiller", {"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 3"}, "model.conv_feature_layers="),
+        ("s3prl", {}, "model.feature_layer_norm=false"),
+        ("fairseq", {}, "model.feature_layer_norm=false"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_refused_with_the_field_and_the_format_to_use(
+    tmp_path, speech, export_student, format, shape, words
+):
+    checkpoint = student_file(tmp_path, speech, 2, **{**DISTILHUBERT, **shape})
+    error, _ = export_student(checkpoint, "--to", format, "--output", tmp_path / "student")
+    assert error.startswith(f"error: {words}") and "; export it with --to huggingface" in error
+    assert "\n" not in error and [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
 def test_the_model_card_tells_how_the_student_was_made(tmp_path, speech, export_student):
@@ -416,7 +471,8 @@ def test_the_script_leaves_an_existing_target_as_it_is(tmp_path, speech, export_
 def test_an_export_is_replaced_by_force_once_verified_and_the_same_input_gives_the_same_bytes(
     tmp_path, speech, export_student, format
 ):
-    checkpoint, target = student_file(tmp_path, speech, 1), tmp_path / "out" / "target"
+    shape = DISTILHUBERT if format == "s3prl-distiller" else {}
+    checkpoint, target = student_file(tmp_path, speech, 1, **shape), tmp_path / "out" / "target"
     target.parent.mkdir()
 
     def content():
