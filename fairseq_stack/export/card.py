@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from fairseq_stack.data.audio import SAMPLE_RATE
+from fairseq_stack.lengths import samples_per_frame
+
 _CARD = """---
 library_name: transformers
 pipeline_tag: feature-extraction
@@ -13,7 +16,8 @@ tags:
 
 # {title}
 
-A speech encoder distilled from a foundation model by [fairseq_stack]({paper}) while its depth grew.
+A speech encoder, distilled from a foundation model with fairseq_stack after
+[Kim & Lee, Interspeech 2026](https://arxiv.org/abs/2606.11766).
 16 kHz mono waveforms in, {depth} + 1 hidden states of {width} features out, one frame for every {hop} ms.
 
 | | |
@@ -42,7 +46,7 @@ student = s3prl.hub.hf_hubert_custom("FOLDER")
 hidden_states = student([waveform])["hidden_states"]
 ```
 
-{padding}
+Padded batches: {padding}.
 
 ## Citation
 
@@ -56,9 +60,6 @@ hidden_states = student([waveform])["hidden_states"]
 }}
 ```
 """
-
-_PAPER = "https://arxiv.org/abs/2606.11766"
-
 
 def model_card(student, state, padding, moving_average=False):
     """The text of README.md.
@@ -75,10 +76,7 @@ def model_card(student, state, padding, moving_average=False):
     metric = (cfg.get("checkpoint") or {}).get("best_checkpoint_metric", "loss")
     optimization = cfg.get("optimization") or {}
     rate = optimization.get("lr")
-    hours = extra.get("previous_training_time")
-    hop = 1
-    for _, _, stride in student.conv_layers:
-        hop *= stride
+    seconds = extra.get("previous_training_time")
     growth = model["stack_method"]
     if growth != "none":
         growth += f" stacking in {model['stack_stages']} stages"
@@ -99,17 +97,16 @@ def model_card(student, state, padding, moving_average=False):
         "masked frames": f"{task['mask_prob']:g}" if task.get("mask_prob") else None,
         "learning rate": f"{rate[0]:g}" if rate else None,
         "updates": f"{history[-1]['num_updates']:,}" if "num_updates" in history[-1] else None,
-        "training time": f"{hours / 3600:.2f} h" if hours else None,
+        "training time": f"{seconds / 3600:.2f} h" if seconds else None,
         f"validation {metric}": f"{extra['val_loss']:g}" if extra.get("val_loss") is not None else None,
         f"best validation {metric}": f"{extra['best']:g}" if extra.get("best") is not None else None,
-        "weights": "exponential moving average" if moving_average else "of the last update in the checkpoint",
+        "weights": "exponential moving average" if moving_average else "as the last update left them",
     }
     return _CARD.format(
         title=f"HuBERT student, {student.depth} layers x {model['encoder_embed_dim']}",
-        paper=_PAPER,
         depth=student.depth,
         width=model["encoder_embed_dim"],
-        hop=f"{hop / 16:g}",
+        hop=f"{1000 * samples_per_frame(student.conv_layers) / SAMPLE_RATE:g}",
         rows="\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None),
         padding=padding,
     )

@@ -1,11 +1,15 @@
 """Export a trained student to other libraries, verified on speech before it gets its name."""
 
 import argparse
+import logging
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Callable, Optional
+
+from transformers.utils.logging import disable_progress_bar
 
 import torch
 
@@ -19,6 +23,7 @@ from fairseq_stack.export.onnx import export_onnx, load_onnx
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.s3prl import export_s3prl, load_s3prl
 from fairseq_stack.export.verify import (
+    PADDING_AGREES,
     ExportMismatch,
     check_output,
     padded_batch,
@@ -106,6 +111,10 @@ def main():
         "--force", action="store_true", help="replace an export, once the new one is verified (default: refuse)"
     )
     args = parser.parse_args()
+    # What the libraries say while they load a model is not about the export.
+    logging.basicConfig(level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bar()
     try:
         proof = export(args.checkpoint, args.to, args.output, args.speech, args.ema, args.force)
     except (InputError, ExportMismatch, OSError) as error:
@@ -151,7 +160,7 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
     def write(path):
         format.write(student, path)
         if path.is_dir():
-            (path / "README.md").write_text(model_card(student, state, padding, ema))
+            (path / "README.md").write_text(model_card(student, state, padding or PADDING_AGREES, ema))
 
     name, reference = training_model(state, student)
     return write_verified(

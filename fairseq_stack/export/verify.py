@@ -17,6 +17,8 @@ from fairseq_stack.lengths import frames_from_samples, receptive_field
 # Largest difference in any hidden state that rounding in fp32 explains.
 TOLERANCE = 1e-4
 
+PADDING_AGREES = "an utterance in a padded batch gives what it gives alone"
+
 _RECORDINGS = 4
 _MAX_SAMPLES = 16 * SAMPLE_RATE
 
@@ -64,13 +66,16 @@ def write_verified(write, load, reference, waveforms, conv_layers, output, force
                 f"{output} is not written: its hidden states differ from those of {proof.get('compared_with')} by"
                 f" {largest:.3g}, more than {TOLERANCE:g}"
             )
-        proof["padding"] = padding or "an utterance in a padded batch gives what it gives alone"
+        proof["padding"] = padding or PADDING_AGREES
         text = json.dumps(proof, indent=1) + "\n"
         _proof_of(draft).write_text(text)
-        if output.is_dir():
+        # A folder takes no other's place: what is there goes aside, and then with the temporary folder.
+        if os.path.lexists(output) and (output.is_dir() or draft.is_dir()):
+            if output.is_file():
+                os.replace(_proof_of(output), Path(folder) / "replaced.json")
             os.replace(output, Path(folder) / "replaced")
         if draft.is_file():
-            os.replace(_proof_of(draft), output.with_name(_proof_of(draft).name))
+            os.replace(_proof_of(draft), _proof_of(output))
         os.replace(draft, output)
     return proof
 

@@ -242,11 +242,12 @@ def test_onnxruntime_computes_batches_of_any_size_and_length_as_if_alone(tmp_pat
             assert difference(ours, expected) < TOLERANCE
 
 
-def test_the_s3prl_file_holds_tensors_and_plain_values(tmp_path):
-    _, state = hubert_and_state(BASE, 0, False)
-    export_s3prl(student_from_checkpoint(state), tmp_path / "s3prl.pt")
-    content = torch.load(tmp_path / "s3prl.pt", weights_only=True)
-    assert set(content) == {"task_cfg", "model_cfg", "model_weight", "dictionaries_symbols"}
+@pytest.mark.parametrize("format", ["s3prl", "s3prl-distiller", "fairseq"])
+def test_files_hold_tensors_and_plain_values(tmp_path, speech, format):
+    shape = DISTILHUBERT if format == "s3prl-distiller" else {}
+    student = student_from_checkpoint(load_checkpoint(student_file(tmp_path, speech, 1, **shape)))
+    FORMATS[format].write(student, tmp_path / "export")
+    assert isinstance(torch.load(tmp_path / "export", weights_only=True), dict)
 
 
 def test_what_the_other_library_cannot_compute_is_refused(tmp_path):
@@ -426,8 +427,9 @@ def test_what_a_format_has_no_place_for_is_refused_with_the_field_and_the_format
     assert "\n" not in error and [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
-def test_the_model_card_tells_how_the_student_was_made(tmp_path, speech, export_student):
-    export_student(student_file(tmp_path, speech, 2), "--to", "huggingface", "--output", tmp_path / "student")
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+def test_the_model_card_tells_how_the_student_was_made(tmp_path, speech, export_student, shape):
+    export_student(student_file(tmp_path, speech, 2, **shape), "--to", "huggingface", "--output", tmp_path / "student")
     card = (tmp_path / "student" / "README.md").read_text()
     parameters = sum(p.numel() for p in HubertModel.from_pretrained(tmp_path / "student").parameters())
     for row in (
@@ -465,6 +467,18 @@ def test_the_script_leaves_an_existing_target_as_it_is(tmp_path, speech, export_
     error, _ = export_student(checkpoint, "--to", format, "--output", target, "--force")
     assert error.startswith(f"error: {target} is no export")
     assert (target / "file").read_text() == "mine" and len(list(target.iterdir())) == 1
+
+
+def test_a_file_may_replace_a_folder_by_force_and_the_other_way_round(tmp_path, speech, export_student):
+    checkpoint, target = student_file(tmp_path, speech, 1), tmp_path / "out" / "target"
+    target.parent.mkdir()
+    for format, names in (
+        ("s3prl", {"target", "target.verification.json"}),
+        ("huggingface", {"target"}),
+        ("s3prl", {"target", "target.verification.json"}),
+    ):
+        assert export_student(checkpoint, "--to", format, "--output", target, "--force")[0] is None
+        assert {path.name for path in target.parent.iterdir()} == names
 
 
 @pytest.mark.parametrize("format", FORMATS)
