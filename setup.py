@@ -28,5 +28,6 @@ setup(
         # espnet-s3prl is the s3prl that is kept up; its omegaconf excludes fairseq 0.12.2.
         'espnet-s3prl==2026.5.14; python_version >= "3.11"',
     ],
-    extras_require={"test": ["pytest"]},
+    entry_points={"console_scripts": ["fairseq-stack-export = fairseq_stack.export.command:main"]},
+    extras_require={"onnx": ["onnx", "onnxruntime"], "test": ["pytest", "onnx", "onnxruntime"]},
 )

@@ -4,7 +4,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
@@ -89,6 +89,8 @@ class Student:
         weights: the tensors of fairseq's HubertModel without its pretraining parts, in fp32;
             `encoder.layers.0` to `encoder.layers.{D - 1}` are the layers in the order of the forward
             pass, whatever seats they have in the training model.
+        heads: the prediction heads' tensors, `heads.{teacher layer}...`, in fp32.
+        mask_emb: [D], the input that masked training gave to masked frames, or None.
     """
 
     config: dict
@@ -96,6 +98,28 @@ class Student:
     normalize: bool
     depth: int
     weights: Dict[str, torch.Tensor]
+    heads: Dict[str, torch.Tensor]
+    mask_emb: Optional[torch.Tensor]
+
+
+def with_moving_average(state, name="the checkpoint"):
+    """The content of a checkpoint with the moving average of the weights in the place of the weights.
+
+    Args:
+        state: what load_checkpoint returns.
+        name: what an error calls the checkpoint, such as its path.
+
+    Raises:
+        InputError: the run kept no moving average.
+    """
+    average = (state.get("extra_state") or {}).get("ema")
+    if not average:
+        raise InputError(f"{name} has no moving average; train with ema.store_ema=true, or export without --ema")
+    # With ema.ema_fp32 there is a copy in single precision.
+    average = {**average, **state["extra_state"].get("ema_fp32_params", {})}
+    # The stage is a count, which averaging could only round.
+    average.update({key: value for key, value in state["model"].items() if key == "stage"})
+    return {**state, "model": average}
 
 
 def student_from_checkpoint(state, name="the checkpoint"):
@@ -150,7 +174,10 @@ def student_from_checkpoint(state, name="the checkpoint"):
         return re.sub(r"(?<=^encoder\.layers\.)\d+", lambda match: str(position[int(match[0])]), key)
 
     weights = {renumbered(key): found[key].float() for key in shapes}
-    return Student(config, conv_layers, bool(normalize), len(seats), weights)
+    heads = {key: tensor.float() for key, tensor in state["model"].items() if key.startswith("heads.")}
+    mask_emb = state["model"].get("mask_emb")
+    mask_emb = None if mask_emb is None else mask_emb.float()
+    return Student(config, conv_layers, bool(normalize), len(seats), weights, heads, mask_emb)
 
 
 def _conv_layers(text):
@@ -192,7 +219,8 @@ def hubert_shapes(config, conv_layers, layers):
         elif index == 0:
             norm(f"{block}.2", outputs)
         channels = outputs
-    norm("layer_norm", channels)
+    if config.get("feature_layer_norm", True):
+        norm("layer_norm", channels)
     if channels != width:
         linear("post_extract_proj", channels, width)
 

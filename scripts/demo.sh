@@ -28,8 +28,7 @@ for target in huggingface s3prl; do
   output=$run/student_$target
   [ "$target" = s3prl ] && output=$output.pt
   [ "$output" -nt "$checkpoint" ] && { echo "$output is there already"; continue; }
-  rm -rf "$output"
-  python scripts/export_student.py "$checkpoint" --to "$target" --output "$output" --speech "$speech/test.tsv"
+  python scripts/export_student.py "$checkpoint" --to "$target" --output "$output" --speech "$speech/test.tsv" --force
 done
 
 step "5/5 Report"

@@ -1,1 +1,1 @@
-"""Students for other libraries: Hugging Face transformers and s3prl. Needs neither fairseq nor hydra."""
+"""Students for other libraries, each export verified. Needs neither fairseq nor hydra, where a format is not theirs."""

@@ -1,12 +1,11 @@
 """A student as a folder that transformers' HubertModel loads."""
 
 import torch
-import torch.nn.functional as F
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.verify import ExportMismatch
+from fairseq_stack.export.verify import ExportMismatch, padded_batch
 
 # fairseq's names on the left, transformers' on the right.
 _NORMS = {"default": "group", "layer_norm": "layer"}
@@ -71,19 +70,15 @@ def export_huggingface(student, folder):
     ).save_pretrained(folder)
 
 
-def load_huggingface(folder, normalize):
-    """The hidden states of an export for transformers, as a function of a waveform [S].
-
-    Where `normalize` asks for it, the function normalises as fairseq does, with an epsilon of 1e-5. The
-    preprocessor of transformers has 1e-7 written into its code: a recording of variance v comes out
-    louder by a factor of about 1 + 5e-6 / v.
+def load_huggingface(folder, student):
+    """The hidden states of an export for transformers, as a function of a list of waveforms.
 
     Args:
         folder: what export_huggingface wrote.
-        normalize: the student's.
+        student: the Student.
 
     Returns:
-        a function from [S] to D + 1 times [1, T, D].
+        a function from a list of [S] to {0: [B, T, D], ..., depth: [B, T, D]}.
 
     Raises:
         ExportMismatch: transformers finds a key missing or left over.
@@ -94,11 +89,12 @@ def load_huggingface(folder, normalize):
         raise ExportMismatch(f"transformers does not load all of the export: {problems}")
     model.eval()
 
-    def hidden_states(waveform):
-        inputs = F.layer_norm(waveform, waveform.shape) if normalize else waveform
-        return model(inputs[None], output_hidden_states=True).hidden_states
+    def outputs(waveforms):
+        inputs, lengths = padded_batch(waveforms, student.normalize)
+        mask = (torch.arange(inputs.size(1)) < lengths[:, None]).long()
+        return dict(enumerate(model(inputs, attention_mask=mask, output_hidden_states=True).hidden_states))
 
-    return hidden_states
+    return outputs
 
 
 def _config(student):
@@ -115,7 +111,7 @@ def _config(student):
         conv_kernel=kernels,
         conv_stride=strides,
         conv_bias=config["conv_bias"],
-        feat_proj_layer_norm=True,
+        feat_proj_layer_norm=config.get("feature_layer_norm", True),
         hidden_size=config["encoder_embed_dim"],
         intermediate_size=config["encoder_ffn_embed_dim"],
         num_hidden_layers=student.depth,

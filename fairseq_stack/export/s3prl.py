@@ -4,26 +4,11 @@ import torch
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
+from fairseq_stack.export.fairseq import hubert_config, hubert_weights
 from fairseq_stack.lengths import samples_per_frame
 
-# What s3prl's HuBERT upstream takes for granted.
-_SAMPLES_PER_FRAME = 320
-
-_MODEL_FIELDS = (
-    "extractor_mode",
-    "conv_bias",
-    "encoder_embed_dim",
-    "encoder_ffn_embed_dim",
-    "encoder_attention_heads",
-    "activation_fn",
-    "layer_norm_first",
-    "conv_pos",
-    "conv_pos_groups",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "dropout_input",
-)
+# What s3prl's upstreams take for granted.
+SAMPLES_PER_FRAME = 320
 
 
 def export_s3prl(student, file):
@@ -38,35 +23,15 @@ def export_s3prl(student, file):
         file: where to write.
 
     Raises:
-        InputError: the student's frames are not 20 ms apart, which s3prl's HuBERT takes for granted.
+        InputError: the student's frames are not 20 ms apart, or it has no layer norm behind the CNN, which
+            s3prl's HuBERT takes for granted.
     """
-    config, hop = student.config, samples_per_frame(student.conv_layers)
-    if hop != _SAMPLES_PER_FRAME:
-        raise InputError(
-            f"model.conv_feature_layers={config['conv_feature_layers']} makes a frame of {hop} samples, and"
-            f" s3prl's HuBERT takes {_SAMPLES_PER_FRAME} for granted; export it with --to huggingface"
-        )
-    width = config["encoder_embed_dim"]
+    check_frames(student)
     torch.save(
         {
             "task_cfg": {"sample_rate": SAMPLE_RATE, "normalize": student.normalize},
-            "model_cfg": {
-                **{field: config[field] for field in _MODEL_FIELDS},
-                # s3prl evaluates this string: write it from the parsed layers.
-                "conv_feature_layers": str(student.conv_layers),
-                "encoder_layers": student.depth,
-                "encoder_layerdrop": 0.0,
-                "label_rate": SAMPLE_RATE / hop,
-                "required_seq_len_multiple": 1,
-                "final_dim": 1,
-            },
-            "model_weight": {
-                **student.weights,
-                # Parts of HuBERT's pretraining that s3prl builds and never uses.
-                "mask_emb": torch.zeros(width),
-                "final_proj.weight": torch.zeros(1, width),
-                "final_proj.bias": torch.zeros(1),
-            },
+            "model_cfg": hubert_config(student),
+            "model_weight": hubert_weights(student),
             # No labels, so no embeddings of labels.
             "dictionaries_symbols": [None],
         },
@@ -74,14 +39,25 @@ def export_s3prl(student, file):
     )
 
 
-def load_s3prl(file):
-    """The hidden states of an export for s3prl, as a function of a waveform [S].
+def check_frames(student):
+    """Raise InputError unless the student's frames are 20 ms apart."""
+    hop = samples_per_frame(student.conv_layers)
+    if hop != SAMPLES_PER_FRAME:
+        raise InputError(
+            f"model.conv_feature_layers={student.config['conv_feature_layers']} makes a frame of {hop} samples,"
+            f" and s3prl takes {SAMPLES_PER_FRAME} for granted; export it with --to huggingface"
+        )
+
+
+def load_s3prl(file, student):
+    """The hidden states of an export for s3prl, as a function of a list of waveforms.
 
     Args:
         file: what export_s3prl wrote.
+        student: the Student.
 
     Returns:
-        a function from [S] to D + 1 times [1, T, D].
+        a function from a list of [S] to {0: [B, T, D], ..., depth: [B, T, D]}.
 
     Raises:
         InputError: s3prl is not installed.
@@ -92,4 +68,4 @@ def load_s3prl(file):
         raise InputError(f"s3prl cannot be imported ({error}); install espnet-s3prl beside fairseq") from None
     upstream = hubert_local(ckpt=str(file)).eval()
     # The upstream normalises by itself where the export says so.
-    return lambda waveform: upstream([waveform])["hidden_states"]
+    return lambda waveforms: dict(enumerate(upstream(waveforms)["hidden_states"]))

@@ -24,8 +24,8 @@ class HubertEncoder(BaseFairseqModel):
         cfg: fairseq's names for the shape: extractor_mode, conv_feature_layers, conv_bias,
             encoder_layers, encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads,
             activation_fn, layer_norm_first, conv_pos, conv_pos_groups and, where the positional
-            convolution is several blocks (data2vec), pos_conv_depth; and for training dropout,
-            attention_dropout, activation_dropout, dropout_input, feature_grad_mult.
+            convolution is several blocks (data2vec), pos_conv_depth, and where no norm is to follow the
+            CNN, feature_layer_norm; and for training dropout, attention_dropout, activation_dropout, dropout_input, feature_grad_mult.
 
     Raises:
         InputError: conv_feature_layers is not a list of (channels, kernel, stride).
@@ -42,7 +42,8 @@ class HubertEncoder(BaseFairseqModel):
         channels = self.conv_layers[-1][0]
         self.feature_extractor = ConvExtractor(self.conv_layers, mode=cfg.extractor_mode, conv_bias=cfg.conv_bias)
         self.feature_grad_mult = cfg.feature_grad_mult
-        self.layer_norm = LayerNorm(channels)
+        # HuBERT has a norm between the CNN and the projection, DistilHuBERT has none.
+        self.layer_norm = LayerNorm(channels) if getattr(cfg, "feature_layer_norm", True) else nn.Identity()
         self.post_extract_proj = (
             nn.Linear(channels, cfg.encoder_embed_dim) if channels != cfg.encoder_embed_dim else None
         )

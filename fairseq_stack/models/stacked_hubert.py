@@ -35,6 +35,9 @@ class StackedHubertConfig(FairseqDataclass):
         metadata={"help": "layers of the CNN as [(channels, kernel, stride), ...]"},
     )
     conv_bias: bool = field(default=False, metadata={"help": "biases in the CNN"})
+    feature_layer_norm: bool = field(
+        default=True, metadata={"help": "layer norm between the CNN and the projection; DistilHuBERT has none"}
+    )
     feature_grad_mult: float = field(
         default=1.0, metadata={"help": "factor on the gradient of the CNN; 0 freezes it"}
     )
@@ -345,7 +348,7 @@ class StackedHubert(HubertEncoder):
         """[B, S] samples and [B] lengths to a list of depth + 1 times [B, T, D], and [B] frames."""
         if features is None:
             features = self.features(waveforms, lengths)
-        return self.encode(features.type_as(self.layer_norm.weight), lengths, self.seats, mask=mask)
+        return self.encode(features.type_as(self.encoder.layer_norm.weight), lengths, self.seats, mask=mask)
 
 
 def prediction_head(width, inner, teacher_width):

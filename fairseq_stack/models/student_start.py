@@ -5,7 +5,7 @@ from fairseq_stack.models.hubert_encoder import HubertEncoder
 
 
 def start_cnn(student, teacher):
-    """Copy the teacher's CNN and the layer norm behind it; the projection too if the widths agree.
+    """Copy the teacher's CNN and, to a student that has one, the layer norm behind it; the projection too if the widths agree.
 
     Args:
         student: a HubertEncoder, changed in place.
@@ -16,8 +16,9 @@ def start_cnn(student, teacher):
     """
     field = "model.init_cnn_from_teacher=true"
     source = _encoder(teacher, field)
-    for name in ("feature_extractor", "layer_norm"):
-        _copy(getattr(source, name), getattr(student, name), name, field, teacher)
+    _copy(source.feature_extractor, student.feature_extractor, "feature_extractor", field, teacher)
+    if student.layer_norm.state_dict():  # a student may do without
+        _copy(source.layer_norm, student.layer_norm, "layer_norm", field, teacher)
     ours, theirs = student.post_extract_proj, source.post_extract_proj
     if ours is not None and theirs is not None and ours.weight.shape == theirs.weight.shape:
         _copy(theirs, ours, "post_extract_proj", field, teacher)

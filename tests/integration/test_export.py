@@ -5,12 +5,18 @@ package's student takes part in the tests of the script only. The waveforms are 
 the arithmetic is compared.
 """
 
+import importlib
+import json
+import re
 import runpy
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import onnxruntime
 import pytest
 import s3prl.hub
 import torch
@@ -19,15 +25,21 @@ from omegaconf import OmegaConf
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from conftest import LINKED, TINY, stock_hubert
-from fairseq_stack.checkpoint import student_from_checkpoint
+from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.huggingface import export_huggingface, load_huggingface
-from fairseq_stack.export.s3prl import export_s3prl, load_s3prl
-from fairseq_stack.export.verify import TOLERANCE, ExportMismatch, read_speech, write_verified
+from fairseq_stack.export.command import FORMATS
+from fairseq_stack.export.fairseq import export_fairseq
+from fairseq_stack.export.huggingface import export_huggingface
+from fairseq_stack.export.onnx import export_onnx
+from fairseq_stack.export.plain import PlainStudent
+from fairseq_stack.export.s3prl import export_s3prl
+from fairseq_stack.export.verify import TOLERANCE, ExportMismatch, padded_batch, read_speech, write_verified
 from fairseq_stack.lengths import parse_conv_layers
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "export_student.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "export_student.py"
+CONV_LAYERS = parse_conv_layers(TINY["conv_feature_layers"])
 
 # Seats in use at each stage of 12 layers in 4 stages: A1 B1 C1, then A1 A2 B1 B2 C1 C2, and so on.
 SEATS = {
@@ -39,6 +51,8 @@ SEATS = {
 BASE = {"extractor_mode": "default", "layer_norm_first": False, "conv_bias": False}
 LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
 OTHER_ACTIVATIONS = ("gelu_accurate", "gelu_fast", "relu", "tanh", "linear")
+DISTILHUBERT = {"feature_layer_norm": False, "intermediate_style": "prediction"}
+OTHER_FORMATS = [format for format in FORMATS if format != "s3prl-distiller"]
 LENGTHS = (400, 7_777, 16_000, 16_080)  # samples; 1, 24, 49 and 50 frames
 
 
@@ -125,6 +139,54 @@ def test_every_hidden_state_of_an_utterance_equals_fairseqs(tmp_path, shape, nor
             assert difference(output.hidden_states, expected) < TOLERANCE
             assert difference([output.last_hidden_state], expected[-1:]) < TOLERANCE
             assert difference(in_s3prl([source])["hidden_states"], expected) < TOLERANCE
+            assert difference(PlainStudent(student)(source[None], torch.tensor([length]))[0], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape, normalize, stage", [(BASE, False, 1), (LARGE, True, 3)], ids=["base", "large"])
+def test_fairseqs_own_fine_tuning_starts_from_the_fairseq_export(tmp_path, shape, normalize, stage):
+    from fairseq.checkpoint_utils import load_model_ensemble_and_task
+    from fairseq.data import Dictionary
+    from fairseq.models.hubert.hubert_asr import HubertCtc, HubertCtcConfig
+
+    model, state = hubert_and_state(shape, stage, normalize)
+    state["model"]["mask_emb"] = torch.randn(TINY["encoder_embed_dim"])
+    export_fairseq(student_from_checkpoint(state), tmp_path / "student.pt")
+    (loaded,), _, task = load_model_ensemble_and_task([str(tmp_path / "student.pt")], strict=True)
+    assert torch.equal(loaded.mask_emb, state["model"]["mask_emb"]) and task.cfg.normalize is normalize
+
+    letters = Dictionary()
+    letters.add_symbol("a")
+    cfg = OmegaConf.structured(HubertCtcConfig(w2v_path=str(tmp_path / "student.pt"), mask_prob=0.3, layerdrop=0.1))
+    cfg.normalize, cfg.data = normalize, str(tmp_path)
+    cfg = OmegaConf.create({**OmegaConf.to_container(cfg, enum_to_str=True), "autoregressive": False})
+    ctc = HubertCtc.build_model(cfg, SimpleNamespace(target_dictionary=letters))
+    tuned = ctc.w2v_encoder.w2v_model
+    assert tuned.mask_prob == 0.3 and tuned.encoder.layerdrop == 0.1  # the recipe's, not the export's
+    ctc.eval()
+    source = waveform(16_080)
+    inputs = F.layer_norm(source, source.shape) if normalize else source
+    with torch.no_grad():
+        features, _ = tuned.extract_features(inputs[None], padding_mask=torch.zeros(1, 16_080, dtype=torch.bool))
+        logits = ctc(source=inputs[None], padding_mask=torch.zeros(1, 16_080, dtype=torch.bool))["encoder_out"]
+    assert difference([features], fairseq_hidden_states(model, source, normalize)[-1:]) < TOLERANCE
+    assert logits.shape == (50, 1, len(letters))
+
+
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_plain_forward_pass_equals_the_training_model_in_a_padded_batch(tmp_path, speech, shape, normalize):
+    state = load_checkpoint(student_file(tmp_path, speech, 2, **shape))
+    state["cfg"]["task"]["normalize"] = normalize
+    student, waveforms = student_from_checkpoint(state), [waveform(length) for length in LENGTHS]
+    with torch.no_grad():
+        trained = StackedHubert.from_checkpoint(state)(*padded_batch(waveforms, normalize))
+        states, frames = PlainStudent(student)(*padded_batch(waveforms, normalize=False))
+        heads = PlainStudent(student).outputs(*padded_batch(waveforms, normalize=False))
+    assert frames.tolist() == trained["frames"].tolist() == [1, 24, 49, 50]
+    for row, count in enumerate(frames):
+        expected = [state[row, :count] for state in trained["hidden_states"]]
+        assert difference([state[row, :count] for state in states], expected) < TOLERANCE
+        assert difference([heads["head 12"][row, :count]], [trained["predictions"][12][row, :count]]) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -164,11 +226,28 @@ def test_padding_changes_nothing_in_transformers_unless_a_group_norm_sees_it(tmp
         assert difference([state[row : row + 1, :frames] for state in states], expected) < TOLERANCE
 
 
-def test_the_s3prl_file_holds_tensors_and_plain_values(tmp_path):
-    _, state = hubert_and_state(BASE, 0, False)
-    export_s3prl(student_from_checkpoint(state), tmp_path / "s3prl.pt")
-    content = torch.load(tmp_path / "s3prl.pt", weights_only=True)
-    assert set(content) == {"task_cfg", "model_cfg", "model_weight", "dictionaries_symbols"}
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_onnxruntime_computes_batches_of_any_size_and_length_as_if_alone(tmp_path, shape, normalize):
+    model, state = hubert_and_state(shape, 1, normalize)
+    export_onnx(student_from_checkpoint(state), tmp_path / "student.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
+    for lengths in ([400], [16_000, 7_777], [12_345, 16_080, 401]):
+        inputs, _ = padded_batch([waveform(length) for length in lengths], normalize=False)
+        *states, frames = session.run(None, {"waveforms": inputs.numpy(), "lengths": np.array(lengths)})
+        for row, length in enumerate(lengths):
+            expected = fairseq_hidden_states(model, waveform(length), normalize)
+            assert frames[row] == expected[0].size(1)
+            ours = [torch.from_numpy(state[row : row + 1, : frames[row]]) for state in states]
+            assert difference(ours, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("format", ["s3prl", "s3prl-distiller", "fairseq"])
+def test_files_hold_tensors_and_plain_values(tmp_path, speech, format):
+    shape = DISTILHUBERT if format == "s3prl-distiller" else {}
+    student = student_from_checkpoint(load_checkpoint(student_file(tmp_path, speech, 1, **shape)))
+    FORMATS[format].write(student, tmp_path / "export")
+    assert isinstance(torch.load(tmp_path / "export", weights_only=True), dict)
 
 
 def test_what_the_other_library_cannot_compute_is_refused(tmp_path):
@@ -183,32 +262,31 @@ def test_what_the_other_library_cannot_compute_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [0.5, float("nan")])
-@pytest.mark.parametrize("format", ["huggingface", "s3prl"])
+@pytest.mark.parametrize("format", OTHER_FORMATS)
 def test_an_export_that_computes_something_else_leaves_nothing(tmp_path, format, value):
     model, state = hubert_and_state(BASE, 0, False)
     state["model"]["encoder.layers.4.fc2.bias"] = torch.full((16,), value)
     student = student_from_checkpoint(state)
-    write, load = {
-        "huggingface": (partial(export_huggingface, student), partial(load_huggingface, normalize=False)),
-        "s3prl": (partial(export_s3prl, student), load_s3prl),
-    }[format]
-    reference = partial(fairseq_hidden_states, model, normalize=False)
+
+    def reference(waveforms):
+        states = zip(*(fairseq_hidden_states(model, source, False) for source in waveforms))
+        return {number: torch.cat(rows) for number, rows in enumerate(states)}
+
     with pytest.raises(ExportMismatch, match="not written"):
-        write_verified(write, load, reference, [waveform(8_000)], tmp_path / "export")
+        write_verified(
+            partial(FORMATS[format].write, student),
+            partial(FORMATS[format].load, student=student),
+            reference,
+            [waveform(8_000)],
+            CONV_LAYERS,
+            tmp_path / "export",
+            padding="none",
+        )
     assert not list(tmp_path.iterdir())
 
 
-def test_the_exporters_need_neither_fairseq_nor_hydra():
-    code = (
-        "import sys, fairseq_stack.checkpoint, fairseq_stack.export.huggingface, fairseq_stack.export.s3prl,"
-        " fairseq_stack.export.verify; sys.exit(bool({'fairseq', 'hydra'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[1]).returncode == 0
-
-
 def test_excerpts_have_several_lengths_and_at_least_a_frame(speech):
-    conv_layers = parse_conv_layers(TINY["conv_feature_layers"])
-    lengths = [len(excerpt) for excerpt in read_speech(speech / "valid.tsv", conv_layers)]
+    lengths = [len(excerpt) for excerpt in read_speech(speech / "valid.tsv", CONV_LAYERS)]
     assert len(set(lengths)) == 8 and min(lengths) >= 400
     with pytest.raises(InputError, match="shorter than one frame"):
         read_speech(speech / "valid.tsv", [(8, 16_000, 1)])
@@ -217,17 +295,29 @@ def test_excerpts_have_several_lengths_and_at_least_a_frame(speech):
 # The script, with this package's own student
 
 
-def student_file(folder, speech, stage, **shape):
+def student_file(folder, speech, stage, teacher_layers=(4, 8, 12), **shape):
     """A checkpoint as fairseq saves it after some training, here none."""
     fields = {**TINY, **LINKED, **shape}
     cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), fields)
     torch.manual_seed(0)
-    model = StackedHubert(cfg, {4: 24, 8: 24, 12: 24}, teacher_depth=12)
+    model = StackedHubert(cfg, {layer: 24 for layer in teacher_layers}, teacher_depth=12)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(0.1 * torch.randn(tensor.shape))
     model.grow_to(stage)
     model_cfg = {**OmegaConf.to_container(cfg, enum_to_str=True), "_name": "stacked_hubert"}
     task_cfg = {"_name": "speech_distillation", "data": str(speech), "normalize": False}
+    average = {name: 0.5 * value for name, value in model.state_dict().items()}
     path = folder / "checkpoint_last.pt"
-    torch.save({"cfg": {"model": model_cfg, "task": task_cfg}, "model": model.state_dict()}, path)
+    torch.save(
+        {
+            "cfg": {"model": model_cfg, "task": task_cfg},
+            "model": model.state_dict(),
+            "optimizer_history": [{"num_updates": 1234}],
+            "extra_state": {"best": 0.25, "ema": average},
+        },
+        path,
+    )
     return path
 
 
@@ -246,29 +336,172 @@ def export_student(monkeypatch, capsys):
     return run
 
 
+def test_the_command_works_without_fairseq_and_hydra_and_says_what_it_compared_with(tmp_path, speech):
+    checkpoint = student_file(tmp_path, speech, 2)
+    code = (
+        "import sys; sys.modules.update(fairseq=None, hydra=None);"
+        " from fairseq_stack.export.command import main; main()"
+    )
+    arguments = [checkpoint, "--to", "huggingface", "--output", tmp_path / "student"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference to the same weights in plain PyTorch (fairseq is not installed)" in done.stdout
+
+
+def test_the_console_command_is_the_scripts():
+    module, function = re.search(r"fairseq-stack-export *= *([\w.]+):(\w+)", (ROOT / "setup.py").read_text()).groups()
+    assert runpy.run_path(str(SCRIPT))["main"] is getattr(importlib.import_module(module), function)
+
+
 @pytest.mark.parametrize("stage, depth", [(2, 6), (4, 12)])
 @pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
-def test_the_script_exports_a_student_at_any_stage(tmp_path, speech, export_student, shape, stage, depth):
+def test_the_script_exports_a_student_at_any_stage_and_stores_the_proof(
+    tmp_path, speech, export_student, shape, stage, depth
+):
     checkpoint = student_file(tmp_path, speech, stage, **shape)
-    for format in ("huggingface", "s3prl"):
+    for format in OTHER_FORMATS:
         error, output = export_student(checkpoint, "--to", format, "--output", tmp_path / format)
         assert error is None
-        assert output.startswith(f"{format}: {tmp_path / format}, largest difference")
-        assert output.count("\n") == 1
+        *rows, summary, padding = output.splitlines()
+        assert rows[0].split() == ["samples", *map(str, range(depth + 1))] and len(rows) == 10
+        assert summary.startswith(f"{format}: {tmp_path / format}, largest difference to the training model")
+        folder = tmp_path / format / "verification.json"
+        proof = json.loads((folder if folder.exists() else tmp_path / f"{format}.verification.json").read_text())
+        assert proof["largest_difference_alone"] <= TOLERANCE and padding == f"padding: {proof['padding']}"
+        # In a padded batch the differences are what the line about padding says.
+        agrees = proof["largest_difference_padded"] <= TOLERANCE
+        assert agrees is (FORMATS[format].padding(student_from_checkpoint(load_checkpoint(checkpoint))) is None)
+        assert [len(one["difference"]) for one in (*proof["alone"], proof["padded_batch"])] == [depth + 1] * 9
     assert HubertModel.from_pretrained(tmp_path / "huggingface").config.num_hidden_layers == depth
     in_s3prl = s3prl.hub.hubert_local(ckpt=str(tmp_path / "s3prl"))
     assert len(in_s3prl([waveform(8_000)])["hidden_states"]) == depth + 1
-    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.name, "huggingface", "s3prl"}
 
 
-@pytest.mark.parametrize("format", ["huggingface", "s3prl"])
+@pytest.mark.parametrize(
+    "shape, layers",
+    [
+        ({}, [4, 8, 12]),
+        ({"head_inner_dim": 20}, [4, 8, 12]),
+        ({"head_shared": True, "extractor_mode": "layer_norm"}, [4, 8, 12]),
+        ({"encoder_embed_dim": 8}, [12]),  # as wide as the CNN, so without a projection
+        ({"head_inner_dim": 20, "intermediate_style": "layer_to_layer"}, [12]),
+    ],
+)
+def test_a_student_without_a_norm_behind_the_cnn_goes_to_s3prls_distiller_heads_included(
+    tmp_path, speech, export_student, shape, layers
+):
+    checkpoint = student_file(tmp_path, speech, 2, layers, **{**DISTILHUBERT, **shape})
+    for format in ("s3prl-distiller", "huggingface", "onnx"):
+        assert export_student(checkpoint, "--to", format, "--output", tmp_path / format)[0] is None
+    with torch.no_grad():
+        upstream = s3prl.hub.distiller_local(ckpt=str(tmp_path / "s3prl-distiller")).eval()
+        states = upstream([waveform(8_000)])["hidden_states"]
+        trained = StackedHubert.from_checkpoint(load_checkpoint(checkpoint))
+        expected = trained(*padded_batch([waveform(8_000)], False))
+    predictions = [expected["predictions"][layer] for layer in layers]
+    assert difference(states[1:], expected["hidden_states"][1:] + predictions) < TOLERANCE
+    proof = json.loads((tmp_path / "s3prl-distiller.verification.json").read_text())
+    assert list(proof["padded_batch"]["difference"]) == [*map(str, range(1, 7)), *(f"head {n}" for n in layers)]
+    assert (proof["largest_difference_padded"] <= TOLERANCE) is (shape.get("extractor_mode") == "layer_norm")
+
+
+@pytest.mark.parametrize(
+    "format, shape, words",
+    [
+        ("s3prl-distiller", {"feature_layer_norm": True}, "model.feature_layer_norm=true"),
+        ("s3prl-distiller", {"conv_bias": True}, "model.conv_bias=true"),
+        ("s3prl-distiller", {"layer_norm_first": True}, "model.layer_norm_first=true"),
+        ("s3prl-distiller", {"intermediate_style": "layer_to_layer"}, "criterion.intermediate_style=layer_to_layer"),
+        ("s3prl-distiller", {"loss": "temporal_gram", "teacher_layers": []}, "criterion.loss=temporal_gram"),
+        ("s3prl-distiller", {"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 3"}, "model.conv_feature_layers="),
+        ("s3prl", {}, "model.feature_layer_norm=false"),
+        ("fairseq", {}, "model.feature_layer_norm=false"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_refused_with_the_field_and_the_format_to_use(
+    tmp_path, speech, export_student, format, shape, words
+):
+    checkpoint = student_file(tmp_path, speech, 2, **{**DISTILHUBERT, **shape})
+    error, _ = export_student(checkpoint, "--to", format, "--output", tmp_path / "student")
+    assert error.startswith(f"error: {words}") and "; export it with --to huggingface" in error
+    assert "\n" not in error and [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+def test_the_model_card_tells_how_the_student_was_made(tmp_path, speech, export_student, shape):
+    export_student(student_file(tmp_path, speech, 2, **shape), "--to", "huggingface", "--output", tmp_path / "student")
+    card = (tmp_path / "student" / "README.md").read_text()
+    parameters = sum(p.numel() for p in HubertModel.from_pretrained(tmp_path / "student").parameters())
+    for row in (
+        f"| parameters | {parameters / 1e6:.2f} M |",
+        "| growth | interleaved stacking in 4 stages, prop schedule; exported at 6 of 12 layers |",
+        f"| data | {speech.name} |",
+        "| updates | 1,234 |",
+        "| best validation loss | 0.25 |",
+    ):
+        assert row in card
+    assert str(speech) not in card and "2606.11766" in card and "None" not in card
+
+
+def test_the_moving_average_is_exported_if_asked_for_and_there(tmp_path, speech, export_student):
+    checkpoint, target = student_file(tmp_path, speech, 2), tmp_path / "student.pt"
+    assert export_student(checkpoint, "--to", "s3prl", "--output", target, "--ema")[0] is None
+    trained = student_from_checkpoint(load_checkpoint(checkpoint)).weights
+    exported = torch.load(target, weights_only=True)["model_weight"]
+    assert all(torch.equal(exported[name], 0.5 * weight) for name, weight in trained.items())
+
+    state = load_checkpoint(checkpoint)
+    del state["extra_state"]["ema"]
+    torch.save(state, checkpoint)
+    error, _ = export_student(checkpoint, "--to", "s3prl", "--output", tmp_path / "other.pt", "--ema")
+    assert error.startswith(f"error: {checkpoint} has no moving average") and "\n" not in error
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_the_script_leaves_an_existing_target_as_it_is(tmp_path, speech, export_student, format):
     checkpoint, target = student_file(tmp_path, speech, 1), tmp_path / "target"
     target.mkdir()
     (target / "file").write_text("mine")
     error, _ = export_student(checkpoint, "--to", format, "--output", target)
-    assert error == f"error: {target} exists; remove it or choose another --output"
+    assert error == f"error: {target} exists; give --force to replace an export, or choose another --output"
+    error, _ = export_student(checkpoint, "--to", format, "--output", target, "--force")
+    assert error.startswith(f"error: {target} is no export")
     assert (target / "file").read_text() == "mine" and len(list(target.iterdir())) == 1
+
+
+def test_a_file_may_replace_a_folder_by_force_and_the_other_way_round(tmp_path, speech, export_student):
+    checkpoint, target = student_file(tmp_path, speech, 1), tmp_path / "out" / "target"
+    target.parent.mkdir()
+    for format, names in (
+        ("s3prl", {"target", "target.verification.json"}),
+        ("huggingface", {"target"}),
+        ("s3prl", {"target", "target.verification.json"}),
+    ):
+        assert export_student(checkpoint, "--to", format, "--output", target, "--force")[0] is None
+        assert {path.name for path in target.parent.iterdir()} == names
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_is_replaced_by_force_once_verified_and_the_same_input_gives_the_same_bytes(
+    tmp_path, speech, export_student, format
+):
+    shape = DISTILHUBERT if format == "s3prl-distiller" else {}
+    checkpoint, target = student_file(tmp_path, speech, 1, **shape), tmp_path / "out" / "target"
+    target.parent.mkdir()
+
+    def content():
+        return {path: path.read_bytes() for path in target.parent.rglob("*") if path.is_file()}
+
+    assert export_student(checkpoint, "--to", format, "--output", target)[0] is None
+    first = content()
+    assert export_student(checkpoint, "--to", format, "--output", target, "--force")[0] is None
+    assert content() == first
+
+    broken = load_checkpoint(checkpoint)
+    broken["model"]["encoder.layers.0.fc1.bias"] += float("nan")
+    torch.save(broken, checkpoint)
+    error, _ = export_student(checkpoint, "--to", format, "--output", target, "--force")
+    assert "not written" in error and content() == first
 
 
 def test_the_script_names_what_it_cannot_use(tmp_path, speech, teacher_file, export_student):

@@ -1,0 +1,118 @@
+"""The model card of a student: what it is, how it was made, how to use it."""
+
+from pathlib import Path
+
+from fairseq_stack.data.audio import SAMPLE_RATE
+from fairseq_stack.lengths import samples_per_frame
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: feature-extraction
+tags:
+- hubert
+- speech
+- distillation
+---
+
+# {title}
+
+A speech encoder, distilled from a foundation model with fairseq_stack after
+[Kim & Lee, Interspeech 2026](https://arxiv.org/abs/2606.11766).
+16 kHz mono waveforms in, {depth} + 1 hidden states of {width} features out, one frame for every {hop} ms.
+
+| | |
+| --- | --- |
+{rows}
+
+`verification.json` has the largest difference of every hidden state to the model that was trained.
+
+## Use
+
+```python
+import torch
+from transformers import AutoFeatureExtractor, HubertModel
+
+student = HubertModel.from_pretrained("FOLDER").eval()
+preprocess = AutoFeatureExtractor.from_pretrained("FOLDER")
+inputs = preprocess(waveform, sampling_rate=16_000, return_tensors="pt")  # waveform: [samples]
+with torch.no_grad():
+    hidden_states = student(inputs.input_values, output_hidden_states=True).hidden_states
+```
+
+```python
+import s3prl.hub
+
+student = s3prl.hub.hf_hubert_custom("FOLDER")
+hidden_states = student([waveform])["hidden_states"]
+```
+
+Padded batches: {padding}.
+
+## Citation
+
+```bibtex
+@inproceedings{{kim2026interleaved,
+  author = {{Kim and Lee}},
+  title = {{Fast Speech Foundation Model Distillation Using Interleaved Stacking}},
+  booktitle = {{Interspeech}},
+  year = {{2026}},
+  note = {{arXiv:2606.11766}},
+}}
+```
+"""
+
+def model_card(student, state, padding, moving_average=False):
+    """The text of README.md.
+
+    Args:
+        student: a Student.
+        state: the checkpoint's content. What it does not tell, the card leaves out.
+        padding: what a user has to know about padded batches.
+        moving_average: whether the weights are the moving average's.
+    """
+    cfg, model = state["cfg"], student.config
+    task, criterion = cfg.get("task") or {}, cfg.get("criterion") or {}
+    history, extra = state.get("optimizer_history") or [{}], state.get("extra_state") or {}
+    metric = (cfg.get("checkpoint") or {}).get("best_checkpoint_metric", "loss")
+    optimization = cfg.get("optimization") or {}
+    rate = optimization.get("lr")
+    seconds = extra.get("previous_training_time")
+    growth = model["stack_method"]
+    if growth != "none":
+        growth += f" stacking in {model['stack_stages']} stages"
+        growth += f", {model['stack_schedule']} schedule" if "stack_schedule" in model else ""
+        growth += f"; exported at {student.depth} of {model['encoder_layers']} layers"
+    facts = {
+        "parameters": f"{sum(tensor.numel() for tensor in student.weights.values()) / 1e6:.2f} M",
+        "transformer": f"{student.depth} layers x {model['encoder_embed_dim']},"
+        f" feed-forward {model['encoder_ffn_embed_dim']}, {model['encoder_attention_heads']} heads",
+        "growth": growth,
+        # Names only: a path tells about a machine and not about a model.
+        "teacher": Path(task["teacher"]).name if task.get("teacher") else None,
+        "data": Path(task["data"]).name if task.get("data") else None,
+        "input": "zero mean and unit variance" if student.normalize else "the waveform as it is",
+        "loss": criterion.get("loss", model.get("loss")),
+        "teacher layers": ", ".join(map(str, criterion.get("teacher_layers") or [])) or None,
+        "intermediate loss": _intermediate(criterion),
+        "masked frames": f"{task['mask_prob']:g}" if task.get("mask_prob") else None,
+        "learning rate": f"{rate[0]:g}" if rate else None,
+        "updates": f"{history[-1]['num_updates']:,}" if "num_updates" in history[-1] else None,
+        "training time": f"{seconds / 3600:.2f} h" if seconds else None,
+        f"validation {metric}": f"{extra['val_loss']:g}" if extra.get("val_loss") is not None else None,
+        f"best validation {metric}": f"{extra['best']:g}" if extra.get("best") is not None else None,
+        "weights": "exponential moving average" if moving_average else "as the last update left them",
+    }
+    return _CARD.format(
+        title=f"HuBERT student, {student.depth} layers x {model['encoder_embed_dim']}",
+        depth=student.depth,
+        width=model["encoder_embed_dim"],
+        hop=f"{1000 * samples_per_frame(student.conv_layers) / SAMPLE_RATE:g}",
+        rows="\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None),
+        padding=padding,
+    )
+
+
+def _intermediate(criterion):
+    if not criterion.get("intermediate_weight") or not criterion.get("intermediate_style"):
+        return None
+    return f"{criterion['intermediate_style'].replace('_', ' ')}, weight {criterion['intermediate_weight']:g}"

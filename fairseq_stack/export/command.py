@@ -1,0 +1,201 @@
+"""Export a trained student to other libraries, verified on speech before it gets its name."""
+
+import argparse
+import logging
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable, Optional
+
+from transformers.utils.logging import disable_progress_bar
+
+import torch
+
+from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint, with_moving_average
+from fairseq_stack.errors import InputError
+from fairseq_stack.export.card import model_card
+from fairseq_stack.export.distiller import export_distiller, load_distiller
+from fairseq_stack.export.fairseq import export_fairseq, load_fairseq
+from fairseq_stack.export.huggingface import export_huggingface, load_huggingface
+from fairseq_stack.export.onnx import export_onnx, load_onnx
+from fairseq_stack.export.plain import PlainStudent
+from fairseq_stack.export.s3prl import export_s3prl, load_s3prl
+from fairseq_stack.export.verify import (
+    PADDING_AGREES,
+    ExportMismatch,
+    check_output,
+    padded_batch,
+    read_speech,
+    table,
+    write_verified,
+)
+
+_ONE_BY_ONE = "give it one utterance at a time, or use --to onnx"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to write and load one, and why it cannot agree in a padded batch.
+
+    Attributes:
+        help: what it is for.
+        write: (student, path) to nothing.
+        load: (path, student) to a function from a list of [S] to {name: [B, T, D]}.
+        group_norm: what a padded batch does to students with a group norm, and what to use; None for nothing.
+        layer_norm: the same for students without one.
+    """
+
+    help: str
+    write: Callable
+    load: Callable
+    group_norm: Optional[str] = None
+    layer_norm: Optional[str] = None
+
+    def padding(self, student):
+        return self.group_norm if student.config["extractor_mode"] == "default" else self.layer_norm
+
+
+FORMATS = {
+    "huggingface": Format(
+        "a folder for transformers.HubertModel and s3prl's hf_hubert_custom",
+        export_huggingface,
+        load_huggingface,
+        "in transformers the group norm of extractor_mode=default runs over the padding too, with or without an"
+        f" attention mask (s3prl's hf_hubert gives one): {_ONE_BY_ONE}",
+    ),
+    "s3prl": Format(
+        "a file for s3prl's hubert_local",
+        export_s3prl,
+        load_s3prl,
+        f"in s3prl the group norm of extractor_mode=default runs over the padding too: {_ONE_BY_ONE}",
+        f"s3prl rounds the frames of a padded utterance up and attends to one frame of padding: {_ONE_BY_ONE}",
+    ),
+    "s3prl-distiller": Format(
+        "a file for s3prl's distiller_local, with the prediction heads; its first hidden state comes before the"
+        " positions",
+        export_distiller,
+        load_distiller,
+        f"in s3prl the group norm of extractor_mode=default runs over the padding too: {_ONE_BY_ONE}",
+    ),
+    "fairseq": Format(
+        "a checkpoint of fairseq's stock HubertModel, for model.w2v_path of hubert_ctc",
+        export_fairseq,
+        load_fairseq,
+        f"in fairseq the group norm of extractor_mode=default runs over the padding too: {_ONE_BY_ONE}",
+        f"fairseq rounds the frames of a padded utterance up and attends to one frame of padding: {_ONE_BY_ONE}",
+    ),
+    "onnx": Format("a file for onnxruntime, for batches of any size and length", export_onnx, load_onnx),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="fairseq-stack-export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="fairseq checkpoint of a stacked_hubert, at any stage")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help="; ".join(f"{name}: {format.help}" for name, format in FORMATS.items()),
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder or file to make")
+    parser.add_argument(
+        "--speech",
+        type=Path,
+        help="audio file or manifest (.tsv), 16 kHz mono, to compare the export with the training model on"
+        " (default: valid.tsv of the data that the student was trained on)",
+    )
+    parser.add_argument("--ema", action="store_true", help="export the moving average of the weights")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an export, once the new one is verified (default: refuse)"
+    )
+    args = parser.parse_args()
+    # What the libraries say while they load a model is not about the export.
+    logging.basicConfig(level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bar()
+    try:
+        proof = export(args.checkpoint, args.to, args.output, args.speech, args.ema, args.force)
+    except (InputError, ExportMismatch, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(table(proof))
+    print(
+        f"{args.to}: {args.output}, largest difference to {proof['compared_with']}"
+        f" {proof['largest_difference_alone']:.2g} alone, {proof['largest_difference_padded']:.2g} in a padded batch"
+    )
+    print(f"padding: {proof['padding']}")
+
+
+def export(checkpoint, to, output, speech=None, ema=False, force=False):
+    """Export the student of a checkpoint.
+
+    Args:
+        checkpoint: path of a fairseq checkpoint.
+        to: a name in FORMATS.
+        output: path of the folder or file to make.
+        speech: audio file or manifest to verify with (default: valid.tsv of the training data).
+        ema: take the moving average of the weights.
+        force: replace an export that is there already.
+
+    Returns:
+        the comparison, as stored with the export.
+
+    Raises:
+        InputError: something cannot be used, or the format cannot hold this student.
+        ExportMismatch: the export computes something else than the training model.
+    """
+    check_output(output, force)
+    state = load_checkpoint(checkpoint)
+    if ema:
+        state = with_moving_average(state, checkpoint)
+    student = student_from_checkpoint(state, checkpoint)
+    speech = speech or Path(state["cfg"]["task"].get("data") or "") / "valid.tsv"
+    if not speech.is_file():
+        raise InputError(f"{speech} does not exist; give --speech an audio file or a manifest to verify with")
+    waveforms = read_speech(speech, student.conv_layers)
+    format = FORMATS[to]
+    padding = format.padding(student)
+
+    def write(path):
+        format.write(student, path)
+        if path.is_dir():
+            (path / "README.md").write_text(model_card(student, state, padding or PADDING_AGREES, ema))
+
+    name, reference = training_model(state, student)
+    return write_verified(
+        write,
+        partial(format.load, student=student),
+        reference,
+        waveforms,
+        student.conv_layers,
+        output,
+        force,
+        padding,
+        {"format": to, "compared_with": name},
+    )
+
+
+def training_model(state, student):
+    """What to compare an export with: the training model, or without fairseq the same weights in plain PyTorch.
+
+    Returns:
+        its name, and a function from a list of [S] to {name: [B, T, D]}.
+    """
+    try:
+        from fairseq_stack.models.stacked_hubert import StackedHubert
+    except ImportError:
+        name, model = "the same weights in plain PyTorch (fairseq is not installed)", PlainStudent(student)
+        return name, lambda waveforms: model.outputs(*padded_batch(waveforms, normalize=False))
+    model = StackedHubert.from_checkpoint(state)
+
+    def outputs(waveforms):
+        output = model(*padded_batch(waveforms, student.normalize))
+        heads = {f"head {layer}": prediction for layer, prediction in output["predictions"].items()}
+        return {**dict(enumerate(output["hidden_states"])), **heads}
+
+    return "the training model", outputs
+
+
+if __name__ == "__main__":
+    main()

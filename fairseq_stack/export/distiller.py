@@ -1,0 +1,139 @@
+"""A student as a file that s3prl's `distiller_local` loads, with its prediction heads."""
+
+import contextlib
+import sys
+
+import torch
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.export.plain import head_tensors, heads_on_top
+from fairseq_stack.export.s3prl import check_frames
+
+_SHAPE = (
+    "extractor_mode",
+    "conv_pos",
+    "conv_pos_groups",
+    "encoder_embed_dim",
+    "encoder_ffn_embed_dim",
+    "encoder_attention_heads",
+    "activation_fn",
+    "layer_norm_first",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+)
+
+
+def export_distiller(student, file):
+    """Write the student as s3prl's trainer of DistilHuBERT would: tensors and plain values in two entries.
+
+    `s3prl.hub.distiller_local(ckpt=file)` loads it. Its first hidden state is the projection of the CNN, before
+    the positions are added; then come the layers, which are those of training, and the heads' predictions.
+
+    Args:
+        student: a Student.
+        file: where to write.
+
+    Raises:
+        InputError: s3prl's distiller has no place for a part of the student; names the field.
+    """
+    _check(student)
+    layers = heads_on_top(student)
+    first, second = zip(*(_as_two_maps(head_tensors(student, layer)) for layer in layers))
+    inner, outer = first[0][0].size(0), second[0][0].size(0)
+    output = {
+        "output_layer.0.weight": torch.cat([weight for weight, _ in first]),
+        "output_layer.0.bias": torch.cat([bias for _, bias in first]),
+    }
+    if len(layers) == 1:
+        output["output_layer.2.layer.weight"], output["output_layer.2.layer.bias"] = second[0]
+    else:
+        output["output_layer.2.weight"] = torch.stack([weight.T for weight, _ in second])
+        output["output_layer.2.bias"] = torch.stack([bias for _, bias in second])[None, None]
+    torch.save(
+        {
+            "Config": {
+                "distiller": {
+                    **{field: student.config[field] for field in _SHAPE},
+                    # s3prl evaluates this string: write it from the parsed layers.
+                    "extractor_conv_feature_layers": str(student.conv_layers),
+                    "encoder_layers": student.depth,
+                    "task_emb_type": "expand-last",
+                    "out_layer_type": "expand-last",
+                    "out_layer_inter_dim": inner,
+                    "final_dim": outer,
+                    "n_tasks": len(layers),
+                    "pred_layer_id": layers,
+                }
+            },
+            "Distiller": {**student.weights, **output},
+        },
+        file,
+    )
+
+
+def _check(student):
+    config = student.config
+    layers = {int(name.split(".")[1]) for name in student.heads}
+    for missing, text in (
+        (
+            config.get("feature_layer_norm", True),
+            "model.feature_layer_norm=true: s3prl's distiller has no norm behind the CNN",
+        ),
+        (config["conv_bias"], "model.conv_bias=true: the CNN of s3prl's distiller has no biases"),
+        (
+            config["layer_norm_first"],
+            "model.layer_norm_first=true: s3prl's distiller hands out the last layer without its final norm",
+        ),
+        (student.normalize, "task.normalize=true: s3prl's distiller takes the waveform as it is"),
+        (not layers, f"criterion.loss={config['loss']}: s3prl's distiller needs prediction heads, and there are none"),
+        (
+            layers != set(heads_on_top(student)),
+            f"criterion.intermediate_style={config['intermediate_style']}: the heads of s3prl's distiller are all on"
+            " the last layer",
+        ),
+    ):
+        if missing:
+            raise InputError(f"{text}; export it with --to huggingface or onnx")
+    check_frames(student)
+
+
+def _as_two_maps(maps):
+    """A head as the two linear maps around a GELU that s3prl has: [(weight, bias), (weight, bias)].
+
+    A linear head goes through the GELU unchanged, because GELU(x) - GELU(-x) = x.
+    """
+    if len(maps) == 2:
+        return maps
+    ((weight, bias),) = maps
+    width = weight.size(1)
+    identity = torch.eye(width)
+    return [
+        (torch.cat([identity, -identity]), torch.zeros(2 * width)),
+        (torch.cat([weight, -weight], dim=1), bias),
+    ]
+
+
+def load_distiller(file, student):
+    """The hidden states and predictions of an export for s3prl's distiller, as a function of a list of waveforms.
+
+    Args:
+        file: what export_distiller wrote.
+        student: the Student.
+
+    Returns:
+        a function from a list of [S] to {1: [B, T, D], ..., depth: [B, T, D], "head 4": [B, T, teacher width], ...}.
+
+    Raises:
+        InputError: s3prl is not installed.
+    """
+    try:
+        from s3prl.upstream.distiller.hubconf import distiller_local
+    except ImportError as error:  # from Python 3.12 on, setuptools has the distutils that it imports
+        raise InputError(
+            f"s3prl's distiller cannot be imported ({error}); install espnet-s3prl and setuptools"
+        ) from None
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its settings
+        upstream = distiller_local(ckpt=str(file)).eval()
+    names = [*range(1, student.depth + 1), *(f"head {layer}" for layer in heads_on_top(student))]
+    return lambda waveforms: dict(zip(names, upstream(waveforms)["hidden_states"][1:]))

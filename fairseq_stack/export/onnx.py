@@ -1,0 +1,78 @@
+"""A student as an ONNX file, with padded batches as exact as in training."""
+
+import importlib
+import warnings
+
+import torch
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.export.plain import PlainStudent
+from fairseq_stack.export.verify import padded_batch
+from fairseq_stack.lengths import receptive_field
+
+_OPSET = 17  # the first with a layer norm
+
+
+def export_onnx(student, file):
+    """Write the student for onnxruntime and its like.
+
+    Inputs: `waveforms` [B, S], float32 samples at 16 kHz as recorded, zeros behind an utterance's end, and
+    `lengths` [B], int64, the samples of each. Outputs: `hidden_state_0` to `hidden_state_{depth}`, [B, T, D],
+    and `frames` [B], the frames of each utterance; what lies behind them means nothing. B and S are free.
+
+    Args:
+        student: a Student.
+        file: where to write.
+
+    Raises:
+        InputError: onnx is not installed, or the activation function cannot be exported.
+    """
+    _import("onnx")
+    samples = 2 * receptive_field(student.conv_layers)
+    names = [f"hidden_state_{number}" for number in range(student.depth + 1)]
+    axes = {name: {0: "utterances", 1: "frames"} for name in names}
+    axes.update(waveforms={0: "utterances", 1: "samples"}, lengths={0: "utterances"}, frames={0: "utterances"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # torch's exporter by tracing: nothing in the forward pass hangs on the data, it needs no onnxscript,
+        # and unlike its successor writes no paths of this machine into the file.
+        torch.onnx.export(
+            PlainStudent(student).eval(),
+            (torch.zeros(2, samples), torch.tensor([samples, samples // 2])),
+            str(file),
+            dynamo=False,
+            opset_version=_OPSET,
+            input_names=["waveforms", "lengths"],
+            output_names=[*names, "frames"],
+            dynamic_axes=axes,
+        )
+
+
+def load_onnx(file, student):
+    """The hidden states of an export for ONNX in onnxruntime, as a function of a list of waveforms.
+
+    Args:
+        file: what export_onnx wrote.
+        student: the Student.
+
+    Returns:
+        a function from a list of [S] to {0: [B, T, D], ..., depth: [B, T, D]}.
+
+    Raises:
+        InputError: onnxruntime is not installed.
+    """
+    session = _import("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def outputs(waveforms):
+        inputs, lengths = padded_batch(waveforms, normalize=False)  # the graph normalises by itself
+        *states, _ = session.run(None, {"waveforms": inputs.numpy(), "lengths": lengths.numpy()})
+        return {number: torch.from_numpy(state) for number, state in enumerate(states)}
+
+    return outputs
+
+
+def _import(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"--to onnx: {name} cannot be imported ({error}); pip install onnx onnxruntime") from None
