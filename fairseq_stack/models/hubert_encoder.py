@@ -25,7 +25,8 @@ class HubertEncoder(BaseFairseqModel):
             encoder_layers, encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads,
             activation_fn, layer_norm_first, conv_pos, conv_pos_groups and, where the positional
             convolution is several blocks (data2vec), pos_conv_depth, and where no norm is to follow the
-            CNN, feature_layer_norm; and for training dropout, attention_dropout, activation_dropout, dropout_input, feature_grad_mult.
+            CNN, feature_layer_norm; and for training dropout, attention_dropout, activation_dropout,
+            dropout_input, feature_grad_mult.
 
     Raises:
         InputError: conv_feature_layers is not a list of (channels, kernel, stride).

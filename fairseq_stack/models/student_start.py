@@ -5,7 +5,7 @@ from fairseq_stack.models.hubert_encoder import HubertEncoder
 
 
 def start_cnn(student, teacher):
-    """Copy the teacher's CNN and, to a student that has one, the layer norm behind it; the projection too if the widths agree.
+    """Copy the teacher's CNN, the layer norm behind it where the student has one, and the projection where the widths agree.
 
     Args:
         student: a HubertEncoder, changed in place.

@@ -1,14 +1,9 @@
-"""DistilHuBERT's recipe computes what s3prl's distiller computes.
-
-The distiller is s3prl's own model with the student's weights. One layer differs and is handed over:
-the student is a HuBERT, which has a layer norm between CNN and projection; DistilHuBERT leaves it out.
-"""
+"""DistilHuBERT's recipe computes what s3prl's distiller computes, with the same weights in s3prl's own model."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn as nn
 from omegaconf import OmegaConf
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from training import EXAMPLES
@@ -67,7 +62,6 @@ def s3prl_distiller(student):
     }
     shared = {name: weights[name] for name in distiller.state_dict() if not name.startswith("output_layer.")}
     distiller.load_state_dict({**shared, **mapped})
-    distiller.post_extract_proj = nn.Sequential(student.layer_norm, distiller.post_extract_proj)
     return distiller
 
 
