@@ -16,7 +16,10 @@ import torch
 from fairseq import optim
 from omegaconf import OmegaConf
 
-from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
+from fairseq_stack.criterions.layer_distillation import (
+    LayerDistillation,
+    LayerDistillationConfig,
+)
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import one_line_errors
 from fairseq_stack.growth.plan import plan_growth

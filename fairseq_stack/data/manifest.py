@@ -145,7 +145,9 @@ def check_manifest(path):
     Raises:
         InputError: the manifest itself cannot be read.
     """
-    from fairseq_stack.data.audio import read_audio  # here, because reading a manifest needs no libsndfile
+    from fairseq_stack.data.audio import (
+        read_audio,  # here, because reading a manifest needs no libsndfile
+    )
 
     manifest = read_manifest(path)
 

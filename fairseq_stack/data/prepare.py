@@ -23,7 +23,12 @@ from tqdm import tqdm
 
 from fairseq_stack.data.audio import SAMPLE_RATE, read_any_audio
 from fairseq_stack.data.manifest import (
-    check_manifest, check_name, read_manifest, utterance_id, write_lines, write_manifest
+    check_manifest,
+    check_name,
+    read_manifest,
+    utterance_id,
+    write_lines,
+    write_manifest,
 )
 from fairseq_stack.errors import InputError
 

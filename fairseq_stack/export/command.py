@@ -11,9 +11,11 @@ from typing import Callable, Optional
 
 from transformers.utils.logging import disable_progress_bar
 
-import torch
-
-from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint, with_moving_average
+from fairseq_stack.checkpoint import (
+    load_checkpoint,
+    student_from_checkpoint,
+    with_moving_average,
+)
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.card import model_card
 from fairseq_stack.export.distiller import export_distiller, load_distiller

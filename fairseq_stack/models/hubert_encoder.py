@@ -10,7 +10,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fairseq.models import BaseFairseqModel
-from fairseq.models.wav2vec.wav2vec2 import ConvFeatureExtractionModel, TransformerEncoder, Wav2Vec2Config
+from fairseq.models.wav2vec.wav2vec2 import (
+    ConvFeatureExtractionModel,
+    TransformerEncoder,
+    Wav2Vec2Config,
+)
 from fairseq.modules import GradMultiply, LayerNorm
 
 from fairseq_stack.errors import InputError

@@ -12,8 +12,8 @@ from fairseq.models import register_model
 from omegaconf import II, OmegaConf
 
 from fairseq_stack.errors import InputError, check_choice, one_line_errors
-from fairseq_stack.growth.plan import METHODS, plan_growth
-from fairseq_stack.growth.schedule import SCHEDULES, Plateau, stage_at, stage_starts
+from fairseq_stack.growth.plan import plan_growth
+from fairseq_stack.growth.schedule import Plateau, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.models.student_start import start_cnn, start_layers

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from omegaconf import OmegaConf
-
 from fairseq import tasks
 from fairseq.data import Dictionary
 from fairseq.models.hubert import HubertModel
+from omegaconf import OmegaConf
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_demo_teacher.py"
 SIZES = [

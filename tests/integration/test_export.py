@@ -21,10 +21,10 @@ import pytest
 import s3prl.hub
 import torch
 import torch.nn.functional as F
+from conftest import LINKED, TINY, stock_hubert
 from omegaconf import OmegaConf
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
-from conftest import LINKED, TINY, stock_hubert
 from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.command import FORMATS
@@ -33,7 +33,13 @@ from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.onnx import export_onnx
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.s3prl import export_s3prl
-from fairseq_stack.export.verify import TOLERANCE, ExportMismatch, padded_batch, read_speech, write_verified
+from fairseq_stack.export.verify import (
+    TOLERANCE,
+    ExportMismatch,
+    padded_batch,
+    read_speech,
+    write_verified,
+)
 from fairseq_stack.lengths import parse_conv_layers
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 

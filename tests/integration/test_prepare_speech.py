@@ -16,7 +16,13 @@ from fairseq.data.audio.hubert_dataset import load_audio
 
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.prepare import (
-    PACKAGES, Recording, asterisk_recordings, fetch_packages, prepare, prepare_recordings, split_prompts
+    PACKAGES,
+    Recording,
+    asterisk_recordings,
+    fetch_packages,
+    prepare,
+    prepare_recordings,
+    split_prompts,
 )
 from fairseq_stack.errors import InputError
 

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
+from conftest import TINY, stock_hubert
 from training import EXAMPLES, composed, tiny, train
 from transformers import WavLMConfig, WavLMModel
-
-from conftest import TINY, stock_hubert
 
 RECIPES = sorted(
     path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "demo_teacher"

@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
+from conftest import TINY, stock_hubert
 from fairseq.data import Dictionary
 
-from conftest import TINY, stock_hubert
 from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
 from fairseq_stack.errors import InputError
 

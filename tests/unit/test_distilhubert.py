@@ -4,12 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import LINKED, TINY
 from omegaconf import OmegaConf
 from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from training import EXAMPLES
 
-from conftest import LINKED, TINY
-from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
+from fairseq_stack.criterions.layer_distillation import (
+    LayerDistillation,
+    LayerDistillationConfig,
+)
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 
 LAYERS, WIDTH = [4, 8, 12], 6
@@ -87,7 +90,7 @@ def test_the_distilhubert_recipe_gives_the_loss_and_gradient_of_s3prls_distiller
     expected.backward()
     theirs = dict(distiller.named_parameters())
     shared = {name: parameter.grad for name, parameter in student.named_parameters() if name in theirs}
-    assert {name.split(".")[0] for name in shared} == {"feature_extractor", "encoder"}
+    assert {name.split(".")[0] for name in shared} == {"feature_extractor", "post_extract_proj", "encoder"}
     for name, gradient in shared.items():
         torch.testing.assert_close(gradient, theirs[name].grad, atol=1e-6, rtol=1e-3)
     assert shared["feature_extractor.conv_layers.0.0.weight"].abs().max() > 1e-5

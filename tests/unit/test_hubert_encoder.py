@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import TINY, stock_hubert
 from fairseq.data import Dictionary
 
-from conftest import TINY, stock_hubert
 from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
 

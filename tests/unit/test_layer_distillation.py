@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import LINKED, TINY
 from omegaconf import OmegaConf
 
-from conftest import LINKED, TINY
 from fairseq_stack.checkpoint import student_from_checkpoint
-from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
+from fairseq_stack.criterions.layer_distillation import (
+    LayerDistillation,
+    LayerDistillationConfig,
+)
 from fairseq_stack.losses import normalize_targets, span_mask, temporal_gram
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation

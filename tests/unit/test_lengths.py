@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_stack.lengths import frames_from_samples, parse_conv_layers, receptive_field, samples_per_frame
+from fairseq_stack.lengths import (
+    frames_from_samples,
+    parse_conv_layers,
+    receptive_field,
+    samples_per_frame,
+)
 
 HUBERT = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from fairseq_stack.data.manifest import check_manifest, missing_files, read_manifest, write_manifest
+from fairseq_stack.data.manifest import (
+    check_manifest,
+    missing_files,
+    read_manifest,
+    write_manifest,
+)
 from fairseq_stack.errors import InputError
 
 

@@ -5,7 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from fairseq_stack.analysis.similarity import explained_variance, layer_similarity, linear_cka
+from fairseq_stack.analysis.similarity import (
+    explained_variance,
+    layer_similarity,
+    linear_cka,
+)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import LINKED, TINY, stock_hubert
 from omegaconf import OmegaConf
 
-from conftest import LINKED, TINY, stock_hubert
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.supervision import student_position

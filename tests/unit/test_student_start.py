@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from conftest import LINKED, TINY, stock_hubert
 from omegaconf import OmegaConf
 
-from conftest import LINKED, TINY, stock_hubert
-from fairseq_stack.errors import InputError
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher

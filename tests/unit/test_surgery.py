@@ -6,7 +6,11 @@ from fairseq.dataclass.configs import FairseqConfig
 from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer, build_optimizer
 from omegaconf import OmegaConf
 
-from fairseq_stack.growth.surgery import copy_optimizer_state, copy_weights, paired_parameters
+from fairseq_stack.growth.surgery import (
+    copy_optimizer_state,
+    copy_weights,
+    paired_parameters,
+)
 
 GROWTH = [(0, 1), (2, 3), (1, 4)]  # the last one copies a copy
 

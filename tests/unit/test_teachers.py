@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from fairseq.examples.data2vec.models.data2vec_audio import Data2VecAudioConfig, Data2VecAudioModel
+from conftest import TINY
+from fairseq.examples.data2vec.models.data2vec_audio import (
+    Data2VecAudioConfig,
+    Data2VecAudioModel,
+)
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config, Wav2Vec2Model
 from omegaconf import OmegaConf
 from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from conftest import TINY
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.whisper import log_mel
