@@ -23,7 +23,7 @@ _SHAPE = (
     "dropout_input",
 )
 
-# fairseq's defaults. Fine-tuning overrides fields of a checkpoint by name, so a field that is not there could not be set.
+# fairseq's defaults. Fine-tuning overrides fields that a checkpoint has; one that is not there could not be set.
 _TRAINING = {
     "encoder_layerdrop": 0.0,
     "dropout_features": 0.0,

@@ -63,7 +63,7 @@ def write_verified(write, load, reference, waveforms, conv_layers, output, force
             largest = _largest([largest, proof["largest_difference_padded"]])
         if not largest <= TOLERANCE:  # a NaN is no match either
             raise ExportMismatch(
-                f"{output} is not written: its hidden states differ from those of {proof.get('compared_with')} by"
+                f"{output} is not written: its hidden states differ from those of {proof.get('compared_with', 'the reference')} by"
                 f" {largest:.3g}, more than {TOLERANCE:g}"
             )
         proof["padding"] = padding or PADDING_AGREES
@@ -164,9 +164,9 @@ def _largest(values):
 def table(proof):
     """The stored comparison as lines of text: a row for each length, a column for each hidden state."""
     names = list(proof["padded_batch"]["difference"])
+    entries = [*((str(one["samples"]), one) for one in proof["alone"]), ("in a batch", proof["padded_batch"])]
     rows = [("samples", *names)]
-    for label, entry in [(str(one["samples"]), one) for one in proof["alone"]] + [("in a batch", proof["padded_batch"])]:
-        rows.append((label, *(f"{entry['difference'][name]:.0e}" for name in names)))
+    rows += [(label, *(f"{entry['difference'][name]:.0e}" for name in names)) for label, entry in entries]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
