@@ -36,7 +36,9 @@ def _quoted(value):
 
 def train(config, overrides, folder="interleaved"):
     """Compose a recipe and train it in this process, as fairseq-hydra-train does; returns fairseq's trainer."""
+    from fairseq import checkpoint_utils
     from fairseq.dataclass.initialize import add_defaults, hydra_init
+    from fairseq.logging import progress_bar
     from fairseq_cli import train as fairseq_train
     from omegaconf import OmegaConf
 
@@ -51,6 +53,10 @@ def train(config, overrides, folder="interleaved"):
             super().__init__(*args, **kwargs)
             trainers.append(self)
 
+    # A new process knows neither the best loss so far nor the folder where another run logged.
+    vars(checkpoint_utils.save_checkpoint).pop("best", None)
+    progress_bar._close_writers()
+    progress_bar._tensorboard_writers.clear()
     hydra_init(config)
     cfg = composed(config, [*overrides, f"common.user_dir={ROOT}/fairseq_stack"], folder)
     add_defaults(cfg)
@@ -61,6 +67,7 @@ def train(config, overrides, folder="interleaved"):
         fairseq_train.main(cfg)
     finally:
         fairseq_train.Trainer = original
+        progress_bar._close_writers()  # as at the end of a process
     return trainers[0]
 
 

@@ -18,6 +18,7 @@ from fairseq_stack.errors import InputError, one_line_errors
 from fairseq_stack.growth.surgery import copy_optimizer_state
 from fairseq_stack.lengths import receptive_field
 from fairseq_stack.losses import span_mask
+from fairseq_stack.run_state import save_whole_state
 from fairseq_stack.teachers import load_teacher
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class SpeechDistillation(FairseqTask):
             raise InputError(f"task.mask_prob={cfg.mask_prob} must lie between 0 and 1")
         if cfg.mask_length < 1:
             raise InputError(f"task.mask_length={cfg.mask_length} must be 1 or more")
+        save_whole_state()
         return cls(cfg, load_teacher(cfg.teacher, cfg.whisper_pad))
 
     @one_line_errors
@@ -104,6 +106,17 @@ class SpeechDistillation(FairseqTask):
         self.datasets[split] = SpeechDataset(
             manifest, self.cfg.max_sample_size, self.cfg.seed, random_crop=split == "train"
         )
+
+    def get_batch_iterator(self, *args, **kwargs):
+        """As every fairseq task's, but data workers end with their epoch or validation.
+
+        fairseq lets them wait for a next epoch, which gets an iterator and workers of its own. The waiting ones are
+        left to Python's garbage collector, which stops the training for 5 s for each of them: it takes their queues
+        apart before they have heard that it is over.
+        """
+        iterator = super().get_batch_iterator(*args, **kwargs)
+        iterator.persistent_workers = False
+        return iterator
 
     @one_line_errors
     def build_model(self, cfg, *args):
@@ -162,8 +175,7 @@ class SpeechDistillation(FairseqTask):
         model.set_num_updates(update_num)
         copy_optimizer_state(optimizer, model.finish_growth(), model.stack_optimizer_state)
         if ema_model is not None:
-            ema_model.grow_to(model.stage_number)
-            ema_model.finish_growth()
+            ema_model.moving_average.grow_to(model.stage_number)
         after = self._loss(sample, model, criterion, optimizer)
         logger.info(
             f"growth | update {update_num} | stage {model.stage_number} | depth {depth} -> {model.depth}"

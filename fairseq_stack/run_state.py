@@ -1,0 +1,128 @@
+"""The state of a run that fairseq's checkpoints leave out, so that a resumed run is the same run.
+
+This module is where the package reaches into fairseq. `save_whole_state` puts what follows in the place
+where fairseq's trainer looks it up:
+
+- optimisers that save their fp32 masters and the counters of their loss scaler. fairseq saves the
+  half-precision weights alone, and a resumed run would go on from rounded masters;
+- a moving average that grows with the student in fp32 too, and steps at the same updates after a resume;
+- what fairseq loses where a run resumes at the end of an epoch.
+"""
+
+import functools
+
+from fairseq import optim, trainer
+from fairseq.logging import metrics
+from fairseq.models.ema import EMA
+
+from fairseq_stack.growth.surgery import copy_weights
+
+# Of fairseq's DynamicLossScaler; it saves loss_scale itself, and the rest is configuration.
+_COUNTERS = ("_iter", "_last_overflow_iter", "_last_rescale_iter", "_overflows_since_rescale")
+
+
+class _ScalerSaved:
+    """An optimiser whose state holds the counters of its DynamicLossScaler (bf16 has none)."""
+
+    def state_dict(self):
+        state = super().state_dict()
+        if self.scaler is not None:
+            state["scaler"] = {name: getattr(self.scaler, name) for name in _COUNTERS}
+        return state
+
+    def load_state_dict(self, state_dict, optimizer_overrides=None):
+        super().load_state_dict(state_dict, optimizer_overrides)
+        if self.scaler is not None:
+            vars(self.scaler).update(state_dict.get("scaler", {}))
+
+
+# The three classes keep the names of fairseq's, by which it recognises whose state a checkpoint holds.
+
+
+class FP16Optimizer(_ScalerSaved, optim.FP16Optimizer):
+    """fairseq's optimiser for fp16 and bf16, with its fp32 masters in its state."""
+
+    @property
+    def masters(self):
+        """The fp32 masters, one for each parameter, or one flat buffer for each device."""
+        return list(self.fp32_params.values()) if isinstance(self.fp32_params, dict) else self.fp32_params
+
+    def state_dict(self):
+        return {**super().state_dict(), "masters": [master.data for master in self.masters]}
+
+    def load_state_dict(self, state_dict, optimizer_overrides=None):
+        super().load_state_dict(state_dict, optimizer_overrides)
+        if "masters" in state_dict:  # not in a checkpoint from elsewhere
+            for master, saved in zip(self.masters, state_dict["masters"]):
+                master.data.copy_(saved)
+
+
+class MemoryEfficientFP16Optimizer(_ScalerSaved, optim.MemoryEfficientFP16Optimizer):
+    """fairseq's optimiser for fp16 and bf16 without masters."""
+
+
+class AMPOptimizer(optim.AMPOptimizer):
+    """fairseq's optimiser for automatic mixed precision, with the state of torch's loss scaler in its state."""
+
+    def state_dict(self):
+        return {**super().state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict, optimizer_overrides=None):
+        super().load_state_dict(state_dict, optimizer_overrides)
+        if state_dict.get("scaler"):
+            self.scaler.load_state_dict(state_dict["scaler"])
+
+
+class MovingAverage(EMA):
+    """fairseq's moving average of a student that grows.
+
+    The task finds it as `moving_average` of the averaged student, which is all that fairseq hands over.
+    """
+
+    def __init__(self, model, config, device=None):
+        # Neither the stage nor the state of the plateau schedule has an average: they follow the student.
+        super().__init__(model, config, device, skip_keys={"stage", "plateau"})
+        self.model.moving_average = self
+
+    def step(self, new_model, updates=None):
+        # fairseq counts the updates since the last step and does not save the count.
+        self.update_freq_counter = (updates - 1) % self.config.ema_update_freq
+        super().step(new_model, updates)
+
+    def grow_to(self, stage):
+        """Wake the averaged student's layers until `stage` (from 1), in the fp32 copy of ema.ema_fp32 too."""
+        self.model.grow_to(stage)
+        pairs = self.model.finish_growth()
+        if self.fp32_params:
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            copy_weights([tuple(self.fp32_params[names[parameter]] for parameter in pair) for pair in pairs])
+
+
+def _from_the_end_of_an_epoch(load_checkpoint):
+    """fairseq's Trainer.load_checkpoint, for a checkpoint that was written at the end of an epoch.
+
+    fairseq writes it before the learning rate schedule hears of the validation loss, and when it goes on it
+    forgets the means since the last log entry along with those of the epoch.
+    """
+
+    @functools.wraps(load_checkpoint)
+    def wrapped(self, *args, reset_meters=False, **kwargs):
+        state = load_checkpoint(self, *args, reset_meters=reset_meters, **kwargs)
+        if state is not None and not reset_meters and state["train_iterator"]["iterations_in_epoch"] == 0:
+            self.lr_step(state["train_iterator"]["epoch"] - 1, state["val_loss"])
+            metrics.load_state_dict({"train_inner": state["metrics"]["train_inner"]})
+        return state
+
+    wrapped.whole_state = True
+    return wrapped
+
+
+def save_whole_state():
+    """Let every training of this process save and restore its whole state."""
+    optim.FP16Optimizer = FP16Optimizer
+    optim.MemoryEfficientFP16Optimizer = MemoryEfficientFP16Optimizer
+    optim.AMPOptimizer = AMPOptimizer
+    trainer.build_ema = MovingAverage
+    load_checkpoint = trainer.Trainer.load_checkpoint
+    if not hasattr(load_checkpoint, "whole_state"):
+        trainer.Trainer.load_checkpoint = _from_the_end_of_an_epoch(load_checkpoint)

@@ -1,0 +1,192 @@
+"""A run that is stopped and resumed is the uninterrupted run, bit for bit."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from fairseq.trainer import Trainer
+from training import tiny, train
+
+from fairseq_stack.analysis.scalars import read_scalars
+from fairseq_stack.tasks.speech_distillation import SpeechDistillation
+
+UPDATES = 12
+EPOCH_END, MID_EPOCH = 6, 5  # 24 recordings in batches of 4: epochs of 6 updates, or of 3 with accumulation
+
+METHODS = {
+    "interleaved": {"model.stack_stages": 4},
+    "gradual": {"model.stack_stages": 4},
+    "midas": {"model.stack_stages": 4},
+    "stackbert": {"model.stack_stages": 3},
+    "gstack": {"model.stack_stages": 4},
+    "none": {"model.stack_stages": 1},
+}
+PLATEAU = {
+    "model.stack_schedule": "plateau",
+    "model.stack_alpha": 0,
+    "+model.stack_patience": 1,
+    "optimization.lr": "[0.2]",  # far too much, so that the loss soon rises
+}
+SCHEDULES = {
+    "equal": {"model.stack_schedule": "equal"},
+    "prop": {"model.stack_schedule": "prop", "model.stack_alpha": 0.5},
+    "milestones": {"model.stack_schedule": "milestones"},
+    "plateau": PLATEAU,
+    "patient plateau": {**PLATEAU, "+model.stack_patience": 2, "+model.stack_min_updates": 3},
+}
+MILESTONES = {"interleaved": "[2,5,10]", "gradual": "[3,4,8]", "midas": "[4,8,10]", "stackbert": "[2,9]", "gstack": "[7]"}
+LOADING = {
+    "0 workers": {},
+    "2 workers": {"dataset.num_workers": 2},
+    "accumulation": {"optimization.update_freq": "[2]"},
+    "2 workers, accumulation": {"dataset.num_workers": 2, "optimization.update_freq": "[2]"},
+    "0 workers, cropped": {"task.max_sample_size": 5000},
+}
+AVERAGES = {
+    "no average": {},
+    "average": {"ema.store_ema": True, "ema.ema_decay": 0.9},
+    "fp32 average": {"ema.store_ema": True, "ema.ema_decay": 0.9, "ema.ema_fp32": True},
+    "late average": {"ema.store_ema": True, "ema.ema_decay": 0.9, "ema.ema_fp32": True, "ema.ema_start_update": 6},
+    "rare average": {"ema.store_ema": True, "ema.ema_decay": 0.9, "ema.ema_fp32": True, "ema.ema_update_freq": 2},
+}
+PRECISIONS = {
+    "fp32": {},
+    "fp32, masks": {"task.mask_prob": 0.5},
+    "fp32, reset moments": {"model.stack_optimizer_state": "reset"},
+    "bf16": {"common.bf16": True},
+    "memory-efficient bf16": {"common.memory_efficient_bf16": True},
+}
+STOPS = {
+    "at epoch end": lambda growths: [EPOCH_END],
+    "in mid-epoch": lambda growths: [MID_EPOCH],
+    "before each growth": lambda growths: [update - 1 for update in growths],
+    "at each growth": lambda growths: growths,
+    "after each growth": lambda growths: [update + 1 for update in growths],
+}
+
+
+def cells():
+    """An orthogonal array of 25 runs in six factors of five levels: any two levels of two factors meet once.
+
+    Row (a, b) holds a, b, a + b, a + 2 b, a + 3 b and a + 4 b modulo 5. The method without growth follows,
+    which has no schedule.
+    """
+    columns = [list(METHODS)[:5], *map(list, (STOPS, SCHEDULES, LOADING, AVERAGES, PRECISIONS))]
+    for a in range(5):
+        for b in range(5):
+            levels = (a, b, *((a + factor * b) % 5 for factor in (1, 2, 3, 4)))
+            yield tuple(column[level] for column, level in zip(columns, levels))
+    yield "none", "in mid-epoch", "equal", "2 workers", "average", "fp32"
+    yield "none", "at epoch end", "equal", "2 workers, accumulation", "no average", "bf16"
+
+
+@dataclass
+class Watch:
+    """Stops a training before it goes beyond an update, and remembers where it grew."""
+
+    stops: list = field(default_factory=list)
+    growths: list = field(default_factory=list)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    seen = Watch()
+    train_step, grow = SpeechDistillation.train_step, SpeechDistillation.grow
+
+    def stopped(task, sample, model, criterion, optimizer, update_num, *args, **kwargs):
+        if seen.stops and update_num == seen.stops[0]:
+            raise KeyboardInterrupt
+        return train_step(task, sample, model, criterion, optimizer, update_num, *args, **kwargs)
+
+    def watched(task, sample, model, criterion, optimizer, update_num, ema_model):
+        seen.growths.append(update_num)
+        grow(task, sample, model, criterion, optimizer, update_num, ema_model)
+
+    monkeypatch.setattr(SpeechDistillation, "train_step", stopped)
+    monkeypatch.setattr(SpeechDistillation, "grow", watched)
+    return seen
+
+
+def flat(state, prefix=""):
+    """{path: tensor or plain value} of nested dicts and lists."""
+    if isinstance(state, (dict, list, tuple)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {path: leaf for key, value in items for path, leaf in flat(value, f"{prefix}/{key}").items()}
+    return {prefix: state}
+
+
+def differences(ours, theirs):
+    """Paths where two nested states are not the same to the last bit; two NaN count as the same."""
+    ours, theirs = flat(ours), flat(theirs)
+    assert ours.keys() == theirs.keys()
+    return [path for path in ours if not _same(ours[path], theirs[path])]
+
+
+def _same(one, other):
+    if torch.is_tensor(one):
+        return one.dtype == other.dtype and torch.equal(one.nan_to_num(nan=1e30), other.nan_to_num(nan=1e30))
+    return one == other
+
+
+def whole_state(folder):
+    """Everything that a run's last checkpoint says about it; not clocks, paths, the list of starts and meters that nobody logs."""
+    state = torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True)
+    clocks = ("wps", "ups", "wall", "train_wall")
+    meters = state["extra_state"].pop("metrics")
+    meters = {name: [meter for meter in meters[name] if meter[1] not in clocks] for name in ("train", "train_inner")}
+    del state["extra_state"]["previous_training_time"], state["cfg"]
+    state["optimizer_history"] = state["optimizer_history"][-1]
+    return {**state, "metrics": meters}
+
+
+def logged(folder):
+    """{scalar: [(update, value), ...]} of everything that was logged but speed."""
+    return {
+        f"{part}/{name}": list(zip(series.updates.tolist(), series.values.tolist()))
+        for part in ("train_inner", "train", "valid")
+        for name, series in read_scalars(folder / "tensorboard" / part).items()
+        if name not in ("wps", "ups", "wall", "train_wall")
+    }
+
+
+@pytest.mark.parametrize(
+    "method, stop, schedule, loading, average, precision", [pytest.param(*cell, id=", ".join(cell)) for cell in cells()]
+)
+def test_a_stopped_run_ends_as_the_uninterrupted_one(
+    method, stop, schedule, loading, average, precision, watch, speech, teacher_file, tmp_path
+):
+    def run(folder):
+        fields = {
+            "model.stack_method": method,
+            "optimization.max_update": UPDATES,
+            "checkpoint.save_interval_updates": 1,
+            "common.log_interval": 4,  # does not divide the epochs: means in the log go on over their ends
+            **METHODS[method],
+            **SCHEDULES[schedule],
+            **LOADING[loading],
+            **AVERAGES[average],
+            **PRECISIONS[precision],
+        }
+        if schedule == "milestones":
+            fields["+model.stack_milestones"] = MILESTONES[method]
+        return train("librispeech_base", tiny(speech, teacher_file, folder, **fields))
+
+    student = run(tmp_path / "whole").get_model()
+    growths, watch.growths = watch.growths, []
+    assert len(growths) == len(student.plan.growths)
+    watch.stops = STOPS[stop](growths)
+    stops = len(watch.stops)
+    assert stops
+    while watch.stops:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped")
+        last = torch.load(tmp_path / "stopped/checkpoints/checkpoint_last.pt", weights_only=True)
+        assert last["optimizer_history"][-1]["num_updates"] == watch.stops.pop(0)
+    run(tmp_path / "stopped")
+
+    assert watch.growths == growths
+    whole, resumed = (whole_state(tmp_path / name) for name in ("whole", "stopped"))
+    assert whole["last_optimizer_state"]["state"] and ("ema" in whole["extra_state"]) == bool(AVERAGES[average])
+    assert not differences(whole, resumed)
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+    assert len(list((tmp_path / "stopped/tensorboard/train_inner").iterdir())) <= stops + 1
