@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import torch
+from fairseq import tasks
 from fairseq_cli import hydra_train
+from torch.nn.parallel import DistributedDataParallel
+from training import configuration
 
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
@@ -112,3 +115,29 @@ def kill_before(update):
         return train_step(task, sample, model, criterion, optimizer, update_num, *args, **kwargs)
 
     SpeechDistillation.train_step = killed
+
+
+def gradients_by_torch(rank, processes, port, overrides, folder):
+    """Save the gradient on eight recordings, `processes` sharing them under torch's DDP, before and after a growth."""
+    torch.set_num_threads(1)
+    cfg = configuration("librispeech_base", overrides)
+    task = tasks.setup_task(cfg.task)
+    torch.manual_seed(0)
+    student, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    task.load_dataset("train")
+    data = task.dataset("train")
+    model = student
+    if processes > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+        model = DistributedDataParallel(student, find_unused_parameters=True)
+    sample = task.with_targets(data.collater([data[index] for index in range(rank, 8, processes)]), student)
+    for stage in (1, 2):
+        student.grow_to(stage)
+        student.zero_grad()
+        loss, _, _ = criterion(model, sample)
+        loss.backward()
+        gradient = {name: value.grad for name, value in student.named_parameters() if value.grad is not None}
+        torch.save(gradient, folder / f"{processes}-rank{rank}-stage{stage}.pt")
+    if processes > 1:
+        torch.distributed.destroy_process_group()
