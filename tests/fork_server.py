@@ -38,6 +38,7 @@ class ForkServer:
 
     def start(self, config, overrides, log, kill_at_event=None):
         """Start a training in a process group of its own; returns its process id."""
+        Path(log).touch()
         job = {"config": config, "overrides": overrides, "log": str(log), "kill_at_event": kill_at_event}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())

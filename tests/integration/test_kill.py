@@ -1,12 +1,15 @@
 """A run that is killed at any moment, and started again, ends as if nothing had happened."""
 
+import os
 import re
 import signal
+import time
 
 import pytest
 import torch
 from fork_server import ForkServer
 from killing import Killer
+from training import tiny
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +65,20 @@ def test_a_job_that_is_told_to_end_saves_a_checkpoint_and_goes_on_exactly(
 
 
 def test_the_checkpoint_of_a_job_that_is_told_to_end_is_of_its_last_update(server, speech, teacher_file, tmp_path):
-    from training import tiny
-
     # Without this checkpoint there would be none before the end.
-    fields = {"optimization.max_update": 100_000, "dataset.disable_validation": True}
-    overrides = tiny(speech, teacher_file, tmp_path, **fields)
-    code = server.run("librispeech_base", overrides, tmp_path / "log", signal_after=6, number=signal.SIGTERM)
-    log = (tmp_path / "log").read_text()
-    assert code == 143 and "Traceback" not in log, log
-    done = int(re.findall(r"num_updates (\d+)", log)[-1])
+    fields = {
+        "optimization.max_update": 100_000,
+        "checkpoint.save_interval": 100_000,
+        "dataset.disable_validation": True,
+    }
+    log = tmp_path / "log"
+    pid = server.start("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields), log)
+    while "num_updates=3," not in log.read_text():
+        time.sleep(0.02)
+    assert not list(tmp_path.rglob("*.pt"))
+    os.kill(pid, signal.SIGTERM)
+    assert server.wait() == 143
+    assert "Traceback" not in log.read_text()
+    done = int(re.findall(r"num_updates=(\d+)", log.read_text())[-1])
     state = torch.load(tmp_path / "checkpoints/checkpoint_last.pt", weights_only=True)
-    assert state["optimizer_history"][-1]["num_updates"] == done > 0
+    assert state["optimizer_history"][-1]["num_updates"] == done

@@ -1,0 +1,76 @@
+"""The classes in fairseq's place save the whole state and are fairseq's in everything else."""
+
+import copy
+
+import pytest
+import torch
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
+from omegaconf import OmegaConf
+
+from fairseq_stack import run_state
+
+KINDS = {
+    "flat fp16": (run_state.FP16Optimizer, {"fp16": True}),
+    "fp16": (run_state.FP16Optimizer, {"fp16": True, "fp16_no_flatten_grads": True}),
+    "bf16": (run_state.FP16Optimizer, {"bf16": True}),
+    "memory-efficient fp16": (run_state.MemoryEfficientFP16Optimizer, {"fp16": True, "memory_efficient_fp16": True}),
+}
+
+
+def make_layer(kind, seed):
+    torch.manual_seed(seed)
+    return torch.nn.Linear(3, 3).to(torch.bfloat16 if kind == "bf16" else torch.float16)
+
+
+def make_optimizer(kind, layer):
+    optimizer_class, fields = KINDS[kind]
+    cfg = OmegaConf.structured(FairseqConfig())
+    cfg.optimizer = {"_name": "adam", "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.1, "lr": [0.1],
+                     "use_old_adam": True, "fp16_adam_stats": False, "tpu": False}  # fmt: skip
+    cfg.common = OmegaConf.merge(cfg.common, fields, {"fp16_scale_window": 3})
+    return optimizer_class.build_optimizer(cfg, list(layer.parameters()))
+
+
+def step(layer, optimizer, scale):
+    optimizer.zero_grad()
+    inputs = scale * torch.ones(2, 3, dtype=layer.weight.dtype)
+    optimizer.backward(layer(inputs).float().square().sum())
+    try:
+        optimizer.clip_grad_norm(0.0)
+        optimizer.step()
+    except OverflowError:
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimiser_goes_on_from_its_state_as_if_it_had_not_stopped(kind, monkeypatch):
+    # On a CPU fairseq keys its flat buffer by a CUDA device, so that is stood in for.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    layer = make_layer(kind, seed=0)
+    optimizer = make_optimizer(kind, layer)
+    for scale in (1, 1, 1e4, 1, 1):  # 1e4 is too much for fp16, which then halves the loss scale
+        step(layer, optimizer, scale)
+    again = make_layer(kind, seed=1)
+    again.load_state_dict(layer.state_dict())
+    resumed = make_optimizer(kind, again)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as on disk
+    for scale in (1, 1, 1e4, 1, 1, 1):
+        for one, its_optimizer in ((layer, optimizer), (again, resumed)):
+            step(one, its_optimizer, scale)
+        assert torch.equal(layer.weight, again.weight)
+        if optimizer.scaler is not None:
+            assert vars(optimizer.scaler) == vars(resumed.scaler)
+
+
+def test_the_counters_are_all_that_fairseqs_loss_scaler_changes_beside_its_scale():
+    scaler = DynamicLossScaler(scale_window=2)
+    before = dict(vars(scaler))
+    for gradient_norm in (1.0, float("inf"), 1.0, 1.0):
+        try:
+            scaler.check_overflow(gradient_norm)
+            scaler.update()
+        except OverflowError:
+            pass
+    assert {name for name, value in vars(scaler).items() if value != before[name]} <= {"loss_scale", *run_state._COUNTERS}
+    assert set(run_state._COUNTERS) <= before.keys()
