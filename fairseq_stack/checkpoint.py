@@ -1,6 +1,7 @@
 """fairseq's checkpoint files: loaded without running code, and the student that one of them holds."""
 
 import re
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,10 @@ import torch
 from fairseq_stack.errors import InputError
 from fairseq_stack.growth.plan import plan_growth
 from fairseq_stack.lengths import parse_conv_layers
+
+
+class DamagedCheckpoint(InputError):
+    """The file is cut off, altered or no checkpoint at all."""
 
 
 class Dictionary:
@@ -43,15 +48,20 @@ def _only_safe_globals(classes):
         torch.serialization.add_safe_globals(before)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, header_only=False):
     """Read a fairseq checkpoint on the CPU. Nothing in the file can run.
+
+    Args:
+        path: the file.
+        header_only: leave the tensors on disk, so that only plain values are read.
 
     Returns:
         the dict that fairseq saved; `model` has the weights and `cfg` the configuration.
 
     Raises:
-        InputError: there is no such file, it is damaged or not a checkpoint, or it holds objects that
-            need code to unpickle.
+        DamagedCheckpoint: the file is damaged or not a checkpoint.
+        InputError: there is no such file, it cannot be read, or it holds objects that need code to
+            unpickle.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,7 +69,8 @@ def load_checkpoint(path):
         raise InputError(f"{path} {problem}; give the file of a fairseq checkpoint")
     try:
         with _only_safe_globals([Dictionary]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            mmap = header_only and zipfile.is_zipfile(path)  # torch's format before 1.6 is no zip file
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what a damaged file makes torch raise has no common class
         if isinstance(error, OSError) and error.errno:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
@@ -69,11 +80,11 @@ def load_checkpoint(path):
                 f"{path} needs {needed[1]} to unpickle, and that could run code; only tensors, plain values"
                 " and fairseq dictionaries are loaded, so save the checkpoint again without it"
             ) from None
-        raise InputError(
+        raise DamagedCheckpoint(
             f"{path} is damaged or not a checkpoint that torch saved; give the file of a fairseq checkpoint"
         ) from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise InputError(f"{path} holds no model; give the file of a fairseq checkpoint")
+        raise DamagedCheckpoint(f"{path} holds no model; give the file of a fairseq checkpoint")
     return state
 
 

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """
 
 
+class TrainingStopped(RuntimeError):
+    """A training that cannot go on. The message is one line that says where and why."""
+
+
 def check_choice(field, value, choices):
     """Raise an InputError unless the configuration field has one of the values `choices`.
 
@@ -20,7 +24,7 @@ def check_choice(field, value, choices):
 
 
 def one_line_errors(function):
-    """Let an InputError end the program with its one line on stderr and exit code 1.
+    """Let an InputError or TrainingStopped end the program with its one line on stderr and exit code 1.
 
     For the places where fairseq or a shell enters the package: both would print a traceback of
     their own code around the message.
@@ -30,7 +34,7 @@ def one_line_errors(function):
     def wrapped(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except InputError as error:
+        except (InputError, TrainingStopped) as error:
             raise SystemExit(f"error: {error}") from None
 
     return wrapped

@@ -107,8 +107,7 @@ def _whole(load_checkpoint):
 
     @functools.wraps(load_checkpoint)
     def wrapped(self, *args, reset_meters=False, **kwargs):
-        # Else the first process sends what it read to the others by torch.save, and their torch.load, which is
-        # safe by default since torch 2.6, refuses the configuration in it.
+        # Otherwise rank 0 sends what it has loaded as a pickle that torch's safe loading refuses on the others.
         self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         state = load_checkpoint(self, *args, reset_meters=reset_meters, **kwargs)
         if state is not None and not reset_meters and state["train_iterator"]["iterations_in_epoch"] == 0:

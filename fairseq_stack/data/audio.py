@@ -9,6 +9,7 @@ import soundfile
 from fairseq_stack.errors import InputError
 
 SAMPLE_RATE = 16_000  # Hz; HuBERT, wav2vec 2.0, WavLM and Whisper all take this rate
+BLOCK = 60 * SAMPLE_RATE  # samples of all channels together
 
 
 def read_audio(path, start=0, stop=None):
@@ -26,11 +27,7 @@ def read_audio(path, start=0, stop=None):
             rate or several channels, or holds samples that are not finite.
     """
     with _opened(path) as file:
-        if file.samplerate != SAMPLE_RATE or file.channels != 1:
-            raise InputError(
-                f"{path}: has {file.samplerate} Hz and {file.channels} channel(s) instead of"
-                f" {SAMPLE_RATE} Hz mono; prepare it with scripts/prepare_speech.py"
-            )
+        _check_format(path, file)
         stop = file.frames if stop is None else stop
         if stop > file.frames:
             raise InputError(f"{path}: has {file.frames} samples, {stop} were asked for; prepare again")
@@ -48,11 +45,22 @@ def read_any_audio(path):
         float32 array [samples], the mean of the channels, and the rate in Hz.
 
     Raises:
-        InputError: the file is missing, unreadable or empty, or holds samples that are not finite.
+        InputError: the file is missing, unreadable or empty, breaks off, or holds samples that are not
+            finite.
     """
     with _opened(path) as file:
-        samples = file.read(file.frames, dtype="float32", always_2d=True)
-        return _finite(path, samples.mean(axis=1)), file.samplerate
+        return np.concatenate([block.mean(axis=1) for block in _blocks(path, file)]), file.samplerate
+
+
+def count_samples(path):
+    """Read a 16 kHz mono file to its end, a minute at a time, and return its samples.
+
+    Raises:
+        InputError: as read_audio.
+    """
+    with _opened(path) as file:
+        _check_format(path, file)
+        return sum(len(block) for block in _blocks(path, file))
 
 
 @contextmanager
@@ -71,6 +79,27 @@ def _opened(path):
         raise InputError(f"{path}: cannot be read as audio ({reason}); replace or remove it") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from error
+
+
+def _blocks(path, file):
+    """Yield a file's samples in pieces of [samples, channels].
+
+    A damaged header can promise more samples than there is memory for.
+    """
+    count = 0
+    while len(block := file.read(max(BLOCK // file.channels, 1), dtype="float32", always_2d=True)):
+        count += len(block)
+        yield _finite(path, block)
+    if count < file.frames and file.format != "MP3":  # whose header need not tell the length
+        raise InputError(f"{path}: breaks off at sample {count} of {file.frames}; replace or remove it")
+
+
+def _check_format(path, file):
+    if file.samplerate != SAMPLE_RATE or file.channels != 1:
+        raise InputError(
+            f"{path}: has {file.samplerate} Hz and {file.channels} channel(s) instead of"
+            f" {SAMPLE_RATE} Hz mono; prepare it with scripts/prepare_speech.py"
+        )
 
 
 def _finite(path, samples):

@@ -8,6 +8,7 @@ from fairseq.data import FairseqDataset
 
 from fairseq_stack.data.audio import read_audio
 from fairseq_stack.errors import InputError
+from fairseq_stack.preemption import obey_parent_alone
 
 
 class SpeechDataset(FairseqDataset):
@@ -21,12 +22,14 @@ class SpeechDataset(FairseqDataset):
         max_samples: longer recordings are cropped to this many samples.
         seed: the run's seed.
         random_crop: a new crop in every epoch (training) or the beginning (validation).
+        split: what batches are to call the dataset.
     """
 
     can_reuse_epoch_itr_across_epochs = False
 
-    def __init__(self, manifest, max_samples, seed, random_crop):
+    def __init__(self, manifest, max_samples, seed, random_crop, split="train"):
         super().__init__()
+        self.split = split
         self.manifest = manifest
         self.max_samples = max_samples
         self.seed = seed
@@ -61,6 +64,8 @@ class SpeechDataset(FairseqDataset):
         An exception in a worker process would reach the user wrapped in two tracebacks; the reason
         travels with the batch instead and the task reports it.
         """
+        if torch.utils.data.get_worker_info():
+            obey_parent_alone()
         utterance = self.manifest.paths[index]
         size, spare = int(self.sizes[index]), int(self.manifest.samples[index] - self.sizes[index])
         start = int(self._random(utterance).integers(spare + 1)) if self.random_crop and spare else 0
@@ -79,18 +84,22 @@ class SpeechDataset(FairseqDataset):
         """Pad to the longest.
 
         Returns:
-            `id` [B], `utterances` (B names), `waveforms` [B, S], `lengths` [B] in samples, and
-            `problems`, a line for each recording that could not be read.
+            `split`, `id` [B], `utterances` (B names), `waveforms` [B, S], `lengths` [B] in samples, and
+            `problems`, {name: line} of the recordings that could not be read. Where none could,
+            `utterances` is empty and the waveform is silence, because processes that train together
+            must each run the model on something.
         """
         if not samples:
             return {}
-        problems = [sample["problem"] for sample in samples if "problem" in sample]
+        problems = {sample["utterance"]: sample["problem"] for sample in samples if "problem" in sample}
+        silence = torch.zeros(self.num_tokens(samples[0]["index"]))
         samples = [sample for sample in samples if "waveform" in sample]
-        waveforms = [sample["waveform"] for sample in samples]
+        waveforms = [sample["waveform"] for sample in samples] or [silence]
         return {
+            "split": self.split,
             "id": torch.tensor([sample["index"] for sample in samples]),
             "utterances": [sample["utterance"] for sample in samples],
-            "waveforms": torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True) if waveforms else None,
+            "waveforms": torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
             "lengths": torch.tensor([len(waveform) for waveform in waveforms]),
             "problems": problems,
         }

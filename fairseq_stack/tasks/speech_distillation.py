@@ -11,10 +11,13 @@ from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 
+from fairseq_stack import preemption
+from fairseq_stack.data.bad_audio import BadAudio, check_bad_audio
 from fairseq_stack.data.manifest import missing_files, read_manifest
 from fairseq_stack.data.speech import SpeechDataset
 from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.finite import check_loss
 from fairseq_stack.growth.surgery import copy_optimizer_state
 from fairseq_stack.lengths import receptive_field
 from fairseq_stack.losses import span_mask
@@ -51,6 +54,13 @@ class SpeechDistillationConfig(FairseqDataclass):
         },
     )
     mask_length: int = field(default=10, metadata={"help": "frames of a masked span"})
+    bad_audio: str = field(
+        default="skip",
+        metadata={"help": "what to do about a recording that cannot be used: skip (and log) it, or fail"},
+    )
+    bad_audio_limit: float = field(
+        default=0.01, metadata={"help": "share of a manifest's recordings to skip; one more stops the training"}
+    )
     seed: int = II("common.seed")
 
 
@@ -72,6 +82,9 @@ class SpeechDistillation(FairseqTask):
         super().__init__(cfg)
         self.teacher = teacher
         self.target_layers = None
+        self.bad_audio = {}  # of each split
+        self.update, self.utterances = 0, []  # updates done, and what the one at hand hears
+        self.told_to_end = False  # the same in all processes
 
     @classmethod
     @one_line_errors
@@ -84,6 +97,7 @@ class SpeechDistillation(FairseqTask):
             raise InputError(f"task.mask_prob={cfg.mask_prob} must lie between 0 and 1")
         if cfg.mask_length < 1:
             raise InputError(f"task.mask_length={cfg.mask_length} must be 1 or more")
+        check_bad_audio(cfg.bad_audio, cfg.bad_audio_limit)
         save_whole_state()
         return cls(cfg, load_teacher(cfg.teacher, cfg.whisper_pad))
 
@@ -92,8 +106,9 @@ class SpeechDistillation(FairseqTask):
         """Read the manifest `split`.tsv of task.data and check that its files are there."""
         path = os.path.join(self.cfg.data, f"{split}.tsv")
         manifest = read_manifest(path)
+        bad_audio = BadAudio(path, len(manifest), self.cfg.bad_audio, self.cfg.bad_audio_limit)
         missing = missing_files(manifest)
-        if missing:
+        if len(missing) > bad_audio.allowed:
             raise InputError(
                 f"{path} lists {len(missing)} files that do not exist, first {missing[0]}; prepare the speech again"
             )
@@ -103,8 +118,9 @@ class SpeechDistillation(FairseqTask):
                 f"{path} lists {manifest.path(shortest)} with {manifest.samples[shortest]} samples, which is shorter"
                 " than one frame of the teacher; remove it from the manifest"
             )
+        self.bad_audio[split] = bad_audio
         self.datasets[split] = SpeechDataset(
-            manifest, self.cfg.max_sample_size, self.cfg.seed, random_crop=split == "train"
+            manifest, self.cfg.max_sample_size, self.cfg.seed, random_crop=split == "train", split=split
         )
 
     def get_batch_iterator(self, *args, **kwargs):
@@ -132,16 +148,39 @@ class SpeechDistillation(FairseqTask):
     @one_line_errors
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
         """Grow if it is time, then forward and backward as every fairseq task does."""
+        if update_num != self.update:
+            self.update, self.utterances = update_num, []
+        self.utterances += sample["utterances"]
         sample = self.with_targets(sample, model)
         if self.cfg.mask_prob > 0:
             sample["mask"] = self.mask(sample, model, update_num)
         if model.due_stage(update_num) > model.stage_number:
             self.grow(sample, model, criterion, optimizer, update_num, ema_model)
-        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        ignore_grad = ignore_grad or not sample["utterances"]
+        output = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        loss, sample_size, logging_output = self.checked(output, sample, model, update_num)
+        logging_output["told_to_end"] = float(preemption.told_to_end())
+        return loss, sample_size, logging_output
 
     @one_line_errors
     def valid_step(self, sample, model, criterion, ema_model=None):
-        return super().valid_step(self.with_targets(sample, model), model, criterion)
+        sample = self.with_targets(sample, model)
+        output = super().valid_step(sample, model, criterion)
+        return self.checked(output, sample, model, self.update + 1)
+
+    def checked(self, output, sample, model, update):
+        """Loss, sample size and log of a batch; one without any readable recording counts as nothing."""
+        loss, sample_size, logging_output = output
+        check_loss(loss, sample["targets"], sample["utterances"], update, model.stage_number)
+        if not sample["utterances"]:
+            return loss * 0, 0, {name: value * 0 for name, value in logging_output.items()}
+        return loss, sample_size, logging_output
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        """fairseq's hook after every update, with the sums over all processes."""
+        told = [log.pop("told_to_end", 0.0) for log in logging_outputs]
+        self.told_to_end = self.told_to_end or any(told)
+        super().reduce_metrics(logging_outputs, criterion)
 
     def post_validate(self, model, stats, agg):
         """fairseq's hook after every validation subset, with the means over all processes."""
@@ -149,8 +188,7 @@ class SpeechDistillation(FairseqTask):
 
     def with_targets(self, sample, model):
         """The batch with the teacher's hidden states, and waveforms as the student wants them."""
-        if sample["problems"]:
-            raise InputError(sample["problems"][0])
+        self.bad_audio[sample["split"]].report(sample["problems"])
         waveforms, lengths = sample["waveforms"], sample["lengths"]
         if model.cfg.share_teacher_cnn:
             features = self.teacher.cnn_features(waveforms, lengths)

@@ -147,7 +147,7 @@ def logged(folder):
         for part in ("train_inner", "train", "valid")
         if (folder / "tensorboard" / part).exists()
         for name, series in read_scalars(folder / "tensorboard" / part).items()
-        if name not in ("wps", "ups", "wall", "train_wall")
+        if name not in ("wps", "ups", "wall", "train_wall", "best_loss")  # the last is kept for the process, not the run
     }
 
 

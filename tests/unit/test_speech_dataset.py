@@ -53,7 +53,7 @@ def test_a_batch_is_padded_with_zeros_and_knows_its_lengths(speech):
     for row, length in enumerate(lengths):
         assert torch.equal(batch["waveforms"][row, :length], made[row]["waveform"])
         assert not batch["waveforms"][row, length:].any()
-    assert batch["problems"] == []
+    assert batch["problems"] == {}
 
 
 def test_a_recording_that_cannot_be_read_is_named_in_the_batch(speech, tmp_path):
@@ -64,6 +64,16 @@ def test_a_recording_that_cannot_be_read_is_named_in_the_batch(speech, tmp_path)
     made = SpeechDataset(read_manifest(tmp_path / "train.tsv"), 5000, 1, random_crop=False)
     batch = made.collater([made[0], made[1], made[2]])
     assert batch["utterances"] == ["good.wav"] and len(batch["waveforms"]) == 1
-    assert len(batch["problems"]) == 2
-    assert "slow.wav" in batch["problems"][0] and "8000 Hz" in batch["problems"][0]
-    assert "text.wav" in batch["problems"][1] and "\n" not in batch["problems"][1]
+    assert list(batch["problems"]) == ["slow.wav", "text.wav"]
+    slow, text = batch["problems"].values()
+    assert "slow.wav" in slow and "8000 Hz" in slow
+    assert "text.wav" in text and "\n" not in text
+
+
+def test_a_batch_without_any_readable_recording_is_silence_of_nobody(speech, tmp_path):
+    (tmp_path / "text.wav").write_text("no audio")
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}\ntext.wav\t5000\n")
+    made = SpeechDataset(read_manifest(tmp_path / "train.tsv"), 4000, 1, random_crop=True)
+    batch = made.collater([made[0]])
+    assert batch["utterances"] == [] and list(batch["problems"]) == ["text.wav"]
+    assert batch["waveforms"].shape == (1, 4000) and not batch["waveforms"].any() and batch["lengths"].tolist() == [4000]

@@ -1,0 +1,124 @@
+"""The one place that reaches into fairseq: functions of its own that a long run could lose work by.
+
+fairseq has no hook for any of this. Each guard calls fairseq's function and adds to it, and
+tests/integration/test_guards.py fails where fairseq no longer calls it.
+
+- A checkpoint is copied beside and renamed; fairseq copies in place, and a kill leaves half of one.
+- Before a run resumes, recovery.py makes checkpoint_last.pt the newest whole checkpoint.
+- A file is unpickled only after checkpoint.py has found that nothing in it can run. (torch refuses
+  the rest since 2.6, with a traceback.)
+- An update whose gradient is not finite ends the run in one line; fairseq would save the state as
+  crash.pt, compute the update again in search of the place, and show a traceback.
+- A run that has done its updates and is started again does none; fairseq does one more.
+- A job that is told to end (preemption.py) saves a checkpoint first.
+- A field of the wrong type or name is answered in one line.
+"""
+
+import functools
+import os
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
+from fairseq_cli import train as fairseq_train
+from omegaconf.errors import OmegaConfBaseException
+
+from fairseq_stack import preemption
+from fairseq_stack.checkpoint import load_checkpoint
+from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.finite import gradient_stop, loss_scale_stop
+from fairseq_stack.recovery import LAST, UNFINISHED, recover
+
+
+def _guard(owner, name):
+    """Replace `owner.name` by the decorated function, which gets fairseq's as its first argument."""
+
+    def decorate(function):
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        @one_line_errors
+        def guarded(*args, **kwargs):
+            return function(original, *args, **kwargs)
+
+        setattr(owner, name, staticmethod(guarded) if owner is PathManager else guarded)
+        return function
+
+    return decorate
+
+
+@_guard(PathManager, "copy")
+def _copy_as_a_whole(copy, src_path, dst_path, overwrite=False):
+    if not PathManager.supports_rename(dst_path):
+        return copy(src_path, dst_path, overwrite=overwrite)
+    copied = copy(src_path, dst_path + UNFINISHED, overwrite=True)
+    PathManager.rename(dst_path + UNFINISHED, dst_path)
+    return copied
+
+
+@_guard(checkpoint_utils, "load_checkpoint")
+def _resume_from_the_newest(load, cfg, trainer, **kwargs):
+    preemption.listen()
+    if cfg.restore_file == LAST and not trainer.checkpoint_suffix:
+        if trainer.data_parallel_rank == 0:
+            recover(cfg.save_dir)
+        if trainer.data_parallel_world_size > 1:
+            torch.distributed.barrier()  # every process looks for the file
+    try:
+        return load(cfg, trainer, **kwargs)
+    except Exception as error:
+        if str(error).startswith("Cannot load model parameters"):
+            raise InputError(
+                f"the checkpoint in checkpoint.save_dir={cfg.save_dir} does not fit the model of this configuration;"
+                " choose another folder, or go on with the configuration that it was saved with"
+            ) from None
+        raise
+
+
+@_guard(checkpoint_utils, "load_checkpoint_to_cpu")
+def _unpickle_only_what_is_safe(load, path, *args, **kwargs):
+    if os.path.isfile(path):
+        load_checkpoint(path, header_only=True)
+    return load(path, *args, **kwargs)
+
+
+@_guard(Trainer, "clip_grad_norm")
+def _stop_at_a_gradient_that_is_not_finite(clip, trainer, clip_norm):
+    if not hasattr(trainer.task, "utterances"):
+        return clip(trainer, clip_norm)
+    where = (trainer.task.utterances, trainer.get_num_updates(), trainer.get_model().stage_number)
+    try:
+        norm = clip(trainer, clip_norm)
+    except FloatingPointError as error:  # fp16's loss scale has reached its minimum
+        raise loss_scale_stop(error, *where) from None
+    # AMP's loss scale takes care of an overflow by itself; FP16Optimizer raises OverflowError for it.
+    if not trainer.cfg.common.amp and not bool(torch.isfinite(norm)):
+        raise gradient_stop(norm, *where)
+    return norm
+
+
+@_guard(fairseq_train, "train")
+def _leave_a_finished_run_alone(train, cfg, trainer, *args):
+    if 0 < cfg.optimization.max_update <= trainer.get_num_updates():
+        return [None], True
+    return train(cfg, trainer, *args)
+
+
+@_guard(fairseq_train, "validate_and_save")
+def _save_when_told_to_end(validate_and_save, cfg, trainer, task, epoch_itr, *args):
+    losses, should_stop = validate_and_save(cfg, trainer, task, epoch_itr, *args)
+    if getattr(task, "told_to_end", False) and not should_stop:
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        raise SystemExit(preemption.EXIT_CODE)
+    return losses, should_stop
+
+
+@_guard(dataclass_utils, "merge_with_parent")
+def _name_the_field(merge, dc, cfg, *args, **kwargs):
+    try:
+        return merge(dc, cfg, *args, **kwargs)
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise InputError(f"{error.full_key or error.key}: {reason}; correct the configuration") from None

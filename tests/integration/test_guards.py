@@ -1,0 +1,170 @@
+"""What fairseq_guards.py promises, against the real fairseq: these tests fail if fairseq changes under it."""
+
+import pickle
+import re
+import sys
+
+import pytest
+import torch
+from training import tiny, train
+
+from fairseq_stack.tasks.speech_distillation import SpeechDistillation
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def one_line(overrides, code=None):
+    """The line that a training ends with."""
+    with pytest.raises(SystemExit) as ended:
+        train("librispeech_base", overrides)
+    message = ended.value.code
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+written = None  # names of files that are opened for writing, while a test watches
+
+
+def _watch(event, arguments):
+    if written is not None and event == "open":
+        name, mode = str(arguments[0]), arguments[1]
+        if isinstance(mode, str) and mode[0] in "wax+":
+            written.append(name)
+
+
+sys.addaudithook(_watch)  # for good; Python has no way to remove one
+
+
+def test_no_checkpoint_is_ever_written_in_place(speech, teacher_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "written", [])
+    every_update = {"checkpoint.save_interval_updates": 1, "checkpoint.keep_interval_updates": -1}
+    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **every_update))
+    checkpoints = {name for name in written if name.startswith(f"{tmp_path}/checkpoints/checkpoint")}
+    assert f"{tmp_path}/checkpoints/checkpoint_last.pt.tmp" in checkpoints  # the copy; fairseq opens it as it is
+    assert len(checkpoints) >= 15 and all(name.endswith(".tmp") for name in checkpoints)
+
+
+@pytest.fixture(scope="module")
+def finished(speech, teacher_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    train("librispeech_base", tiny(speech, teacher_file, folder, **{"checkpoint.save_interval_updates": 7}))
+    return folder / "checkpoints"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A run that has ended, to do something to."""
+    (tmp_path / "checkpoints").mkdir()
+    for path in finished.iterdir():
+        (tmp_path / "checkpoints" / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_a_finished_run_that_is_started_again_stays_as_it_is(run, speech, teacher_file):
+    before = (run / "checkpoints/checkpoint_last.pt").read_bytes()
+    trainer = train("librispeech_base", tiny(speech, teacher_file, run))
+    assert trainer.get_num_updates() == 20
+    assert (run / "checkpoints/checkpoint_last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["checkpoint_last.pt", "elsewhere.pt"])
+def test_a_checkpoint_that_needs_code_runs_none_and_gives_one_line(run, speech, teacher_file, where):
+    path = run / "checkpoints" / where
+    state = load(run / "checkpoints/checkpoint_last.pt")
+    torch.save({**state, "args": Hostile(run / "ran")}, path)
+    more = {} if where == "checkpoint_last.pt" else {"checkpoint.restore_file": path}
+    message = one_line(tiny(speech, teacher_file, run, **more))
+    assert where in message and "could run code" in message
+    assert path.exists() and not (run / "ran").exists()
+    # The object is as hostile as it claims to be.
+    pickle.loads(pickle.dumps(Hostile(run / "ran"))).close()
+    assert (run / "ran").exists()
+
+
+def test_a_run_whose_last_checkpoint_is_cut_off_says_what_it_goes_on_from(run, speech, teacher_file, caplog):
+    last = run / "checkpoints/checkpoint_last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    caplog.set_level("INFO")
+    trainer = train("librispeech_base", tiny(speech, teacher_file, run))
+    lines = [line for line in caplog.messages if "recovery | " in line]
+    assert re.search(r"skipped \S+checkpoint_last.pt: \S.*checkpoint_last.pt.broken$", lines[0])
+    assert re.search(r"checkpoint_\S+.pt at update \d+ is the newest whole checkpoint", lines[1])
+    assert trainer.get_num_updates() == 20 and load(last)["optimizer_history"][-1]["num_updates"] == 20
+
+
+def test_a_checkpoint_of_another_model_gives_one_line(run, speech, teacher_file):
+    message = one_line(tiny(speech, teacher_file, run, **{"model.encoder_ffn_embed_dim": 64}))
+    assert f"checkpoint.save_dir={run}/checkpoints does not fit the model" in message
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("task.max_sample_size", "long"), ("model.encoder_layers", "[1,2]"), ("criterion.teacher_layers", "all")],
+)
+def test_a_value_of_the_wrong_type_gives_one_line_with_the_field(speech, teacher_file, tmp_path, field, value):
+    assert field.split(".")[1] in one_line([*tiny(speech, teacher_file, tmp_path), f"{field}={value}"])
+
+
+def test_a_field_that_does_not_exist_gives_one_line(speech, teacher_file, tmp_path):
+    assert "max_samples" in one_line([*tiny(speech, teacher_file, tmp_path), "+task.max_samples=3"])
+
+
+# Numbers out of range
+
+
+PLACE = r"error: at update (\d+), stage (\d), the (.*) is not finite on the utterances (audio/train\d+\.flac(, )?){4}"
+
+
+def the_last_good_checkpoint(run):
+    """There is no crash.pt, and what is there is finite."""
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert "crash.pt" not in names
+    return all(value.isfinite().all() for value in load(run / "checkpoints/checkpoint_last.pt")["model"].values())
+
+
+def test_a_loss_that_is_not_finite_names_update_stage_and_utterances(speech, teacher_file, tmp_path, monkeypatch):
+    train_step = SpeechDistillation.train_step
+
+    def damaged_by_something(task, sample, model, criterion, optimizer, update_num, *args, **kwargs):
+        if update_num == 5:
+            with torch.no_grad():
+                model.encoder.layers[0].fc1.bias[0] = float("inf")
+        return train_step(task, sample, model, criterion, optimizer, update_num, *args, **kwargs)
+
+    monkeypatch.setattr(SpeechDistillation, "train_step", damaged_by_something)
+    message = one_line(tiny(speech, teacher_file, tmp_path, **{"checkpoint.save_interval_updates": 1}))
+    assert re.match(PLACE, message).groups()[:3] == ("5", "2", "loss (nan)")
+    assert the_last_good_checkpoint(tmp_path)
+
+
+def test_a_teacher_whose_output_is_not_finite_is_named_as_the_cause(speech, teacher_file, tmp_path):
+    state = load(teacher_file)
+    state["model"]["encoder.layers.6.fc1.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "teacher.pt")
+    message = one_line(tiny(speech, tmp_path / "teacher.pt", tmp_path))
+    assert re.match(PLACE, message).groups()[:3] == ("0", "1", "output of teacher layer 8, 12")
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(speech, teacher_file, tmp_path):
+    message = one_line(tiny(speech, teacher_file, tmp_path, **{"+criterion.output_weight": 1.0e36}))
+    assert re.match(PLACE, message)[3].startswith("gradient (norm ")
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_loss_scale_at_its_minimum_is_explained(speech, teacher_file, tmp_path):
+    fp16 = {"common.fp16": True, "common.memory_efficient_fp16": True, "common.fp16_init_scale": 2**30, "common.min_loss_scale": 2**30}
+    message = one_line(tiny(speech, teacher_file, tmp_path, **fp16))
+    assert re.match(PLACE, message)[3] == "gradient in fp16 at every loss scale"
+    assert "lower optimization.lr" in message
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -1,0 +1,84 @@
+"""A run that is killed at any moment, and started again, ends as if nothing had happened."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from fork_server import ForkServer
+from killing import Killer
+from training import tiny
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ForkServer() as running:
+        yield running
+
+
+def cut_off(checkpoints, chosen):
+    """Half the time, leave checkpoint_last.pt as a copy that a kill, a full disk or a crash has cut off."""
+    last = checkpoints / "checkpoint_last.pt"
+    if last.exists() and chosen.random() < 0.5:
+        with open(last, "r+b") as file:
+            file.truncate(chosen.randrange(last.stat().st_size))
+
+
+@pytest.fixture(scope="module")
+def killer(server, speech, teacher_file, tmp_path_factory):
+    return Killer(server, speech, teacher_file, tmp_path_factory.mktemp("kills"), seed=1)
+
+
+def test_fifty_kills_at_random_moments_change_nothing(killer):
+    number = 0
+    while killer.kills < 50:
+        killer.kill_until_finished(killer.new_run(f"run{number}"))
+        number += 1
+    assert killer.resumes == killer.kills >= 50 and killer.finished == number
+    assert killer.lost == 0 and killer.different == 0
+    # Growths were among the updates that had to be done again.
+    logs = "".join(killer.log(killer.folder / f"run{index}") for index in range(number))
+    assert len(re.findall(r"growth \| update", logs)) > 3 * number
+
+
+def test_copies_that_are_cut_off_too_change_nothing(killer):
+    run = killer.new_run("cut")
+    different = killer.different
+    killer.kill_until_finished(run, damage=cut_off)
+    assert killer.different == different
+    log = killer.log(run)
+    assert re.search(r"recovery \| skipped \S+checkpoint_last.pt: \S.*; it is now checkpoint_last.pt.broken", log)
+    assert re.search(r"recovery \| checkpoint_\d+_\d+.pt at update \d+ is the newest whole checkpoint and becomes", log)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_job_that_is_told_to_end_saves_a_checkpoint_and_goes_on_exactly(
+    server, speech, teacher_file, tmp_path, workers
+):
+    killer = Killer(server, speech, teacher_file, tmp_path, seed=2, workers=workers)
+    run = killer.new_run("run")
+    killer.kill_until_finished(run, number=signal.SIGTERM, expected=143)
+    assert killer.kills > 0 and killer.lost == 0 and killer.different == 0
+    assert "Traceback" not in killer.log(run)
+
+
+def test_the_checkpoint_of_a_job_that_is_told_to_end_is_of_its_last_update(server, speech, teacher_file, tmp_path):
+    # Without this checkpoint there would be none before the end.
+    fields = {
+        "optimization.max_update": 100_000,
+        "checkpoint.save_interval": 100_000,
+        "dataset.disable_validation": True,
+    }
+    log = tmp_path / "log"
+    pid = server.start("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields), log)
+    while "num_updates=3," not in log.read_text():
+        time.sleep(0.02)
+    assert not list(tmp_path.rglob("*.pt"))
+    os.kill(pid, signal.SIGTERM)
+    assert server.wait() == 143
+    assert "Traceback" not in log.read_text()
+    done = int(re.findall(r"num_updates=(\d+)", log.read_text())[-1])
+    state = torch.load(tmp_path / "checkpoints/checkpoint_last.pt", weights_only=True)
+    assert state["optimizer_history"][-1]["num_updates"] == done

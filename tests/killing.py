@@ -1,0 +1,113 @@
+"""Kill a small training at random moments and let it go on, for the tests and for scripts/soak.sh."""
+
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from training import tiny
+
+EVENTS = 60  # file operations of about four updates, which each save twice and copy
+
+
+class Killer:
+    """Runs of 20 updates through all growths, with a checkpoint at every update.
+
+    Args:
+        server: a ForkServer.
+        speech, teacher_file, folder: where things are.
+        seed: of the kills.
+        workers: processes that load data.
+
+    Attributes:
+        kills, resumes, finished: counts.
+        lost: checkpoints that were written and that the next start did not find.
+        different: finished runs whose model or optimiser differs from the uninterrupted run's.
+    """
+
+    def __init__(self, server, speech, teacher_file, folder, seed, workers=0):
+        self.server, self.speech, self.teacher_file, self.folder = server, speech, teacher_file, Path(folder)
+        self.workers = workers
+        self.random = random.Random(seed)
+        self.kills = self.resumes = self.finished = self.lost = self.different = 0
+        started = time.monotonic()
+        self.reference = self.new_run("reference")
+        assert self.start(self.reference) == 0, self.log(self.reference)
+        self.seconds = time.monotonic() - started
+
+    def new_run(self, name):
+        run = self.folder / name
+        run.mkdir(parents=True)
+        return run
+
+    def start(self, run, **kill):
+        """Start the same command again; returns its exit code."""
+        fields = {"checkpoint.save_interval_updates": 1, "dataset.num_workers": self.workers}
+        if self.workers:
+            fields["dataset.disable_validation"] = True  # fairseq waits 5 s for each worker of a validation to end
+        return self.server.run("librispeech_base", tiny(self.speech, self.teacher_file, run, **fields), run / "log", **kill)
+
+    def log(self, run):
+        return (run / "log").read_text()
+
+    def kill_until_finished(self, run, damage=None, number=9, expected=-9):
+        """Kill and resume a run until it ends; compare it with the uninterrupted one.
+
+        Args:
+            run: its folder.
+            damage: a function of (folder of checkpoints, random numbers) for between two starts.
+            number, expected: the signal and the exit code that it leads to.
+        """
+        code, patience = None, 0.4 * self.seconds
+        while code != 0:
+            self.resumes += code is not None
+            if number == 9 and self.random.random() < 0.5:
+                kill = {"kill_at_event": self.random.randrange(1, EVENTS)}
+            else:
+                kill = {"signal_after": self.random.uniform(0, patience), "number": number}
+                patience *= 1.05  # a machine that has become slow gets on all the same
+            code = self.start(run, **kill)
+            # SIGTERM before the program listens is an end like any other, with nothing to save.
+            assert code in (0, expected, -number), self.log(run)
+            self.kills += code != 0
+            if damage and code:
+                damage(run / "checkpoints", self.random)
+        self.finished += 1
+        self.lost += lost_checkpoints(self.log(run)) if not damage else 0
+        self.different += not same_state(run, self.reference)
+        shutil.rmtree(run / "checkpoints")
+
+
+def lost_checkpoints(log):
+    """How many starts went on from an earlier update than the newest one that had been saved."""
+    writing, saved, lost = 0, 0, 0
+    for line in log.splitlines():
+        if found := re.search(r"Preparing to save checkpoint for epoch \d+ @ (\d+) updates", line):
+            writing = int(found[1])
+        elif "Finished saving checkpoint to" in line:
+            saved = writing
+        elif found := re.search(r"Loaded checkpoint \S+ \(epoch \d+ @ (\d+) updates\)", line):
+            lost += int(found[1]) < saved
+        elif "No existing checkpoint found" in line:
+            lost += saved > 0
+    return lost
+
+
+def same_state(run, reference):
+    """Whether two finished runs have the same weights and moments, bit for bit."""
+    ours, theirs = (
+        torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True) for folder in (run, reference)
+    )
+    return _same(ours["model"], theirs["model"]) and _same(
+        ours["last_optimizer_state"], theirs["last_optimizer_state"]
+    )
+
+
+def _same(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other
