@@ -1,40 +1,19 @@
-"""Start the processes of one job as a cluster's launcher does, each with fairseq's command.
+"""Start the processes of one job as a cluster's launcher does, each with fairseq's command."""
 
-They are forked from a process that has imported everything once.
-"""
-
-import multiprocessing
 import os
 import signal
 import socket
 import sys
-from pathlib import Path
+import time
 
 import torch
 from fairseq import tasks
 from fairseq_cli import hydra_train
 from torch.nn.parallel import DistributedDataParallel
-from training import configuration
+from training import ROOT, configuration
 
+from fairseq_stack import fairseq_guards
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
-
-ROOT = Path(__file__).resolve().parent.parent
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["processes"])
-
-
-def start(target, *arguments):
-    """Start a process that calls `target`; both must be found by their name in a module of tests/."""
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])  # for the preload
-    try:
-        process = _context.Process(target=target, args=arguments)
-        process.start()
-    finally:
-        del os.environ["PYTHONPATH"]
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
-    return process
 
 
 def free_port():
@@ -43,15 +22,19 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_job(config, overrides, folder, kill_at=None):
-    """Start the two ranks of `fairseq-hydra-train` on a recipe; rank 1 is killed before update `kill_at`.
+def start_job(server, config, overrides, folder, misfortunes=None):
+    """Start the two ranks of `fairseq-hydra-train` on a recipe.
 
     Each rank writes its output to folder/rank0.log or rank1.log, and what `record` does.
+
+    Args:
+        server: a ForkServer.
+        misfortunes: {rank: function}, called in that rank before it trains; see below.
     """
     folder.mkdir(exist_ok=True)
-    port = free_port()
     together = [
-        f"distributed_training.distributed_init_method=tcp://127.0.0.1:{port}",
+        *overrides,
+        f"distributed_training.distributed_init_method=tcp://127.0.0.1:{free_port()}",
         "distributed_training.distributed_world_size=2",
         "distributed_training.distributed_no_spawn=true",
         "distributed_training.distributed_backend=gloo",
@@ -59,8 +42,10 @@ def start_job(config, overrides, folder, kill_at=None):
         f"hydra.output_subdir={folder}/.hydra",
         f"hydra.job_logging.handlers.file.filename={folder}/train.log",
     ]
+    misfortunes = misfortunes or {}
     return [
-        start(_rank, rank, config, [*overrides, *together], folder, kill_at if rank == 1 else None) for rank in (0, 1)
+        server.call(_rank, rank, config, together, folder, misfortunes.get(rank), log=folder / f"rank{rank}.log")
+        for rank in (0, 1)
     ]
 
 
@@ -74,14 +59,10 @@ def wait(processes):
     return codes
 
 
-def _rank(rank, config, overrides, folder, kill_at):
-    with open(folder / f"rank{rank}.log", "w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    torch.set_num_threads(1)
+def _rank(rank, config, overrides, folder, misfortune):
     record(folder, rank)
-    if kill_at is not None:
-        kill_before(kill_at)
+    if misfortune is not None:
+        misfortune()
     sys.argv = ["fairseq-hydra-train", "--config-dir", str(ROOT / "examples/interleaved"), "--config-name", config,
                 *overrides, f"distributed_training.distributed_rank={rank}"]  # fmt: skip
     hydra_train.cli_main()
@@ -105,21 +86,54 @@ def record(folder, rank, setattr=setattr):
     setattr(SpeechDistillation, "optimizer_step", stepped)
 
 
-def kill_before(update):
-    """Let this process end as if it were killed from outside, when `update` begins."""
+# What can befall one process of a job
+
+
+def signal_before(update, number):
+    """Let this process get a signal, as from outside, when `update` begins."""
+    _before(update, lambda model: os.kill(os.getpid(), number))
+
+
+def damage_before(update):
+    """Let a weight of this process's student alone leave the range of numbers when `update` begins."""
+
+    def damage(model):
+        with torch.no_grad():
+            model.encoder.layers[0].fc1.bias[0] = float("inf")
+
+    _before(update, damage)
+
+
+def recover_late(seconds):
+    """Let this process take its time before it looks for the newest whole checkpoint."""
+    recover = fairseq_guards.recover
+
+    def late(folder):
+        time.sleep(seconds)
+        return recover(folder)
+
+    fairseq_guards.recover = late
+
+
+def _before(update, action):
     train_step = SpeechDistillation.train_step
 
-    def killed(task, sample, model, criterion, optimizer, update_num, *args, **kwargs):
+    def befallen(task, sample, model, criterion, optimizer, update_num, *args, **kwargs):
         if update_num == update:
-            os.kill(os.getpid(), signal.SIGKILL)
+            action(model)
         return train_step(task, sample, model, criterion, optimizer, update_num, *args, **kwargs)
 
-    SpeechDistillation.train_step = killed
+    SpeechDistillation.train_step = befallen
 
 
-def gradients_by_torch(rank, processes, port, overrides, folder):
-    """Save the gradient on eight recordings, `processes` sharing them under torch's DDP, before and after a growth."""
-    torch.set_num_threads(1)
+# torch's own DDP, which fairseq's c10d backend wraps, and which fairseq does not start without a GPU
+
+
+def train_under_torchs_ddp(rank, processes, port, overrides, folder):
+    """Two updates on eight recordings, `processes` sharing them, with a growth between.
+
+    Saves the weights before each update and its gradient.
+    """
     cfg = configuration("librispeech_base", overrides)
     task = tasks.setup_task(cfg.task)
     torch.manual_seed(0)
@@ -132,12 +146,15 @@ def gradients_by_torch(rank, processes, port, overrides, folder):
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
         model = DistributedDataParallel(student, find_unused_parameters=True)
     sample = task.with_targets(data.collater([data[index] for index in range(rank, 8, processes)]), student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     for stage in (1, 2):
         student.grow_to(stage)
-        student.zero_grad()
+        weights = {name: value.clone() for name, value in student.state_dict().items()}
+        optimizer.zero_grad()
         loss, _, _ = criterion(model, sample)
-        loss.backward()
+        (processes * loss).backward()  # DDP gives the mean over processes; fairseq multiplies in the same way
         gradient = {name: value.grad for name, value in student.named_parameters() if value.grad is not None}
-        torch.save(gradient, folder / f"{processes}-rank{rank}-stage{stage}.pt")
+        torch.save({"weights": weights, "gradient": gradient}, folder / f"{processes}-rank{rank}-stage{stage}.pt")
+        optimizer.step()
     if processes > 1:
         torch.distributed.destroy_process_group()
