@@ -29,6 +29,7 @@ class ForkServer:
         self.processes = []
 
     def __enter__(self):
+        self.call(int, log=os.devnull).join()  # the first call waits for the imports
         return self
 
     def __exit__(self, *exception):
@@ -41,7 +42,7 @@ class ForkServer:
         Its output goes to the end of the file `log`. Returns a multiprocessing.Process.
         """
         Path(log).touch()
-        # For the process that imports, which the first call starts.
+        # For the process that imports, which the first call of all starts.
         with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}/tests{os.pathsep}{ROOT}", OMP_NUM_THREADS="1"):
             process = _context.Process(target=_call, args=(function, arguments, log))
             process.start()

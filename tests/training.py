@@ -78,7 +78,7 @@ def configuration(config, overrides, folder="interleaved"):
     return cfg
 
 
-def composed(config, overrides, folder="interleaved"):
+def composed(config, overrides, folder="interleaved", **options):
     """A recipe of examples/ as hydra composes it."""
     try:
         from hydra import compose, initialize_config_dir
@@ -86,7 +86,7 @@ def composed(config, overrides, folder="interleaved"):
         from hydra.experimental import compose, initialize_config_dir
 
     with initialize_config_dir(config_dir=str(EXAMPLES / folder)):
-        return compose(config_name=config, overrides=overrides)
+        return compose(config_name=config, overrides=overrides, **options)
 
 
 def command(program, *arguments, cwd=ROOT, **options):
