@@ -59,6 +59,11 @@ class HuggingFaceTeacher(Teacher):
         self.depth = len(self.layers)
         self.width = model.config.hidden_size
         shape = model.config
+        if shape.feat_extract_activation != "gelu":
+            raise InputError(
+                f"{name}/config.json has feat_extract_activation={shape.feat_extract_activation}, which no known model"
+                " has; give one with gelu"
+            )
         self.conv_layers = list(zip(shape.conv_dim, shape.conv_kernel, shape.conv_stride))
 
     def frames(self, samples):
@@ -94,7 +99,7 @@ class HuggingFaceTeacher(Teacher):
 
     def _features(self, waveforms, lengths):
         """[B, S] samples to [B, C, T], with a group norm that knows where utterances end."""
-        x = waveforms[:, None]
+        x = waveforms[:, None].to(self.dtype)
         blocks = list(self.model.feature_extractor.conv_layers)
         norm = getattr(blocks[0], "layer_norm", None)
         if isinstance(norm, torch.nn.GroupNorm):
