@@ -31,7 +31,8 @@ def read_audio(path, start=0, stop=None):
         stop = file.frames if stop is None else stop
         if stop > file.frames:
             raise InputError(f"{path}: has {file.frames} samples, {stop} were asked for; prepare again")
-        file.seek(start)
+        if start:  # a file that is cut off cannot even seek to its beginning, and says less about it
+            file.seek(start)
         samples = file.read(stop - start, dtype="float32")
     if len(samples) != stop - start:
         raise InputError(f"{path}: breaks off at sample {start + len(samples)} of {stop}; replace it")
