@@ -5,10 +5,12 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Dict, List, Optional, Tuple
 
 import torch
 
+from fairseq_stack.encoder_shape import check_shape
 from fairseq_stack.errors import InputError
 from fairseq_stack.growth.plan import plan_growth
 from fairseq_stack.lengths import parse_conv_layers
@@ -151,23 +153,30 @@ def student_from_checkpoint(state, name="the checkpoint"):
         raise InputError(f"{name} has no configuration; give a checkpoint of a stacked_hubert") from None
     if architecture != "stacked_hubert":
         raise InputError(f"{name} holds a model named {architecture}; give a checkpoint of a stacked_hubert")
+    weights = state["model"]
+    broken = [key for key in weights if not isinstance(key, str) or not torch.is_tensor(weights[key])]
+    if broken:
+        raise InputError(f"{name} has {weights[broken[0]]!r} for the weight {broken[0]}; it is damaged")
     try:
         stages = plan_growth(config["stack_method"], config["encoder_layers"], config["stack_stages"]).stages
-        stage = state["model"]["stage"].item()
-        if stage not in range(len(stages)):
-            raise InputError(f"{name} has stage {stage}, not one of 0 to {len(stages) - 1}; it is damaged")
-        seats = stages[int(stage)]
+        stage = weights["stage"].item()
+        check_shape(SimpleNamespace(**config))
         conv_layers = _conv_layers(config["conv_feature_layers"])
-        shapes = hubert_shapes(config, conv_layers, seats)
         normalize = task["normalize"]
     except KeyError as error:
         raise InputError(f"{name} lacks {error}, which every checkpoint of a stacked_hubert has") from None
+    except (InputError, AttributeError, TypeError, RuntimeError) as error:
+        raise InputError(f"{name} has a configuration that describes no student: {error}") from None
+    if stage not in range(len(stages)):
+        raise InputError(f"{name} has stage {stage}, not one of 0 to {len(stages) - 1}; it is damaged")
+    seats = stages[int(stage)]
+    shapes = hubert_shapes(config, conv_layers, seats)
 
     # Layers of seats that the stage does not use stay behind, and what only training needs.
     idle = tuple(f"encoder.layers.{seat}." for seat in range(config["encoder_layers"]) if seat not in seats)
     found = {
         key: tensor
-        for key, tensor in state["model"].items()
+        for key, tensor in weights.items()
         if not key.startswith((*idle, "heads.")) and key not in ("mask_emb", "stage", "plateau")
     }
     for key in {**shapes, **found}:
@@ -184,11 +193,11 @@ def student_from_checkpoint(state, name="the checkpoint"):
     def renumbered(key):
         return re.sub(r"(?<=^encoder\.layers\.)\d+", lambda match: str(position[int(match[0])]), key)
 
-    weights = {renumbered(key): found[key].float() for key in shapes}
-    heads = {key: tensor.float() for key, tensor in state["model"].items() if key.startswith("heads.")}
-    mask_emb = state["model"].get("mask_emb")
+    kept = {renumbered(key): found[key].float() for key in shapes}
+    heads = {key: tensor.float() for key, tensor in weights.items() if key.startswith("heads.")}
+    mask_emb = weights.get("mask_emb")
     mask_emb = None if mask_emb is None else mask_emb.float()
-    return Student(config, conv_layers, bool(normalize), len(seats), weights, heads, mask_emb)
+    return Student(config, conv_layers, bool(normalize), len(seats), kept, heads, mask_emb)
 
 
 def _conv_layers(text):

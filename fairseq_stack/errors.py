@@ -1,6 +1,7 @@
 """What users get wrong, said in one line."""
 
 import functools
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -21,6 +22,22 @@ def check_choice(field, value, choices):
     """
     if value not in choices:
         raise InputError(f"{field}={value} is unknown; choose from {', '.join(choices)}")
+
+
+@contextmanager
+def input_errors(what):
+    """Turn whatever fails inside into an InputError that begins with `what` and ends with the reason.
+
+    For a file's or a configuration's values on their way through the code of others, where a value of
+    the wrong kind fails wherever it is used first.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise InputError(f"{what}: {type(error).__name__} {reason[0]}".rstrip()) from None
 
 
 def one_line_errors(function):

@@ -3,6 +3,8 @@
 The model builds its heads by this and the criterion its terms, both from the criterion's fields.
 """
 
+from collections.abc import Sequence
+
 from fairseq_stack.errors import InputError, check_choice
 from fairseq_stack.losses import LOSSES
 
@@ -16,8 +18,12 @@ def check_supervision(cfg):
         cfg: has loss, intermediate_style, teacher_layers and output_weight.
 
     Raises:
-        InputError: a name is unknown, nothing is learned, or loss and style do not go together.
+        InputError: the layers are no list, a name is unknown, nothing is learned, or loss and style do
+            not go together.
     """
+    layers = cfg.teacher_layers
+    if not isinstance(layers, Sequence) or not all(isinstance(layer, int) for layer in layers):
+        raise InputError(f"criterion.teacher_layers={layers} must be a list of numbers of layers")
     check_choice("criterion.loss", cfg.loss, LOSSES)
     check_choice("criterion.intermediate_style", cfg.intermediate_style, STYLES)
     if cfg.output_weight < 0:

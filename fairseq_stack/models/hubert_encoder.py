@@ -17,6 +17,7 @@ from fairseq.models.wav2vec.wav2vec2 import (
 )
 from fairseq.modules import GradMultiply, LayerNorm
 
+from fairseq_stack.encoder_shape import check_shape
 from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import frames_from_samples, parse_conv_layers
 
@@ -33,11 +34,13 @@ class HubertEncoder(BaseFairseqModel):
             dropout_input, feature_grad_mult.
 
     Raises:
-        InputError: conv_feature_layers is not a list of (channels, kernel, stride).
+        InputError: conv_feature_layers is not a list of (channels, kernel, stride), or another field
+            cannot be.
     """
 
     def __init__(self, cfg):
         super().__init__()
+        check_shape(cfg)
         try:
             self.conv_layers = parse_conv_layers(cfg.conv_feature_layers)
         except ValueError:

@@ -6,7 +6,6 @@ from typing import Any, List
 
 import torch
 import torch.nn as nn
-from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import register_model
 from omegaconf import II, OmegaConf
@@ -177,8 +176,6 @@ class StackedHubert(HubertEncoder):
     def build_model(cls, cfg, task):
         teacher = task.teacher
         check_supervision(cfg)
-        check_choice("model.extractor_mode", cfg.extractor_mode, ("default", "layer_norm"))
-        check_choice("model.activation_fn", cfg.activation_fn, utils.get_available_activation_fns())
         check_choice("model.stack_optimizer_state", cfg.stack_optimizer_state, ("copy", "reset"))
         if cfg.share_teacher_cnn and (cfg.feature_grad_mult or cfg.normalize != getattr(teacher, "normalize", None)):
             raise InputError(

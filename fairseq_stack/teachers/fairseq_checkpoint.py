@@ -6,7 +6,7 @@ import torch
 
 from fairseq_stack.checkpoint import load_checkpoint
 from fairseq_stack.data.waveforms import normalize_waveforms
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.teachers.base import Teacher, load_weights
@@ -59,7 +59,8 @@ class FairseqTeacher(Teacher):
         self.name = name
         self.normalize = normalize
         shape = {field: model_cfg.get(field, default) for field, default in BASE_SHAPE.items()}
-        self.model = HubertEncoder(SimpleNamespace(**shape, **NO_TRAINING))
+        with input_errors(f"task.teacher={name} has a cfg that describes no model"):
+            self.model = HubertEncoder(SimpleNamespace(**shape, **NO_TRAINING))
         unused = PRETRAINING_ONLY[model_cfg["_name"]]
         load_weights(self.model, {key: weights[key] for key in weights if not key.startswith(unused)}, name)
         self.depth = len(self.model.encoder.layers)
@@ -98,12 +99,12 @@ def load_fairseq_teacher(path):
     try:
         family = cfg["model"]["_name"]
         normalize = bool(cfg["task"].get("normalize", False))
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, IndexError, KeyError, TypeError):
         raise InputError(
             f"task.teacher={path} has no cfg, which early versions of fairseq did not write; load it with"
             " today's fairseq where you trust it, and save it from there"
         ) from None
-    if family not in PRETRAINING_ONLY:
+    if not isinstance(family, str) or family not in PRETRAINING_ONLY:
         raise InputError(
             f"task.teacher={path} holds a model of the kind {family}; give one of"
             f" {', '.join(PRETRAINING_ONLY)}"
