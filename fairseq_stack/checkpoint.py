@@ -87,7 +87,27 @@ def load_checkpoint(path, header_only=False):
         ) from None
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise DamagedCheckpoint(f"{path} holds no model; give the file of a fairseq checkpoint")
+    if not header_only and zipfile.is_zipfile(path):  # torch does not look at the checksums that it writes
+        try:
+            check_whole(path)
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"{path}: {error}; copy it again") from None
     return state
+
+
+def check_whole(path):
+    """Compare every byte of a checkpoint with the checksums in the file.
+
+    Raises:
+        DamagedCheckpoint: they differ, or the file is no zip file, as torch has written since 1.6.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise DamagedCheckpoint(f"it is cut off or damaged ({error})") from None
+    if wrong:
+        raise DamagedCheckpoint(f"the checksum of {wrong} is wrong")
 
 
 @dataclass(frozen=True)
