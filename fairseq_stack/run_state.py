@@ -107,6 +107,8 @@ def _from_the_end_of_an_epoch(load_checkpoint):
 
     @functools.wraps(load_checkpoint)
     def wrapped(self, *args, reset_meters=False, **kwargs):
+        # Otherwise rank 0 sends what it has loaded as a pickle that torch's safe loading refuses on the others.
+        self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         state = load_checkpoint(self, *args, reset_meters=reset_meters, **kwargs)
         if state is not None and not reset_meters and state["train_iterator"]["iterations_in_epoch"] == 0:
             self.lr_step(state["train_iterator"]["epoch"] - 1, state["val_loss"])
