@@ -2,48 +2,54 @@
 
 from fairseq_stack.errors import InputError, check_choice
 
-SIZES = (
-    "encoder_layers",
-    "encoder_embed_dim",
-    "encoder_ffn_embed_dim",
-    "encoder_attention_heads",
-    "conv_pos",
-    "conv_pos_groups",
-)
-SWITCHES = ("conv_bias", "layer_norm_first")
+# Each from 1 to this. More is damage, and would fill the memory before it failed.
+SIZES = {
+    "encoder_layers": 1_000,
+    "encoder_embed_dim": 100_000,
+    "encoder_ffn_embed_dim": 100_000,
+    "encoder_attention_heads": 100_000,
+    "conv_pos": 100_000,
+    "conv_pos_groups": 100_000,
+    "pos_conv_depth": 100,
+}
+SWITCHES = ("conv_bias", "layer_norm_first", "feature_layer_norm")
 PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "dropout_input")
 CHOICES = {
     "extractor_mode": ("default", "layer_norm"),
     "activation_fn": ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear"),
 }
+# Fields that only some models have a choice of.
+DEFAULTS = {"pos_conv_depth": 1, "feature_layer_norm": True}
 
 
 def check_shape(cfg):
     """Check everything but the CNN's layers, which lengths.parse_conv_layers reads.
 
     Args:
-        cfg: has the fields above as attributes, in fairseq's names.
+        cfg: has the fields above as attributes, in fairseq's names; those of DEFAULTS may be missing.
 
     Raises:
-        InputError: a field is missing or of another type, a size is not positive, sizes do not divide,
-            a probability is none, or a name is unknown.
+        InputError: a field is missing or of another type, a size is not positive or beyond all reason,
+            sizes do not divide, a probability is none, or a name is unknown.
     """
-    for name in SIZES:
-        size = getattr(cfg, name, None)
-        if type(size) is not int or size < 1:
-            raise InputError(f"model.{name}={size} must be a whole number of 1 or more")
+
+    def value(name):
+        return getattr(cfg, name, DEFAULTS.get(name))
+
+    for name, largest in SIZES.items():
+        if type(value(name)) is not int or not 1 <= value(name) <= largest:
+            raise InputError(f"model.{name}={value(name)} must be a whole number from 1 to {largest}")
     for name in ("encoder_attention_heads", "conv_pos_groups"):
-        if cfg.encoder_embed_dim % getattr(cfg, name):
+        if cfg.encoder_embed_dim % value(name):
             raise InputError(
-                f"model.encoder_embed_dim={cfg.encoder_embed_dim} is not divisible by"
-                f" model.{name}={getattr(cfg, name)}; choose a divisor"
+                f"model.encoder_embed_dim={cfg.encoder_embed_dim} is not divisible by model.{name}={value(name)};"
+                " choose a divisor"
             )
     for name in SWITCHES:
-        if not isinstance(getattr(cfg, name, None), bool):
-            raise InputError(f"model.{name}={getattr(cfg, name, None)} must be true or false")
+        if not isinstance(value(name), bool):
+            raise InputError(f"model.{name}={value(name)} must be true or false")
     for name in PROBABILITIES:
-        probability = getattr(cfg, name, None)
-        if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
-            raise InputError(f"model.{name}={probability} must lie between 0 and 1")
+        if type(value(name)) not in (int, float) or not 0 <= value(name) <= 1:
+            raise InputError(f"model.{name}={value(name)} must lie between 0 and 1")
     for name, choices in CHOICES.items():
-        check_choice(f"model.{name}", getattr(cfg, name, None), choices)
+        check_choice(f"model.{name}", value(name), choices)

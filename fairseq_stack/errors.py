@@ -28,16 +28,14 @@ def check_choice(field, value, choices):
 def input_errors(what):
     """Turn whatever fails inside into an InputError that begins with `what` and ends with the reason.
 
-    For a file's or a configuration's values on their way through the code of others, where a value of
+    For a file's values on their way through code that does not expect a file's values, where one of
     the wrong kind fails wherever it is used first.
     """
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        raise InputError(f"{what}: {type(error).__name__} {reason[0]}".rstrip()) from None
+        reason = "; ".join(str(error).splitlines()[:1])
+        raise InputError(f"{what}: {reason}" if isinstance(error, InputError) else f"{what}: {type(error).__name__} {reason}") from None
 
 
 def one_line_errors(function):

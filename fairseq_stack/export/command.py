@@ -16,7 +16,7 @@ from fairseq_stack.checkpoint import (
     student_from_checkpoint,
     with_moving_average,
 )
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.export.card import model_card
 from fairseq_stack.export.distiller import export_distiller, load_distiller
 from fairseq_stack.export.fairseq import export_fairseq, load_fairseq
@@ -162,9 +162,11 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
     def write(path):
         format.write(student, path)
         if path.is_dir():
-            (path / "README.md").write_text(model_card(student, state, padding or PADDING_AGREES, ema))
+            (path / "README.md").write_text(card)
 
-    name, reference = training_model(state, student)
+    with input_errors(f"{checkpoint} has a configuration that describes no training"):
+        card = model_card(student, state, padding or PADDING_AGREES, ema)
+        name, reference = training_model(state, student)
     return write_verified(
         write,
         partial(format.load, student=student),

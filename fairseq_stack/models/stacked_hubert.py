@@ -147,10 +147,9 @@ class StackedHubert(HubertEncoder):
     """
 
     def __init__(self, cfg, head_widths, teacher_depth):
-        plan = plan_growth(cfg.stack_method, cfg.encoder_layers, cfg.stack_stages)
         super().__init__(cfg)
         self.cfg = cfg
-        self.plan = plan
+        self.plan = plan_growth(cfg.stack_method, cfg.encoder_layers, cfg.stack_stages)
         self.teacher_depth = teacher_depth
         self.intermediate_style = cfg.intermediate_style
         self.head_widths = head_widths

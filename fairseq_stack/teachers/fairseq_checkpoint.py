@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fairseq_stack.checkpoint import load_checkpoint
+from fairseq_stack.checkpoint import configurations, load_checkpoint
 from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
@@ -95,18 +95,18 @@ def load_fairseq_teacher(path):
             Namespace instead), needs code to unpickle, or weights do not fit.
     """
     state = load_checkpoint(path)
-    cfg = state.get("cfg")
-    try:
-        family = cfg["model"]["_name"]
-        normalize = bool(cfg["task"].get("normalize", False))
-    except (AttributeError, IndexError, KeyError, TypeError):
+    model_cfg, task_cfg = configurations(state)
+    if model_cfg is None:
         raise InputError(
             f"task.teacher={path} has no cfg, which early versions of fairseq did not write; load it with"
             " today's fairseq where you trust it, and save it from there"
-        ) from None
+        )
+    family, normalize = model_cfg.get("_name"), task_cfg.get("normalize", False)
     if not isinstance(family, str) or family not in PRETRAINING_ONLY:
         raise InputError(
             f"task.teacher={path} holds a model of the kind {family}; give one of"
             f" {', '.join(PRETRAINING_ONLY)}"
         )
-    return FairseqTeacher(str(path), cfg["model"], normalize, state["model"])
+    if not isinstance(normalize, bool):
+        raise InputError(f"task.teacher={path} has task.normalize={normalize}, neither true nor false; it is damaged")
+    return FairseqTeacher(str(path), model_cfg, normalize, state["model"])

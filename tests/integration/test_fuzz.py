@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import TINY
-from training import EXAMPLES, ROOT, tiny
+from training import ROOT, composed, tiny
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
@@ -22,18 +21,54 @@ from fairseq_stack.data.audio import read_any_audio, read_audio
 from fairseq_stack.data.manifest import missing_files, read_manifest
 from fairseq_stack.data.speech import SpeechDataset
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.huggingface import export_huggingface
+from fairseq_stack.export.command import export
+from fairseq_stack.export.verify import ExportMismatch
 from fairseq_stack.teachers import load_teacher
 
 SECONDS = 20  # for one input; the slowest takes a fraction of one
-# How many inputs of each kind, more than 1,000 in all.
-AUDIO, MANIFESTS, CONFIGS, FILES, CONTENTS, FOLDERS = 400, 200, 250, 150, 150, 150
+INPUTS = {
+    "audio": 400,
+    "manifests": 200,
+    "configurations": 250,
+    "files of checkpoints": 150,
+    "contents of checkpoints": 150,
+    "exports of students": 60,
+    "folders": 150,
+}
+
+
+def test_the_inputs_are_more_than_a_thousand():
+    assert sum(INPUTS.values()) > 1000
+
+
+def fuzz(kind, use):
+    """Call use(number, chosen), chosen being random numbers, for every input of a kind; some have to succeed, some to fail."""
+    chosen, successes = random.Random(kind), 0
+    for number in range(INPUTS[kind]):
+        try:
+            successes += outcome(use, number, chosen)
+        except Exception as error:
+            raise AssertionError(f"input {number} of the {kind}") from error
+    assert 0 < successes < INPUTS[kind]
+
+
+def outcome(use, *arguments):
+    """Whether it succeeds; it may also fail with one line."""
+    with in_time():
+        try:
+            use(*arguments)
+            return True
+        except (InputError, ExportMismatch, SystemExit) as error:
+            line = str(error)
+            assert line and "\n" not in line and "\r" not in line
+            assert line.startswith("error: ") or not isinstance(error, SystemExit)
+            return False
 
 
 @contextmanager
 def in_time():
     def hangs(signum, frame):
-        raise AssertionError(f"takes longer than {SECONDS} s")
+        raise TimeoutError(f"takes longer than {SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(SECONDS)
@@ -42,19 +77,6 @@ def in_time():
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-def outcome(function, *arguments):
-    """Whether it succeeds; anything but success and one line fails the test."""
-    with in_time():
-        try:
-            function(*arguments)
-            return True
-        except (InputError, SystemExit) as error:
-            line = str(error)
-            assert line and "\n" not in line and "\r" not in line
-            assert isinstance(error, InputError) or line.startswith("error: ")
-            return False
 
 
 def damaged(content, chosen):
@@ -87,44 +109,45 @@ def damaged(content, chosen):
 @pytest.fixture(scope="module")
 def recordings():
     samples = 0.1 * np.random.default_rng(0).standard_normal(3000)
-    made = {}
+    made = []
     for kind, subtype in (("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", None), ("OGG", None), ("MP3", None)):
         file = io.BytesIO()
         soundfile.write(file, samples, 16_000, format=kind, subtype=subtype)
-        made[f"{kind} {subtype}"] = file.getvalue()
-    return list(made.values())
+        made.append(file.getvalue())
+    return made
 
 
 def test_audio(recordings, tmp_path):
-    chosen, successes = random.Random(1), 0
     path = tmp_path / "audio.wav"
 
-    def use():
-        samples = read_audio(path, 1000, 2500)
-        assert samples.shape == (1500,) and np.isfinite(samples).all()
-
-    def use_whole():
-        samples, rate = read_any_audio(path)
-        assert samples.ndim == 1 and len(samples) > 0 and np.isfinite(samples).all() and rate > 0
-
-    for number in range(AUDIO):
+    def use(number, chosen):
         path.write_bytes(damaged(recordings[number % len(recordings)], chosen))
-        successes += outcome(use if number % 2 else use_whole)
-    assert 0 < successes < AUDIO
+        if number % 2:
+            samples = read_audio(path, 1000, 2500)  # a crop, as training reads it
+            assert samples.shape == (1500,) and np.isfinite(samples).all()
+        else:
+            samples, rate = read_any_audio(path)
+            assert samples.ndim == 1 and len(samples) > 0 and np.isfinite(samples).all() and rate > 0
+
+    fuzz("audio", use)
 
 
 # Manifests
 
 
+TRICKS = [b"../", b"/etc/passwd\t9", b"\t\t", b"\n\n", b"-", b"9" * 30, b"\0", b"\r\n", b"\xff\xfe", b"a.wav\t3000\n"]
+
+
 def test_manifests(recordings, tmp_path):
-    chosen, successes = random.Random(2), 0
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.wav").write_bytes(recordings[0])
     whole = f"{tmp_path}\na.wav\t3000\nb.wav\t3000\nc.wav\t3000\n".encode()
     path = tmp_path / "train.tsv"
-    tricks = [b"../", b"/etc/passwd\t9", b"\t\t", b"\n\n", b"-", b"9" * 30, b"\0", b"\r\n", b"\xff\xfe", b"a.wav\t3000\n"]
 
-    def use():
+    def use(number, chosen):
+        place = chosen.randrange(len(whole))
+        trick = whole[:place] + chosen.choice(TRICKS) + whole[place:]
+        path.write_bytes(damaged(whole, chosen) if number % 2 else trick)
         manifest = read_manifest(path)
         if missing_files(manifest):
             raise InputError("files are missing")
@@ -133,14 +156,7 @@ def test_manifests(recordings, tmp_path):
         assert len(batch["utterances"]) + len(batch["problems"]) == len(manifest)
         assert all("\n" not in line for line in batch["problems"].values())
 
-    for number in range(MANIFESTS):
-        if number % 2:
-            path.write_bytes(damaged(whole, chosen))
-        else:
-            place = chosen.randrange(len(whole))
-            path.write_bytes(whole[:place] + chosen.choice(tricks) + whole[place:])
-        successes += outcome(use)
-    assert 0 < successes < MANIFESTS
+    fuzz("manifests", use)
 
 
 # Configurations
@@ -155,9 +171,9 @@ VALUES = [
 
 
 @pytest.fixture(scope="module")
-def composed(speech, teacher_file, tmp_path_factory):
+def recipe(speech, teacher_file, tmp_path_factory):
+    """A recipe as hydra composes it, its interpolations open."""
     from fairseq.dataclass.initialize import hydra_init
-    from hydra import compose, initialize_config_dir
 
     import fairseq_stack.criterions
     import fairseq_stack.models
@@ -165,13 +181,22 @@ def composed(speech, teacher_file, tmp_path_factory):
 
     hydra_init("librispeech_base")
     overrides = tiny(speech, teacher_file, tmp_path_factory.mktemp("run"))
-    with initialize_config_dir(config_dir=str(EXAMPLES / "interleaved")):
-        return compose(config_name="librispeech_base", overrides=[*overrides, f"common.user_dir={ROOT}/fairseq_stack"])
+    return composed("librispeech_base", [*overrides, f"common.user_dir={ROOT}/fairseq_stack"])
 
 
-def test_configurations(composed):
-    from fairseq import tasks
+def resolved(cfg):
+    """As fairseq-hydra-train hands a configuration to fairseq."""
     from fairseq.dataclass.initialize import add_defaults
+    from omegaconf import OmegaConf
+
+    add_defaults(cfg)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    add_defaults(cfg)
+    return cfg
+
+
+def test_configurations(recipe):
+    from fairseq import optim, tasks
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
@@ -181,46 +206,48 @@ def test_configurations(composed):
 
     nodes = {"task": SpeechDistillationConfig, "criterion": LayerDistillationConfig, "model": StackedHubertConfig}
     names = [f"{node}.{field.name}" for node, kind in nodes.items() for field in fields(kind) if field.name[0] != "_"]
-    parser, chosen, successes = OverridesParser.create(), random.Random(3), 0
+    parser = OverridesParser.create()
 
-    def use(name, value):
-        cfg = copy.deepcopy(composed)
-        override = parser.parse_override(f"{name}={value}")  # as hydra reads a command line
+    def use(number, chosen):
+        cfg = copy.deepcopy(recipe)
+        override = parser.parse_override(f"{names[number % len(names)]}={chosen.choice(VALUES)}")
         OmegaConf.set_struct(cfg, False)
-        OmegaConf.update(cfg, name, override.value(), merge=False)
-        add_defaults(cfg)
-        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
-        add_defaults(cfg)
+        OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False)
+        cfg = resolved(cfg)
         task = tasks.setup_task(cfg.task)
         model = task.build_model(cfg.model)
         criterion = task.build_criterion(cfg.criterion)
-        task.load_dataset("valid")
-        dataset = task.dataset("valid")
-        loss, size, _ = task.valid_step(dataset.collater([dataset[0], dataset[1]]), model.eval(), criterion)
-        assert torch.isfinite(loss) and size > 0
+        optimizer = optim.build_optimizer(cfg.optimizer, list(model.parameters()))
+        for update, split in ((0, "train"), (cfg.optimization.max_update - 1, "train"), (0, "valid")):
+            task.load_dataset(split)
+            batch = task.dataset(split).collater([task.dataset(split)[index] for index in (0, 1)])
+            if split == "train":
+                loss, size, _ = task.train_step(batch, model, criterion, optimizer, update)
+            else:
+                loss, size, _ = task.valid_step(batch, model.eval(), criterion)
+            assert torch.isfinite(loss) and size > 0
 
     assert len(names) > 40
-    for number in range(CONFIGS):
-        successes += outcome(use, names[number % len(names)], chosen.choice(VALUES))
-    assert 0 < successes < CONFIGS
+    fuzz("configurations", use)
 
 
 # Checkpoints of teachers and students
 
 
 @pytest.fixture(scope="module")
-def student(composed):
+def student(recipe):
     """The content of a student's checkpoint."""
     from fairseq import tasks
-    from fairseq.dataclass.initialize import add_defaults
     from omegaconf import OmegaConf
 
-    cfg = copy.deepcopy(composed)
-    add_defaults(cfg)
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
-    add_defaults(cfg)
-    model = tasks.setup_task(cfg.task).build_model(cfg.model)
-    return {"cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True), "model": model.state_dict()}
+    cfg = resolved(copy.deepcopy(recipe))
+    weights = tasks.setup_task(cfg.task).build_model(cfg.model).state_dict()
+    return {
+        "cfg": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True),
+        "model": weights,
+        "optimizer_history": [{"num_updates": 20}],
+        "extra_state": {"best": 0.5, "val_loss": 0.5, "previous_training_time": 60.0, "ema": dict(weights)},
+    }
 
 
 def hear(teacher):
@@ -239,18 +266,19 @@ def use_student(path):
 
 
 def test_files_of_checkpoints(teacher_file, student, tmp_path):
-    chosen, successes = random.Random(4), 0
     torch.save(student, tmp_path / "student.pt")
     kinds = [(teacher_file.read_bytes(), use_teacher), ((tmp_path / "student.pt").read_bytes(), use_student)]
     path = tmp_path / "damaged.pt"
-    for number in range(FILES):
-        whole, use = kinds[number % 2]
+
+    def use(number, chosen):
+        whole, load = kinds[number % 2]
         path.write_bytes(damaged(whole, chosen))
-        successes += outcome(use, path)
-    assert successes < FILES
+        load(path)
+
+    fuzz("files of checkpoints", use)
 
 
-ODD = [None, True, -1, 0, 3, 7.5, float("nan"), "", "abc", "[(8,10,5)]", [], [1], {}, {"a": 1}, torch.zeros(0), torch.zeros(3)]
+ODD = [None, True, -1, 0, 3, 7.5, 10**9, float("nan"), "", "abc", "[(8,10,5)]", [], [1], {}, {"a": 1}, torch.zeros(0), torch.zeros(3)]
 
 
 def odd_content(state, chosen):
@@ -272,21 +300,39 @@ def odd_content(state, chosen):
 
 
 def test_contents_of_checkpoints(teacher_file, student, tmp_path):
-    chosen, successes = random.Random(5), 0
     kinds = [(torch.load(teacher_file, weights_only=True), use_teacher), (student, use_student)]
     path = tmp_path / "odd.pt"
-    for number in range(CONTENTS):
-        whole, use = kinds[number % 2]
+
+    def use(number, chosen):
+        whole, load = kinds[number % 2]
         torch.save(odd_content(whole, chosen), path)
-        successes += outcome(use, path)
-    assert 0 < successes < CONTENTS
+        load(path)
+
+    fuzz("contents of checkpoints", use)
+
+
+def test_exports_of_students_are_whole_or_not_there(student, tmp_path):
+    path = tmp_path / "student.pt"
+
+    def use(number, chosen):
+        torch.save(odd_content(student, chosen), path)
+        output = tmp_path / "exports" / str(number)
+        output.parent.mkdir(exist_ok=True)
+        try:
+            export(path, ["huggingface", "fairseq", "s3prl"][number % 3], output, ema=number % 2 == 1)
+        finally:
+            left = sorted(path.name for path in output.parent.iterdir())
+            shutil.rmtree(output.parent)
+            assert left in ([], [output.name], [output.name, f"{output.name}.verification.json"])
+        assert left
+
+    fuzz("exports of students", use)
 
 
 # Folders in Hugging Face's format
 
 
 def test_folders(tmp_path):
-    chosen, successes = random.Random(6), 0
     config = HubertConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, conv_dim=[8] * 7,
         num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4,
@@ -296,7 +342,8 @@ def test_folders(tmp_path):
     Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(whole)
     fields_of = {name: json.loads((whole / name).read_text()) for name in ("config.json", "preprocessor_config.json")}
     odd = [value for value in ODD if not torch.is_tensor(value)]
-    for number in range(FOLDERS):
+
+    def use(number, chosen):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole, folder)
         name = chosen.choice(["config.json", "config.json", "preprocessor_config.json", "model.safetensors"])
@@ -306,17 +353,6 @@ def test_folders(tmp_path):
             (folder / name).write_text(json.dumps(content))
         else:
             (folder / name).write_bytes(damaged((whole / name).read_bytes(), chosen))
-        successes += outcome(use_teacher, folder)
-    assert 0 < successes < FOLDERS
+        use_teacher(folder)
 
-
-def test_a_damaged_student_writes_no_export(student, tmp_path):
-    """Whatever of a student's content is wrong, an export is whole or there is none."""
-    chosen = random.Random(7)
-    for number in range(20):
-        path, folder = tmp_path / f"{number}.pt", tmp_path / f"export{number}"
-        torch.save(odd_content(student, chosen), path)
-        if outcome(lambda: export_huggingface(student_from_checkpoint(load_checkpoint(path), str(path)), folder)):
-            HubertModel.from_pretrained(folder)
-        else:
-            assert not folder.exists()
+    fuzz("folders", use)
