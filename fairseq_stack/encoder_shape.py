@@ -3,13 +3,14 @@
 from fairseq_stack.errors import InputError, check_choice
 
 # Each from 1 to this. More is damage, and would fill the memory before it failed.
+MOST_LAYERS, LARGEST_WIDTH = 1_000, 100_000
 SIZES = {
-    "encoder_layers": 1_000,
-    "encoder_embed_dim": 100_000,
-    "encoder_ffn_embed_dim": 100_000,
-    "encoder_attention_heads": 100_000,
-    "conv_pos": 100_000,
-    "conv_pos_groups": 100_000,
+    "encoder_layers": MOST_LAYERS,
+    "encoder_embed_dim": LARGEST_WIDTH,
+    "encoder_ffn_embed_dim": LARGEST_WIDTH,
+    "encoder_attention_heads": LARGEST_WIDTH,
+    "conv_pos": LARGEST_WIDTH,
+    "conv_pos_groups": LARGEST_WIDTH,
     "pos_conv_depth": 100,
 }
 SWITCHES = ("conv_bias", "layer_norm_first", "feature_layer_norm")

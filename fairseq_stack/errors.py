@@ -1,6 +1,8 @@
 """What users get wrong, said in one line."""
 
 import functools
+import math
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 
@@ -22,6 +24,18 @@ def check_choice(field, value, choices):
     """
     if value not in choices:
         raise InputError(f"{field}={value} is unknown; choose from {', '.join(choices)}")
+
+
+def check_numbers(field, values):
+    """Raise an InputError unless the configuration field is a list of whole numbers; fairseq lets anything pass."""
+    if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
+        raise InputError(f"{field}={values} must be a list of whole numbers")
+
+
+def check_weight(field, value):
+    """Raise an InputError unless the configuration field is a finite number of 0 or more."""
+    if not 0 <= value < math.inf:
+        raise InputError(f"{field}={value} must be 0 or more, and finite")
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _blocks(path, file):
     while len(block := file.read(max(BLOCK // file.channels, 1), dtype="float32", always_2d=True)):
         count += len(block)
         yield _finite(path, block)
-    if count < file.frames and file.format != "MP3":  # whose header need not tell the length
+    if not count or count < file.frames and file.format != "MP3":  # whose header need not tell the length
         raise InputError(f"{path}: breaks off at sample {count} of {file.frames}; replace or remove it")
 
 

@@ -166,7 +166,7 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
 
     with input_errors(f"{checkpoint} has a configuration that describes no training"):
         card = model_card(student, state, padding or PADDING_AGREES, ema)
-        name, reference = training_model(state, student)
+    name, reference = training_model(state, student, checkpoint)
     return write_verified(
         write,
         partial(format.load, student=student),
@@ -180,7 +180,7 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
     )
 
 
-def training_model(state, student):
+def training_model(state, student, checkpoint):
     """What to compare an export with: the training model, or without fairseq the same weights in plain PyTorch.
 
     Returns:
@@ -191,7 +191,7 @@ def training_model(state, student):
     except ImportError:
         name, model = "the same weights in plain PyTorch (fairseq is not installed)", PlainStudent(student)
         return name, lambda waveforms: model.outputs(*padded_batch(waveforms, normalize=False))
-    model = StackedHubert.from_checkpoint(state)
+    model = StackedHubert.from_checkpoint(state, checkpoint)
 
     def outputs(waveforms):
         output = model(*padded_batch(waveforms, student.normalize))

@@ -12,6 +12,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.encoder_shape import MOST_LAYERS
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.hubert_encoder import masked_group_norm
@@ -191,7 +192,11 @@ def _build(architecture, fields, name):
     with input_errors(f"{name}/config.json describes no {architecture.__name__}"):
         known = architecture.config_class().to_dict()
         fields = {field: value for field, value in fields.items() if field in known}
-        return architecture(architecture.config_class.from_dict({**fields, **NO_MASKING}))
+        config = architecture.config_class.from_dict({**fields, **NO_MASKING})
+        layers = getattr(config, "encoder_layers", config.num_hidden_layers)
+        if not 1 <= layers <= MOST_LAYERS:
+            raise InputError(f"{layers} layers, instead of 1 to {MOST_LAYERS}")
+        return architecture(config)
 
 
 def _read_weights(folder, prefixes):

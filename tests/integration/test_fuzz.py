@@ -47,7 +47,7 @@ def fuzz(kind, use):
     for number in range(INPUTS[kind]):
         try:
             successes += outcome(use, number, chosen)
-        except Exception as error:
+        except (Exception, Hang) as error:
             raise AssertionError(f"input {number} of the {kind}") from error
     assert 0 < successes < INPUTS[kind]
 
@@ -65,10 +65,14 @@ def outcome(use, *arguments):
             return False
 
 
+class Hang(BaseException):
+    """No Exception, which the code under test might catch."""
+
+
 @contextmanager
 def in_time():
     def hangs(signum, frame):
-        raise TimeoutError(f"takes longer than {SECONDS} s")
+        raise Hang(f"takes longer than {SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(SECONDS)
