@@ -72,5 +72,5 @@ def load_weights(model, weights, name):
                 f"task.teacher={name}: {key} has the shape {tuple(weights[key].shape)}, but its configuration"
                 f" asks for {tuple(expected[key].shape)}"
             )
-    model.load_state_dict(weights)
+    torch.nn.Module.load_state_dict(model, weights, assign=True)  # a model may have no memory for them yet
     model.float().eval().requires_grad_(False)

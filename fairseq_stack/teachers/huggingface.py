@@ -188,7 +188,10 @@ def _read_json(folder, file):
 
 
 def _build(architecture, fields, name):
-    """The model with random weights. Fields that could load something else, such as auto_map, stay out."""
+    """The model without weights, which takes no memory, whatever sizes the fields ask for.
+
+    Fields that could load something else, such as auto_map, stay out.
+    """
     with input_errors(f"{name}/config.json describes no {architecture.__name__}"):
         known = architecture.config_class().to_dict()
         fields = {field: value for field, value in fields.items() if field in known}
@@ -196,7 +199,8 @@ def _build(architecture, fields, name):
         layers = getattr(config, "encoder_layers", config.num_hidden_layers)
         if not 1 <= layers <= MOST_LAYERS:
             raise InputError(f"{layers} layers, instead of 1 to {MOST_LAYERS}")
-        return architecture(config)
+        with torch.device("meta"):
+            return architecture(config)
 
 
 def _read_weights(folder, prefixes):
