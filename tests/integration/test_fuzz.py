@@ -8,6 +8,7 @@ import shutil
 import signal
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +154,8 @@ def test_manifests(recordings, tmp_path):
         trick = whole[:place] + chosen.choice(TRICKS) + whole[place:]
         path.write_bytes(damaged(whole, chosen) if number % 2 else trick)
         manifest = read_manifest(path)
+        files = [Path(manifest.path(index)).resolve() for index in range(len(manifest))]
+        assert all(file.is_relative_to(Path(manifest.root).resolve()) for file in files)
         if missing_files(manifest):
             raise InputError("files are missing")
         dataset = SpeechDataset(manifest, 2000, 1, random_crop=True)
