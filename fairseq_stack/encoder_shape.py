@@ -43,8 +43,8 @@ def check_shape(cfg):
     for name in ("encoder_attention_heads", "conv_pos_groups"):
         if cfg.encoder_embed_dim % value(name):
             raise InputError(
-                f"model.encoder_embed_dim={cfg.encoder_embed_dim} is not divisible by model.{name}={value(name)};"
-                " choose a divisor"
+                f"model.encoder_embed_dim={cfg.encoder_embed_dim} is not divisible by"
+                f" model.{name}={value(name)}; choose a divisor"
             )
     for name in SWITCHES:
         if not isinstance(value(name), bool):

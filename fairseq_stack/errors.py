@@ -27,7 +27,7 @@ def check_choice(field, value, choices):
 
 
 def check_numbers(field, values):
-    """Raise an InputError unless the configuration field is a list of whole numbers; fairseq lets anything pass."""
+    """Raise an InputError unless the configuration field is a list of whole numbers, which fairseq does not check."""
     if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
         raise InputError(f"{field}={values} must be a list of whole numbers")
 
@@ -48,8 +48,9 @@ def input_errors(what):
     try:
         yield
     except Exception as error:
-        reason = "; ".join(str(error).splitlines()[:1])
-        raise InputError(f"{what}: {reason}" if isinstance(error, InputError) else f"{what}: {type(error).__name__} {reason}") from None
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__} "
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{what}: {kind}{reason}".rstrip()) from None
 
 
 def one_line_errors(function):

@@ -155,7 +155,7 @@ class StackedHubert(HubertEncoder):
         self.intermediate_style = cfg.intermediate_style
         self.head_widths = head_widths
         if not 0 <= cfg.head_inner_dim <= LARGEST_WIDTH:
-            raise InputError(f"model.head_inner_dim={cfg.head_inner_dim} must be a whole number from 0 to {LARGEST_WIDTH}")
+            raise InputError(f"model.head_inner_dim={cfg.head_inner_dim} must lie between 0 and {LARGEST_WIDTH}")
         heads = [prediction_head(cfg.encoder_embed_dim, cfg.head_inner_dim, width) for width in head_widths.values()]
         if cfg.head_shared:
             heads = heads[:1] * len(heads)
