@@ -16,13 +16,14 @@ from fairseq_stack.data.bad_audio import BadAudio, check_bad_audio
 from fairseq_stack.data.manifest import missing_files, read_manifest
 from fairseq_stack.data.speech import SpeechDataset
 from fairseq_stack.data.waveforms import normalize_waveforms
-from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.errors import InputError, check_choice, one_line_errors
 from fairseq_stack.finite import check_loss
 from fairseq_stack.growth.surgery import copy_optimizer_state
 from fairseq_stack.lengths import receptive_field
 from fairseq_stack.losses import span_mask
 from fairseq_stack.run_state import save_whole_state
 from fairseq_stack.teachers import load_teacher
+from fairseq_stack.teachers.base import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ class SpeechDistillationConfig(FairseqDataclass):
     whisper_pad: bool = field(
         default=False,
         metadata={"help": "pad a Whisper teacher's input to 30 s, as in its pre-training (default: true length)"},
+    )
+    teacher_precision: str = field(
+        default="fp32",
+        metadata={"help": "precision in which the teacher computes: fp32, or fp16 or bf16, which is faster"},
     )
     max_sample_size: int = field(
         default=250_000, metadata={"help": "crop longer recordings to this many samples (at 16 kHz)"}
@@ -97,9 +102,10 @@ class SpeechDistillation(FairseqTask):
             raise InputError(f"task.mask_prob={cfg.mask_prob} must lie between 0 and 1")
         if cfg.mask_length < 1:
             raise InputError(f"task.mask_length={cfg.mask_length} must be 1 or more")
+        check_choice("task.teacher_precision", cfg.teacher_precision, PRECISIONS)
         check_bad_audio(cfg.bad_audio, cfg.bad_audio_limit)
         save_whole_state()
-        return cls(cfg, load_teacher(cfg.teacher, cfg.whisper_pad))
+        return cls(cfg, load_teacher(cfg.teacher, cfg.whisper_pad, cfg.teacher_precision))
 
     @one_line_errors
     def load_dataset(self, split, **kwargs):

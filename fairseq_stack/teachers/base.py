@@ -6,6 +6,8 @@ import torch
 
 from fairseq_stack.errors import InputError
 
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class Teacher(ABC):
     """A frozen speech foundation model in eval mode that gives hidden states without gradient.
@@ -24,6 +26,11 @@ class Teacher(ABC):
     depth: int
     width: int
     model: torch.nn.Module
+
+    @property
+    def dtype(self):
+        """The precision it computes in."""
+        return next(self.model.parameters()).dtype
 
     @abstractmethod
     def hidden_states(self, waveforms, lengths, layers):

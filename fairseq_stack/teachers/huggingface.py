@@ -15,7 +15,7 @@ from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.encoder_shape import MOST_LAYERS
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
-from fairseq_stack.models.hubert_encoder import masked_group_norm
+from fairseq_stack.models.conv_extractor import normed_convolution
 from fairseq_stack.teachers.base import Teacher, load_weights
 from fairseq_stack.teachers.whisper import WhisperTeacher
 
@@ -60,6 +60,11 @@ class HuggingFaceTeacher(Teacher):
         self.depth = len(self.layers)
         self.width = model.config.hidden_size
         shape = model.config
+        if shape.feat_extract_activation != "gelu":
+            raise InputError(
+                f"{name}/config.json has feat_extract_activation={shape.feat_extract_activation}, which no known model"
+                " has; give one with gelu"
+            )
         self.conv_layers = list(zip(shape.conv_dim, shape.conv_kernel, shape.conv_stride))
 
     def frames(self, samples):
@@ -95,13 +100,13 @@ class HuggingFaceTeacher(Teacher):
 
     def _features(self, waveforms, lengths):
         """[B, S] samples to [B, C, T], with a group norm that knows where utterances end."""
-        x = waveforms[:, None]
+        x = waveforms[:, None].to(self.dtype)
         blocks = list(self.model.feature_extractor.conv_layers)
         norm = getattr(blocks[0], "layer_norm", None)
-        if isinstance(norm, torch.nn.GroupNorm) and bool((lengths < waveforms.size(1)).any()):
+        if isinstance(norm, torch.nn.GroupNorm):
             first = blocks.pop(0)
             frames = frames_from_samples(lengths, self.conv_layers[:1])
-            x = first.activation(masked_group_norm(first.conv(x), frames, norm))
+            x = normed_convolution(waveforms, frames, first.conv, norm).transpose(1, 2)
         for block in blocks:
             x = block(x)
         return x
