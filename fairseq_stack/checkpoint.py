@@ -71,7 +71,7 @@ def load_checkpoint(path, header_only=False):
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {problem}; give the file of a fairseq checkpoint")
-    zipped = zipfile.is_zipfile(path)  # torch's format before 1.6 is no zip file, and has no checksums
+    zipped = _is_zip(path)  # torch's format before 1.6 is not, and has no checksums
     if zipped and not header_only:
         try:
             check_whole(path)
@@ -95,6 +95,13 @@ def load_checkpoint(path, header_only=False):
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise DamagedCheckpoint(f"{path} holds no model; give the file of a fairseq checkpoint")
     return state
+
+
+def _is_zip(path):
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # Python 3.10 says so of some that are damaged
+        return True
 
 
 def check_whole(path):

@@ -90,7 +90,7 @@ def test_a_checkpoint_that_needs_code_runs_none_and_gives_one_line(run, speech, 
     path = run / place
     state = load(run / "checkpoints/checkpoint_last.pt")
     torch.save({**state, "args": Hostile(run / "ran")}, path)
-    more = {f"++{field}": path} if field else {}
+    more = {field: path} if field else {}
     if place == "elsewhere.pt":  # for new runs alone
         more.update({"checkpoint.save_dir": run / "new", "ema.store_ema": True})
     message = one_line(tiny(speech, teacher_file, run, **more))
