@@ -12,6 +12,7 @@ from fairseq.models import BaseFairseqModel
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config
 from fairseq.modules import GradMultiply, LayerNorm
 
+from fairseq_stack.encoder_shape import check_shape
 from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import frames_from_samples, parse_conv_layers
 from fairseq_stack.models.conv_extractor import ConvExtractor
@@ -31,11 +32,13 @@ class HubertEncoder(BaseFairseqModel):
             dropout_input, feature_grad_mult.
 
     Raises:
-        InputError: conv_feature_layers is not a list of (channels, kernel, stride).
+        InputError: conv_feature_layers is not a list of (channels, kernel, stride), or another field
+            cannot be.
     """
 
     def __init__(self, cfg):
         super().__init__()
+        check_shape(cfg)
         try:
             self.conv_layers = parse_conv_layers(cfg.conv_feature_layers)
         except ValueError:

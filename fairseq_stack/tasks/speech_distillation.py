@@ -86,7 +86,7 @@ class SpeechDistillation(FairseqTask):
     def __init__(self, cfg, teacher):
         super().__init__(cfg)
         self.teacher = teacher
-        self.target_layers = None
+        self.model_cfg = self.target_layers = None
         self.bad_audio = {}  # of each split
         self.update, self.utterances = 0, []  # updates done, and what the one at hand hears
         self.told_to_end = False  # the same in all processes
@@ -142,11 +142,17 @@ class SpeechDistillation(FairseqTask):
 
     @one_line_errors
     def build_model(self, cfg, *args):
+        check_links(cfg, "task", self.cfg, ("mask_prob", "normalize"))
         model = super().build_model(cfg, *args)
         check_frames(model, self.teacher, self.cfg.max_sample_size)
+        self.model_cfg = cfg
         return model
 
+    @one_line_errors
     def build_criterion(self, cfg, *args):  # fairseq 0.12.2 has no second argument
+        if self.model_cfg is not None:
+            names = ("loss", "teacher_layers", "intermediate_style", "output_weight")
+            check_links(self.model_cfg, "criterion", cfg, names)
         criterion = super().build_criterion(cfg, *args)
         self.target_layers = criterion.target_layers
         return criterion
@@ -234,14 +240,28 @@ class SpeechDistillation(FairseqTask):
         return loss.item() / sample_size
 
 
+def check_links(model_cfg, node, cfg, names):
+    """Fields that the model takes from the task or the criterion must not be set to something else in the model.
+
+    Raises:
+        InputError: one of them is.
+    """
+    for name in names:
+        ours, theirs = getattr(model_cfg, name), getattr(cfg, name)
+        if ours != theirs:
+            raise InputError(f"model.{name}={ours} differs from {node}.{name}={theirs}; set {node}.{name} alone")
+
+
 def check_frames(student, teacher, max_samples):
     """Teacher and student must cut every recording into the same frames.
 
     Raises:
-        InputError: for some length up to `max_samples` samples they do not.
+        InputError: for some length up to `max_samples` samples they do not, or that is no whole frame.
     """
-    longest = receptive_field(student.conv_layers)
-    for samples in (*range(longest, 4 * longest), max_samples):
+    shortest = receptive_field(student.conv_layers)
+    if max_samples < shortest:
+        raise InputError(f"task.max_sample_size={max_samples} is shorter than one frame, which has {shortest} samples")
+    for samples in (*range(shortest, 4 * shortest), max_samples):
         ours, theirs = student.frames(samples), teacher.frames(samples)
         if ours != theirs:
             raise InputError(

@@ -64,7 +64,7 @@ def load_weights(model, weights, name):
         name: what an error calls the teacher.
 
     Raises:
-        InputError: a weight is missing, left over or of another shape.
+        InputError: a weight is missing, left over, no tensor or of another shape.
     """
     expected = model.state_dict()
     for key in [*expected, *weights]:
@@ -72,10 +72,12 @@ def load_weights(model, weights, name):
             raise InputError(f"task.teacher={name} lacks the weight {key} that its configuration asks for")
         if key not in expected:
             raise InputError(f"task.teacher={name} has the weight {key} that its configuration has no place for")
+        if not torch.is_tensor(weights[key]):
+            raise InputError(f"task.teacher={name} has {weights[key]!r} for the weight {key}; it is damaged")
         if weights[key].shape != expected[key].shape:
             raise InputError(
                 f"task.teacher={name}: {key} has the shape {tuple(weights[key].shape)}, but its configuration"
                 f" asks for {tuple(expected[key].shape)}"
             )
-    model.load_state_dict(weights)
+    torch.nn.Module.load_state_dict(model, weights, assign=True)  # a model may have no memory for them yet
     model.float().eval().requires_grad_(False)

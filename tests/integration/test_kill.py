@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from fork_server import ForkServer
-from killing import Killer, same_state
+from killing import Killer, cut_off, same_state
 from training import tiny, train
 
 from fairseq_stack.tasks import speech_distillation
@@ -18,14 +18,6 @@ from fairseq_stack.tasks import speech_distillation
 def server():
     with ForkServer() as running:
         yield running
-
-
-def cut_off(checkpoints, chosen):
-    """Half the time, leave checkpoint_last.pt as a copy that a kill, a full disk or a crash has cut off."""
-    last = checkpoints / "checkpoint_last.pt"
-    if last.exists() and chosen.random() < 0.5:
-        with open(last, "r+b") as file:
-            file.truncate(chosen.randrange(last.stat().st_size))
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +53,11 @@ def test_a_kill_in_the_middle_of_a_growth_changes_nothing(killer, server, speech
 def test_copies_that_are_cut_off_too_change_nothing(killer):
     run = killer.new_run("cut")
     different = killer.different
-    killer.kill_until_finished(run, damage=cut_off)
+    killer.kill_until_finished(run, faults=[cut_off])
     assert killer.different == different
     log = killer.log(run)
     assert re.search(r"recovery \| skipped \S+checkpoint_last.pt: \S.*; it is now checkpoint_last.pt.broken", log)
-    assert re.search(r"recovery \| checkpoint_\d+_\d+.pt at update \d+ is the newest whole checkpoint and becomes", log)
+    assert re.search(r"recovery \| checkpoint_\S+.pt at update \d+ is the newest whole checkpoint and becomes", log)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
