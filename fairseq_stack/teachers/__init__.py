@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from fairseq_stack.errors import InputError
 
 __all__ = ["load_teacher"]
@@ -19,7 +21,13 @@ def load_teacher(path, whisper_pad=False):
     Raises:
         InputError: no such teacher, or one that cannot be loaded without running code from it.
     """
-    path = Path(path)
+    # A network is made with random weights first. A student must start and train with the same random numbers
+    # whenever its teacher is loaded, and where its targets are stored that may be never.
+    with torch.random.fork_rng(devices=[]):
+        return _load(Path(path), whisper_pad)
+
+
+def _load(path, whisper_pad):
     # Each of the two imports takes seconds; a run needs one of them.
     if path.is_dir():
         from fairseq_stack.teachers.huggingface import load_huggingface_teacher
