@@ -39,7 +39,10 @@ class SpeechDataset(FairseqDataset):
         self.seed = seed
         self.random_crop = random_crop
         self.store = store
+        self.fixed_window = None  # of every recording, instead of one drawn for the epoch
         self.sizes = np.minimum(manifest.samples, max_samples)
+        # How many windows of each recording can be asked for.
+        self.window_counts = count_windows(manifest.samples, max_samples) if random_crop else np.ones_like(self.sizes)
         self.epoch = 1
 
     def set_epoch(self, epoch):
@@ -63,12 +66,20 @@ class SpeechDataset(FairseqDataset):
         order = self._random("order").permutation(len(self)) if self.random_crop else np.arange(len(self))
         return order[np.argsort(self.sizes[order], kind="stable")]
 
-    def window(self, index):
-        """The first sample of the crop and the number of its samples."""
-        samples, size = int(self.manifest.samples[index]), int(self.sizes[index])
-        count = count_windows(samples, size)
-        number = int(self._random(self.manifest.paths[index]).integers(count)) if self.random_crop and count > 1 else 0
-        return window_start(samples, size, number), size
+    def window_number(self, index):
+        """Which window of the recording is heard in this epoch, counted from 0."""
+        if self.fixed_window is not None:
+            return self.fixed_window
+        count = int(self.window_counts[index])
+        return int(self._random(self.manifest.paths[index]).integers(count)) if count > 1 else 0
+
+    def start(self, index, number):
+        """The first sample of a window; it has `sizes[index]` samples."""
+        return window_start(int(self.manifest.samples[index]), int(self.sizes[index]), number)
+
+    def entry(self, index, number):
+        """The store's Entry for a window."""
+        return self.store.entry(self.manifest.paths[index], self.start(index, number), int(self.sizes[index]))
 
     def __getitem__(self, index):
         """One cropped waveform, or the reason why there is none.
@@ -82,7 +93,8 @@ class SpeechDataset(FairseqDataset):
         return {**sample, **(self._stored(index) if self.store else self._waveform(index))}
 
     def _waveform(self, index):
-        start, size = self.window(index)
+        size = int(self.sizes[index])
+        start = self.start(index, self.window_number(index))
         try:
             waveform = read_audio(self.manifest.path(index), start, start + size)
             if len(waveform) != size:
@@ -96,7 +108,7 @@ class SpeechDataset(FairseqDataset):
 
     def _stored(self, index):
         """The stored targets or the Entry that is to hold them, and the waveform where somebody needs it."""
-        entry = self.store.entry(self.manifest.paths[index], *self.window(index))
+        entry = self.entry(index, self.window_number(index))
         try:
             entry = replace(entry, source=file_source(self.manifest.path(index)))
             if CNN in self.store.wanted and (stored := self.store.read(entry)):

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from fairseq_stack.data.target_formats import BYTES, PARTS
-from fairseq_stack.data.windows import count_windows, window_start
 from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import frames_from_samples
 
@@ -149,30 +148,26 @@ class TargetStore:
         with ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(write, entries))
 
-    def plan(self, manifest, longest):
-        """What storing all windows of a manifest takes.
+    def names(self):
+        """The names of all entries that are there, whole or damaged."""
+        folders = [name for name in _names(self.folder) if name != UNFINISHED]
+        return {start + rest.removesuffix(".npz") for start in folders for rest in _names(os.path.join(self.folder, start))}
 
-        Args:
-            manifest: a Manifest.
-            longest: samples of a window.
+    def plan(self, dataset):
+        """What storing all that a SpeechDataset may ask for takes.
 
         Returns:
             the number of windows; how many of them have no entry yet; and the bytes of those.
         """
-        there = {start + rest for start in self._folders() for rest in _names(os.path.join(self.folder, start))}
-        windows = missing = missing_bytes = 0
-        for path, samples in zip(manifest.paths, manifest.samples.tolist()):
-            for number in range(count_windows(samples, longest)):
-                size = min(samples, longest)
-                entry = self.entry(path, window_start(samples, longest, number), size)
-                windows += 1
-                if f"{entry.name}.npz" not in there:
-                    missing += 1
-                    missing_bytes += self.bytes(entry.frames)
-        return windows, missing, missing_bytes
+        missing, names = dataset.window_counts.copy(), self.names()
+        if names:  # an empty store need not be searched
+            for index, count in enumerate(dataset.window_counts.tolist()):
+                missing[index] -= sum(dataset.entry(index, number).name in names for number in range(count))
+        frames = frames_from_samples(dataset.sizes, self.conv_layers)
+        return int(dataset.window_counts.sum()), int(missing.sum()), int((missing * self.bytes(frames)).sum())
 
     def bytes(self, frames):
-        """Bytes of an entry of so many frames, about."""
+        """Bytes of an entry of so many frames (an int, or an integer array), about."""
         value, scale = BYTES[self.form]
         return OVERHEAD + frames * sum(self._width(name) * value + scale for name in self.arrays)
 
@@ -192,9 +187,6 @@ class TargetStore:
     def _path(self, entry):
         return os.path.join(self.folder, entry.name[:2], f"{entry.name[2:]}.npz")
 
-    def _folders(self):
-        return [name for name in _names(self.folder) if name != UNFINISHED]
-
     def _parts(self, archive, name, frames):
         parts = {part: _array(archive, f"{name}.{part}") for part in PARTS[self.form]}
         if parts["values"].shape != (frames, self._width(name)):
@@ -205,7 +197,7 @@ class TargetStore:
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise InputError(
-                    f"the teacher's {name.split('.')[0]} for {entry.utterance} is not finite in task.target_format="
+                    f"the teacher's {_title(name)} for {entry.utterance} is not finite in task.target_format="
                     f"{self.form}; choose int8, or look for what is wrong with the teacher"
                 )
         beside = os.path.join(self.folder, UNFINISHED, uuid.uuid4().hex)
@@ -263,6 +255,11 @@ def _supersets(folder, wanted, form):
         arrays = [array if array == CNN else int(array) for array in arrays.split("+") if array == CNN or array.isdigit()]
         if ending == form and set(wanted) <= set(arrays):
             yield arrays
+
+
+def _title(name):
+    array = name.split(".")[0]
+    return "CNN" if array == CNN else f"layer {array}"
 
 
 def _names(folder):

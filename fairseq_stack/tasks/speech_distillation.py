@@ -140,25 +140,25 @@ class SpeechDistillation(FairseqTask):
                 " than one frame of the teacher; remove it from the manifest"
             )
         self.bad_audio[split] = bad_audio
-        if self.store_folder:
-            self.open_store(split, manifest)
+        if self.store_folder and self.store is None:
+            self.store = TargetStore(
+                self.store_folder,
+                self.target_layers,
+                self.shares_cnn,
+                self.cfg.target_format,
+                self.teacher.width,
+                self.teacher.conv_layers,
+            )
         self.datasets[split] = SpeechDataset(
             manifest, self.cfg.max_sample_size, self.cfg.seed, split == "train", split, self.store
         )
-
-    def open_store(self, split, manifest):
-        """Open the store of targets and see whether it has room for a manifest."""
-        if self.store is None:
-            teacher = self.teacher
-            self.store = TargetStore(
-                self.store_folder, self.target_layers, self.shares_cnn, self.cfg.target_format, teacher.width, teacher.conv_layers
+        if self.store is not None:
+            windows, missing, missing_bytes = self.store.plan(self.datasets[split])
+            free = self.store.check_space(missing_bytes, path)
+            logger.info(
+                f"target store | {self.store.folder} | {split}: {windows - missing} of {windows} windows are stored, the"
+                f" rest takes {size_text(missing_bytes)} of {size_text(free)} free"
             )
-        windows, missing, missing_bytes = self.store.plan(manifest, self.cfg.max_sample_size)
-        free = self.store.check_space(missing_bytes, f"{split}.tsv")
-        logger.info(
-            f"target store | {self.store.folder} | {split}: {windows - missing} of {windows} windows are stored, the rest"
-            f" takes {size_text(missing_bytes)} of {size_text(free)} free"
-        )
 
     def get_batch_iterator(self, *args, **kwargs):
         """As every fairseq task's, but data workers end with their epoch or validation.
