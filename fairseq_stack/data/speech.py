@@ -1,40 +1,48 @@
 """The dataset: recordings of a manifest, cropped and padded into batches."""
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset
 
 from fairseq_stack.data.audio import read_audio
+from fairseq_stack.data.target_store import CNN, UnusableEntry, file_source, waveform_digest
+from fairseq_stack.data.windows import count_windows, window_start
 from fairseq_stack.errors import InputError
 from fairseq_stack.preemption import obey_parent_alone
 
 
 class SpeechDataset(FairseqDataset):
-    """Waveforms for distillation.
+    """Waveforms for distillation, with what the teacher makes of them where that is stored.
 
-    Crops and the order depend on (seed, epoch, utterance) alone: a resumed run sees what the
+    A recording that is too long is heard in one of its windows (windows.py). Crops and the order depend on (seed, epoch, utterance) alone: a resumed run sees what the
     uninterrupted one would have seen, with any number of workers.
 
     Args:
         manifest: a Manifest.
         max_samples: longer recordings are cropped to this many samples.
         seed: the run's seed.
-        random_crop: a new crop in every epoch (training) or the beginning (validation).
+        random_crop: a window drawn for every epoch (training) or the first (validation).
         split: what batches are to call the dataset.
+        store: a TargetStore; None: there are no stored targets.
     """
 
     can_reuse_epoch_itr_across_epochs = False
 
-    def __init__(self, manifest, max_samples, seed, random_crop, split="train"):
+    def __init__(self, manifest, max_samples, seed, random_crop, split="train", store=None):
         super().__init__()
         self.split = split
         self.manifest = manifest
         self.max_samples = max_samples
         self.seed = seed
         self.random_crop = random_crop
+        self.store = store
+        self.fixed_window = None  # of every recording, instead of one drawn for the epoch
         self.sizes = np.minimum(manifest.samples, max_samples)
+        # How many windows of each recording can be asked for.
+        self.window_counts = count_windows(manifest.samples, max_samples) if random_crop else np.ones_like(self.sizes)
         self.epoch = 1
 
     def set_epoch(self, epoch):
@@ -58,6 +66,21 @@ class SpeechDataset(FairseqDataset):
         order = self._random("order").permutation(len(self)) if self.random_crop else np.arange(len(self))
         return order[np.argsort(self.sizes[order], kind="stable")]
 
+    def window_number(self, index):
+        """Which window of the recording is heard in this epoch, counted from 0."""
+        if self.fixed_window is not None:
+            return self.fixed_window
+        count = int(self.window_counts[index])
+        return int(self._random(self.manifest.paths[index]).integers(count)) if count > 1 else 0
+
+    def start(self, index, number):
+        """The first sample of a window; it has `sizes[index]` samples."""
+        return window_start(int(self.manifest.samples[index]), int(self.sizes[index]), number)
+
+    def entry(self, index, number):
+        """The store's Entry for a window."""
+        return self.store.entry(self.manifest.paths[index], self.start(index, number), int(self.sizes[index]))
+
     def __getitem__(self, index):
         """One cropped waveform, or the reason why there is none.
 
@@ -66,9 +89,12 @@ class SpeechDataset(FairseqDataset):
         """
         if torch.utils.data.get_worker_info():
             obey_parent_alone()
-        utterance = self.manifest.paths[index]
-        size, spare = int(self.sizes[index]), int(self.manifest.samples[index] - self.sizes[index])
-        start = int(self._random(utterance).integers(spare + 1)) if self.random_crop and spare else 0
+        sample = {"index": index, "utterance": self.manifest.paths[index]}
+        return {**sample, **(self._stored(index) if self.store else self._waveform(index))}
+
+    def _waveform(self, index):
+        size = int(self.sizes[index])
+        start = self.start(index, self.window_number(index))
         try:
             waveform = read_audio(self.manifest.path(index), start, start + size)
             if len(waveform) != size:
@@ -77,8 +103,28 @@ class SpeechDataset(FairseqDataset):
                     " manifest; prepare the speech again"
                 )
         except InputError as error:
-            return {"index": index, "utterance": utterance, "problem": str(error)}
-        return {"index": index, "utterance": utterance, "waveform": torch.from_numpy(waveform)}
+            return {"problem": str(error)}
+        return {"waveform": torch.from_numpy(waveform)}
+
+    def _stored(self, index):
+        """The stored targets or the Entry that is to hold them, and the waveform where somebody needs it."""
+        entry = self.entry(index, self.window_number(index))
+        try:
+            entry = replace(entry, source=file_source(self.manifest.path(index)))
+            if CNN in self.store.wanted and (stored := self.store.read(entry)):
+                return {"stored": stored}
+        except (OSError, UnusableEntry):
+            pass  # whoever reads the audio tells more
+        heard = self._waveform(index)
+        if "problem" in heard:
+            return heard
+        entry = replace(entry, digest=waveform_digest(heard["waveform"]))
+        try:
+            if stored := self.store.read(entry):
+                return {**heard, "stored": stored}
+        except UnusableEntry as error:
+            entry = replace(entry, problem=str(error))
+        return {**heard, "entry": entry}
 
     def collater(self, samples):
         """Pad to the longest.
@@ -88,21 +134,43 @@ class SpeechDataset(FairseqDataset):
             `problems`, {name: line} of the recordings that could not be read. Where none could,
             `utterances` is empty and the waveform is silence, because processes that train together
             must each run the model on something.
+
+            With a store also `stored`, {array: {part: [B', T, ...]}} of the B' utterances in
+            `stored_rows`, and `entries`, {row: Entry} of those that are to be stored. Where the CNN's features
+            are all there, nobody needs waveforms, and they are None.
         """
         if not samples:
             return {}
+        if any("entry" in sample for sample in samples):  # the teacher is to hear the whole batch
+            samples = [sample if "waveform" in sample else {**sample, **self._waveform(sample["index"])} for sample in samples]
         problems = {sample["utterance"]: sample["problem"] for sample in samples if "problem" in sample}
         silence = torch.zeros(self.num_tokens(samples[0]["index"]))
-        samples = [sample for sample in samples if "waveform" in sample]
-        waveforms = [sample["waveform"] for sample in samples] or [silence]
-        return {
+        samples = [sample for sample in samples if "problem" not in sample]
+        waveforms = [sample["waveform"] for sample in samples if "waveform" in sample]
+        if not samples:
+            waveforms = [silence]
+        batch = {
             "split": self.split,
             "id": torch.tensor([sample["index"] for sample in samples]),
             "utterances": [sample["utterance"] for sample in samples],
-            "waveforms": torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
-            "lengths": torch.tensor([len(waveform) for waveform in waveforms]),
+            "waveforms": _padded(waveforms) if waveforms else None,
+            "lengths": torch.tensor([self.num_tokens(sample["index"]) for sample in samples] or [len(silence)]),
             "problems": problems,
         }
+        if self.store:
+            batch["entries"] = {row: sample["entry"] for row, sample in enumerate(samples) if "entry" in sample}
+            batch["stored_rows"] = [row for row, sample in enumerate(samples) if "stored" in sample]
+            stored = [samples[row]["stored"] for row in batch["stored_rows"]]
+            batch["stored"] = {
+                array: {part: _padded([each[array][part] for each in stored]) for part in parts}
+                for array, parts in (stored[0].items() if stored else ())
+            }
+        return batch
 
     def _random(self, name):
         return np.random.default_rng([self.seed, self.epoch, zlib.crc32(name.encode())])
+
+
+def _padded(sequences):
+    """Tensors [T, ...] of several lengths to one [B, T, ...], zeros behind."""
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)

@@ -4,6 +4,7 @@ import logging
 import os
 import zlib
 from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 from fairseq.dataclass import FairseqDataclass
@@ -15,6 +16,8 @@ from fairseq_stack import preemption
 from fairseq_stack.data.bad_audio import BadAudio, check_bad_audio
 from fairseq_stack.data.manifest import missing_files, read_manifest
 from fairseq_stack.data.speech import SpeechDataset
+from fairseq_stack.data.target_formats import FORMATS, decode, encode
+from fairseq_stack.data.target_store import CNN, TargetStore, size_text
 from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.errors import InputError, check_choice, one_line_errors
 from fairseq_stack.finite import check_loss
@@ -24,6 +27,7 @@ from fairseq_stack.losses import span_mask
 from fairseq_stack.run_state import save_whole_state
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import PRECISIONS
+from fairseq_stack.teachers.described import described_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,17 @@ class SpeechDistillationConfig(FairseqDataclass):
     bad_audio_limit: float = field(
         default=0.01, metadata={"help": "share of a manifest's recordings to skip; one more stops the training"}
     )
+    target_store: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "folder for the teacher's targets: what is not there yet is computed and stored, and the teacher is"
+            " loaded only for that (default: the teacher runs for every batch)"
+        },
+    )
+    target_format: str = field(
+        default="fp16",
+        metadata={"help": "how targets are stored: fp16, or int8 with a scale for each frame, which takes half the space"},
+    )
     seed: int = II("common.seed")
 
 
@@ -83,10 +98,13 @@ class SpeechDistillation(FairseqTask):
     # Every criterion of fairseq 0.12.2 asks its task for one.
     target_dictionary = None
 
-    def __init__(self, cfg, teacher):
+    def __init__(self, cfg, teacher, store_folder=None):
         super().__init__(cfg)
         self.teacher = teacher
         self.model_cfg = self.target_layers = None
+        self.store_folder = store_folder  # the teacher's
+        self.store = None
+        self.shares_cnn = False
         self.bad_audio = {}  # of each split
         self.update, self.utterances = 0, []  # updates done, and what the one at hand hears
         self.told_to_end = False  # the same in all processes
@@ -104,8 +122,12 @@ class SpeechDistillation(FairseqTask):
             raise InputError(f"task.mask_length={cfg.mask_length} must be 1 or more")
         check_choice("task.teacher_precision", cfg.teacher_precision, PRECISIONS)
         check_bad_audio(cfg.bad_audio, cfg.bad_audio_limit)
+        check_choice("task.target_format", cfg.target_format, FORMATS)
         save_whole_state()
-        return cls(cfg, load_teacher(cfg.teacher, cfg.whisper_pad, cfg.teacher_precision))
+        options = {"whisper_pad": cfg.whisper_pad, "precision": cfg.teacher_precision}
+        if cfg.target_store:
+            return cls(cfg, *described_teacher(cfg.teacher, cfg.target_store, **options))
+        return cls(cfg, load_teacher(cfg.teacher, **options))
 
     @one_line_errors
     def load_dataset(self, split, **kwargs):
@@ -125,9 +147,25 @@ class SpeechDistillation(FairseqTask):
                 " than one frame of the teacher; remove it from the manifest"
             )
         self.bad_audio[split] = bad_audio
+        if self.store_folder and self.store is None:
+            self.store = TargetStore(
+                self.store_folder,
+                self.target_layers,
+                self.shares_cnn,
+                self.cfg.target_format,
+                self.teacher.width,
+                self.teacher.conv_layers,
+            )
         self.datasets[split] = SpeechDataset(
-            manifest, self.cfg.max_sample_size, self.cfg.seed, random_crop=split == "train", split=split
+            manifest, self.cfg.max_sample_size, self.cfg.seed, split == "train", split, self.store
         )
+        if self.store is not None:
+            windows, missing, missing_bytes = self.store.plan(self.datasets[split])
+            free = self.store.check_space(missing_bytes, path)
+            logger.info(
+                f"target store | {self.store.folder} | {split}: {windows - missing} of {windows} windows are stored, the"
+                f" rest takes {size_text(missing_bytes)} of {size_text(free)} free"
+            )
 
     def get_batch_iterator(self, *args, **kwargs):
         """As every fairseq task's, but data workers end with their epoch or validation.
@@ -144,6 +182,7 @@ class SpeechDistillation(FairseqTask):
     def build_model(self, cfg, *args):
         check_links(cfg, "task", self.cfg, ("mask_prob", "normalize"))
         model = super().build_model(cfg, *args)
+        self.shares_cnn = cfg.share_teacher_cnn
         check_frames(model, self.teacher, self.cfg.max_sample_size)
         self.model_cfg = cfg
         return model
@@ -201,15 +240,44 @@ class SpeechDistillation(FairseqTask):
     def with_targets(self, sample, model):
         """The batch with the teacher's hidden states, and waveforms as the student wants them."""
         self.bad_audio[sample["split"]].report(sample["problems"])
+        if self.store is None:
+            arrays = self.computed(sample, self.target_layers, self.shares_cnn)
+        else:
+            arrays = {name: decode(parts) for name, parts in self.from_store(sample).items()}
+        features = arrays.pop(CNN).transpose(1, 2) if self.shares_cnn else None
+        waveforms = sample["waveforms"]
+        if self.cfg.normalize and features is None:
+            waveforms = normalize_waveforms(waveforms, sample["lengths"])
+        return {**sample, "waveforms": waveforms, "features": features, "targets": arrays}
+
+    def computed(self, sample, layers, cnn):
+        """{layer: [B, T, D]} from the teacher and, with `cnn`, the features of its CNN as {CNN: [B, T, C]}."""
         waveforms, lengths = sample["waveforms"], sample["lengths"]
-        if model.cfg.share_teacher_cnn:
-            features = self.teacher.cnn_features(waveforms, lengths)
-            targets = self.teacher.hidden_states(waveforms, lengths, self.target_layers, features)
-            return {**sample, "features": features, "targets": targets}
-        targets = self.teacher.hidden_states(waveforms, lengths, self.target_layers)
-        if self.cfg.normalize:
-            waveforms = normalize_waveforms(waveforms, lengths)
-        return {**sample, "waveforms": waveforms, "targets": targets}
+        if not cnn:
+            return self.teacher.hidden_states(waveforms, lengths, layers)
+        features = self.teacher.cnn_features(waveforms, lengths)
+        return {**self.teacher.hidden_states(waveforms, lengths, layers, features), CNN: features.transpose(1, 2)}
+
+    def from_store(self, sample):
+        """The batch's targets as the store keeps them, {array: {part: [B, T, ...]}}; the teacher fills what is missing.
+
+        The student learns from rounded targets in the first epoch too, and from what is stored wherever
+        there is something: so it makes no difference to a run how much a run before it has stored.
+        """
+        rows, entries, stored = sample["stored_rows"], sample["entries"], sample["stored"]
+        if rows and not entries:
+            return stored
+        for entry in entries.values():
+            if entry.problem:
+                logger.warning(f"target store | computed again, because {entry.problem} ({entry.utterance})")
+        layers = [name for name in self.store.arrays if name != CNN]
+        arrays = self.computed(sample, layers, CNN in self.store.arrays)
+        arrays = {name: encode(values, self.store.form) for name, values in arrays.items()}
+        self.store.write(entries, arrays)
+        for name, parts in stored.items():
+            for part, values in parts.items():
+                arrays[name][part][rows, : values.size(1)] = values
+        return {name: arrays[name] for name in self.store.wanted}
 
     def mask(self, sample, model, update_num):
         """[B, T] bool, the masked frames of a batch: a matter of (seed, update, utterance) alone."""

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers.base import PRECISIONS
 
@@ -21,7 +23,10 @@ def load_teacher(path, whisper_pad=False, precision="fp32"):
     Raises:
         InputError: no such teacher, or one that cannot be loaded without running code from it.
     """
-    teacher = _load(Path(path), whisper_pad)
+    # A network is made with random weights first. A student must start and train with the same random numbers
+    # whenever its teacher is loaded, and where its targets are stored that may be never.
+    with torch.random.fork_rng(devices=[]):
+        teacher = _load(Path(path), whisper_pad)
     teacher.model.to(PRECISIONS[precision])
     return teacher
 

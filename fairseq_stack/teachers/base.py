@@ -19,12 +19,16 @@ class Teacher(ABC):
         name: what to call it in messages: the file or folder it was loaded from.
         depth: number of transformer layers.
         width: features of a hidden state.
+        conv_layers: [(channels, kernel, stride)], the convolutions by which frames are counted.
+        longest: the most samples that it can take; None where there is no limit.
         model: the network; a student can start from it where it is a HubertEncoder.
     """
 
     name: str
     depth: int
     width: int
+    conv_layers: list
+    longest: int = None
     model: torch.nn.Module
 
     @property

@@ -65,6 +65,7 @@ class FairseqTeacher(Teacher):
         load_weights(self.model, {key: weights[key] for key in weights if not key.startswith(unused)}, name)
         self.depth = len(self.model.encoder.layers)
         self.width = self.model.encoder.embedding_dim
+        self.conv_layers = self.model.conv_layers
 
     @torch.no_grad()
     def cnn_features(self, waveforms, lengths):
@@ -84,7 +85,7 @@ class FairseqTeacher(Teacher):
         return {layer: hidden_states[layer] for layer in layers}
 
     def frames(self, samples):
-        return frames_from_samples(samples, self.model.conv_layers)
+        return frames_from_samples(samples, self.conv_layers)
 
 
 def load_fairseq_teacher(path):

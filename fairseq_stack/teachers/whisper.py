@@ -38,6 +38,7 @@ class WhisperTeacher(Teacher):
         self.pad = pad
         self.depth = len(model.layers)
         self.width = model.config.d_model
+        self.conv_layers = FRAMES
         self.longest = 2 * model.config.max_source_positions * HOP
         filters = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).mel_filters
         self.filters = torch.from_numpy(filters).float().T
@@ -51,7 +52,7 @@ class WhisperTeacher(Teacher):
                 f"task.teacher={self.name} takes at most {self.longest} samples, but was to take"
                 f" {samples}; set task.max_sample_size to {self.longest} or less"
             )
-        return frames_from_samples(samples, FRAMES)
+        return frames_from_samples(samples, self.conv_layers)
 
     @torch.no_grad()
     def hidden_states(self, waveforms, lengths, layers):

@@ -1,0 +1,117 @@
+"""Fill a store of targets ahead of the training, with a training's own configuration."""
+
+import copy
+import logging
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from fairseq import utils
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fairseq_stack import criterions, models  # noqa: F401
+from fairseq_stack.errors import InputError
+from fairseq_stack.tasks.speech_distillation import SpeechDistillation
+
+
+def compose_recipe(config_dir, config_name, overrides):
+    """A recipe as `fairseq-hydra-train` composes it, with all interpolations resolved.
+
+    Raises:
+        InputError: hydra cannot compose it.
+    """
+    try:
+        from hydra import compose, initialize_config_dir
+    except ImportError:  # hydra 1.0, beside fairseq 0.12.2
+        from hydra.experimental import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    hydra_init(config_name)
+    try:
+        with initialize_config_dir(config_dir=os.path.abspath(config_dir)):
+            cfg = compose(config_name=config_name, overrides=list(overrides))
+    except HydraException as error:
+        raise InputError(f"{config_dir}/{config_name}: {str(error).splitlines()[0]}") from None
+    add_defaults(cfg)
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+
+
+def store_targets(cfg, splits, processes=1):
+    """Store what a training with this configuration may ask for, as far as it is not there yet.
+
+    Args:
+        cfg: a composed recipe with task.target_store.
+        splits: names of manifests.
+        processes: how many to work in; each takes one of the GPUs, in turn, or its share of the CPU.
+
+    Raises:
+        InputError: as the training would.
+    """
+    if not cfg.task.get("target_store"):
+        raise InputError("task.target_store is not set; give the folder to fill")
+    task = set_up(cfg, splits)  # before any process starts: it says what is there, or what is wrong
+    if processes == 1:
+        return fill(task, splits, cfg.dataset, 0, 1)
+    threads = max(1, torch.get_num_threads() // processes)
+    # A fork could not use the GPU.
+    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, [threads]) as pool:
+        shares = [pool.submit(_set_up_and_fill, cfg, splits, rank, processes) for rank in range(processes)]
+        for share in as_completed(shares):
+            share.result()
+
+
+def set_up(cfg, splits):
+    """The task of a training with its datasets, after all that a training checks has been checked.
+
+    Raises:
+        InputError: as the training would.
+    """
+    task = SpeechDistillation.setup_task(cfg.task)
+    task.build_model(cfg.model)
+    task.build_criterion(cfg.criterion)
+    for split in splits:
+        task.load_dataset(split)
+    return task
+
+
+def fill(task, splits, loading, rank, processes):
+    """Store the share of one process.
+
+    Args:
+        task: a SpeechDistillation, from `set_up`.
+        splits: names of its datasets.
+        loading: has num_workers and batch_size or max_tokens, as in a recipe's `dataset`.
+        rank, processes: which share, and of how many.
+    """
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else None
+    names = task.store.names()
+    for split in splits:
+        dataset = copy.copy(task.dataset(split))
+        bar = tqdm(desc=split, unit=" windows", mininterval=1, disable=rank > 0)
+        for number in range(dataset.window_counts.max()):
+            # The shares do not depend on what is there, which other processes are changing.
+            share = np.flatnonzero(dataset.window_counts > number)[rank::processes]
+            share = [index for index in share if dataset.entry(index, number).name not in names]
+            if not share:
+                continue
+            dataset.fixed_window = number
+            share = np.array(sorted(share, key=dataset.num_tokens))
+            batches = dataset.batch_by_size(share, loading.max_tokens, loading.batch_size, required_batch_size_multiple=1)
+            batches = DataLoader(
+                dataset, batch_sampler=batches, collate_fn=dataset.collater, num_workers=loading.num_workers
+            )
+            for batch in batches:
+                task.bad_audio[split].report(batch["problems"])
+                task.from_store(batch if device is None else utils.move_to_cuda(batch, device))
+                bar.update(len(batch["utterances"]))
+        bar.close()
+
+
+def _set_up_and_fill(cfg, splits, rank, processes):
+    logging.disable(logging.INFO)  # said already
+    fill(set_up(cfg, splits), splits, cfg.dataset, rank, processes)

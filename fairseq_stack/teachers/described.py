@@ -1,0 +1,113 @@
+"""A teacher that is described by a file and loaded when it is needed, which may be never."""
+
+import hashlib
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.lengths import frames_from_samples
+from fairseq_stack.teachers import load_teacher
+from fairseq_stack.teachers.base import Teacher
+
+DESCRIPTION = "teacher.json"
+FIELDS = ("depth", "width", "normalize", "conv_layers", "longest")
+VERSION = 1  # of how targets are computed and stored; another number makes another store
+BLOCK = 1 << 20  # bytes
+
+
+class DescribedTeacher(Teacher):
+    """What a Teacher is, with its weights left on disk until they are asked for.
+
+    Args:
+        path: the teacher's file or folder.
+        options: for load_teacher.
+        fields: the values of FIELDS.
+    """
+
+    def __init__(self, path, options, fields):
+        self.name = str(path)
+        self.options = options
+        self.depth, self.width = fields["depth"], fields["width"]
+        self.normalize, self.longest = fields["normalize"], fields["longest"]
+        self.conv_layers = [tuple(layer) for layer in fields["conv_layers"]]
+
+    @cached_property
+    def loaded(self):
+        """The Teacher itself."""
+        return load_teacher(self.name, **self.options)
+
+    @property
+    def model(self):
+        return self.loaded.model
+
+    def cnn_features(self, waveforms, lengths):
+        return self.loaded.cnn_features(waveforms, lengths)
+
+    def hidden_states(self, waveforms, lengths, layers, *features):
+        return self.loaded.hidden_states(waveforms, lengths, layers, *features)
+
+    def frames(self, samples):
+        if self.longest is not None and samples > self.longest:
+            return self.loaded.frames(samples)  # which says what is wrong
+        return frames_from_samples(samples, self.conv_layers)
+
+
+def described_teacher(path, store, **options):
+    """A teacher that is loaded only if the store does not know it, and the store's folder for it.
+
+    Args:
+        path: file or folder of the teacher.
+        store: task.target_store; made if missing.
+        options: for load_teacher; they are part of what the folder is named after.
+
+    Raises:
+        InputError: the teacher or the store cannot be used.
+    """
+    folder = Path(store) / fingerprint(path, **options)[:16]
+    try:
+        fields = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if fields.pop("sum") == _sum(fields):
+            return DescribedTeacher(path, options, fields), folder
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass  # none yet, or a damaged one
+    teacher = load_teacher(path, **options)
+    fields = {name: getattr(teacher, name, None) for name in FIELDS}
+    fields = json.loads(json.dumps({**fields, "name": str(path)}))
+    beside = folder / f"{DESCRIPTION}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps({**fields, "sum": _sum(fields)}, indent=2), encoding="utf-8")
+        os.replace(beside, folder / DESCRIPTION)
+    except OSError as error:
+        raise InputError(f"task.target_store={store} cannot be written ({error.strerror}); choose another folder") from None
+    described = DescribedTeacher(path, options, fields)
+    described.loaded = teacher
+    return described, folder
+
+
+def fingerprint(path, **options):
+    """SHA-256 of the teacher's files and options, in hex.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    path = Path(path)
+    # In a folder of Hugging Face's format nothing else is read of a teacher.
+    files = sorted(f for ending in ("json", "safetensors") for f in path.glob(f"*.{ending}")) if path.is_dir() else [path]
+    whole = hashlib.sha256(json.dumps([VERSION, options], sort_keys=True).encode())
+    for each in files:
+        digest = hashlib.sha256()
+        try:
+            with open(each, "rb") as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
+        except OSError as error:
+            raise InputError(f"task.teacher={path}: {each.name} cannot be read ({error.strerror})") from None
+        whole.update(f"{each.name if path.is_dir() else ''}\0{digest.hexdigest()}".encode())
+    return whole.hexdigest()
+
+
+def _sum(fields):
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,195 @@
+"""The teacher's targets are computed once: stored ones train a student as live ones do, and no other is ever used."""
+
+import shutil
+
+import pytest
+import soundfile
+import torch
+from fork_server import ForkServer
+from training import EXAMPLES, ROOT, command, tiny, train
+
+from fairseq_stack.analysis.scalars import read_scalars
+from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
+
+SHARED_CNN = {"+model.share_teacher_cnn": True, "+model.feature_grad_mult": 0.0}
+# The windows of longer recordings, dropout and growth all take part.
+WINDOWS = {"task.max_sample_size": 4000}
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """The batches that teachers have heard."""
+    batches = []
+    hidden_states = FairseqTeacher.hidden_states
+
+    def watched(teacher, waveforms, *args):
+        batches.append(waveforms)
+        return hidden_states(teacher, waveforms, *args)
+
+    monkeypatch.setattr(FairseqTeacher, "hidden_states", watched)
+    return batches
+
+
+@pytest.fixture(scope="module")
+def fork_server():
+    with ForkServer() as server:
+        yield server
+
+
+def run(speech, teacher_file, folder, store=None, **fields):
+    if store:
+        fields["+task.target_store"] = store
+    return train("librispeech_base", tiny(speech, teacher_file, folder, **WINDOWS, **fields))
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.get_model().state_dict().items()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def losses(folder):
+    return read_scalars(folder / "tensorboard/train_inner")["loss"].values
+
+
+@pytest.mark.parametrize("cnn", [{}, SHARED_CNN], ids=["own CNN", "shared CNN"])
+def test_stored_targets_train_as_live_ones_do_and_the_teacher_is_not_loaded_again(speech, teacher_file, tmp_path, heard, cnn):
+    run(speech, teacher_file, tmp_path / "live", **cnn)
+    first = run(speech, teacher_file, tmp_path / "first", tmp_path / "store", **cnn)
+    assert heard
+    heard.clear()
+    second = run(speech, teacher_file, tmp_path / "second", tmp_path / "store", **cnn)
+    assert not heard and ("loaded" in vars(second.task.teacher)) == bool(cnn)  # which the student's CNN comes from
+    assert same(weights(first), weights(second))
+    live, stored = losses(tmp_path / "live"), losses(tmp_path / "first")
+    assert abs(live - stored).max() < 2e-3 * live.min() and len(live) == 20
+
+
+@pytest.fixture(scope="module")
+def filled(speech, teacher_file, tmp_path_factory):
+    """A run of 20 updates that has filled a store: the store, and the weights that the run ended with."""
+    folder = tmp_path_factory.mktemp("filled")
+    return folder / "store", weights(run(speech, teacher_file, folder, folder / "store"))
+
+
+@pytest.fixture
+def copied(filled, tmp_path):
+    shutil.copytree(filled[0], tmp_path / "store")
+    return tmp_path / "store"
+
+
+def warnings(caplog):
+    return [line for line in caplog.messages if "computed again" in line]
+
+
+def test_int8_trains_within_its_measured_error(speech, teacher_file, tmp_path, filled):
+    run(speech, teacher_file, tmp_path / "fp16", filled[0])
+    run(speech, teacher_file, tmp_path / "int8", tmp_path / "store", **{"+task.target_format": "int8"})
+    half, byte = losses(tmp_path / "fp16"), losses(tmp_path / "int8")
+    assert 0 < abs(half - byte).max() < 0.01 * half.min()
+
+
+def test_a_damaged_entry_is_computed_again_and_said(speech, teacher_file, tmp_path, filled, copied, heard, caplog):
+    paths = sorted(copied.glob("*/*/??/*.npz"))
+    content = paths[3].read_bytes()
+    paths[3].write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    paths[4].write_bytes(b"")
+    again = run(speech, teacher_file, tmp_path / "run", copied)
+    # The two may share a batch, and with 8 others that fp16 rounds alike all but for the last bit.
+    assert all(torch.allclose(value, filled[1][name], atol=1e-4) for name, value in weights(again).items())
+    assert 1 <= len(heard) <= 2
+    lines = warnings(caplog)
+    assert len(lines) == 2 and all(any(str(path) in line for line in lines) for path in paths[3:5])
+    heard.clear()
+    run(speech, teacher_file, tmp_path / "next", copied)
+    assert not heard
+
+
+def test_other_audio_under_the_same_name_is_noticed(speech, teacher_file, tmp_path, copied, heard, caplog):
+    shutil.copytree(speech, tmp_path / "speech")
+    for split in ("train", "valid"):
+        manifest = tmp_path / f"speech/{split}.tsv"
+        manifest.write_text(manifest.read_text().replace(str(speech), str(tmp_path / "speech")))
+    run(tmp_path / "speech", teacher_file, tmp_path / "moved", copied)
+    assert not heard  # the same audio elsewhere
+    path = tmp_path / "speech/audio/train5.flac"
+    samples, rate = soundfile.read(path)
+    soundfile.write(path, samples[::-1], rate)
+    changed = run(tmp_path / "speech", teacher_file, tmp_path / "changed", copied)
+    assert heard and warnings(caplog)
+    assert all("is about other audio (audio/train5.flac)" in line for line in warnings(caplog))
+    fresh = run(tmp_path / "speech", teacher_file, tmp_path / "fresh", tmp_path / "another store")
+    assert all(torch.allclose(value, weights(fresh)[name], atol=1e-4) for name, value in weights(changed).items())
+
+
+def test_another_teacher_does_not_find_the_targets_of_the_first(speech, teacher_file, tmp_path, copied, heard):
+    state = torch.load(teacher_file, weights_only=True)
+    state["model"]["encoder.layers.11.fc2.weight"] *= 1 + 1e-6
+    torch.save(state, tmp_path / "teacher.pt")
+    run(speech, tmp_path / "teacher.pt", tmp_path / "run", copied)
+    assert heard and len(list(copied.iterdir())) == 2
+    heard.clear()
+    run(speech, teacher_file, tmp_path / "first", copied)
+    assert not heard
+
+
+@pytest.mark.parametrize("cnn", [{}, SHARED_CNN], ids=["own CNN", "shared CNN"])
+def test_a_run_killed_while_it_fills_the_store_ends_as_the_uninterrupted_one(speech, teacher_file, tmp_path, fork_server, cnn):
+    def start(folder, **kill):
+        fields = {"checkpoint.save_interval_updates": 3, "+task.target_store": folder / "checkpoints/store"}
+        overrides = tiny(speech, teacher_file, folder, **WINDOWS, **fields, **cnn)
+        return fork_server.run("librispeech_base", overrides, tmp_path / f"{folder.name}.log", **kill)
+
+    def ending(folder):
+        return torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True)["model"]
+
+    assert start(tmp_path / "whole") == 0
+    # Files are opened and renamed: half-way through the first epoch, and before and after a checkpoint.
+    for event in (15, 40, 55):
+        assert start(tmp_path / "killed", kill_at_event=event) == -9
+    stored = list((tmp_path / "killed/checkpoints/store").glob("*/*/??/*.npz"))
+    assert start(tmp_path / "killed") == 0
+    assert stored and same(ending(tmp_path / "whole"), ending(tmp_path / "killed"))
+
+
+def test_audio_is_not_read_where_all_that_is_needed_is_stored(speech, teacher_file, tmp_path, monkeypatch):
+    first = run(speech, teacher_file, tmp_path / "first", tmp_path / "store", **SHARED_CNN)
+    monkeypatch.setattr("fairseq_stack.data.speech.read_audio", None)
+    second = run(speech, teacher_file, tmp_path / "second", tmp_path / "store", **SHARED_CNN)
+    assert same(weights(first), weights(second))
+
+
+def test_a_store_filled_ahead_by_two_processes_and_by_steps_is_all_that_a_training_needs(
+    speech, teacher_file, tmp_path, heard
+):
+    fields = {"+task.target_store": tmp_path / "store", "dataset.num_workers": 1}
+    arguments = ["--config-dir", EXAMPLES / "interleaved", "--config-name", "librispeech_base"]
+    arguments += tiny(speech, teacher_file, tmp_path, **WINDOWS, **fields)
+    script = command("python", ROOT / "scripts/store_targets.py", "--processes", 2, *arguments)
+    output, _ = script.communicate()
+    assert script.returncode == 0, output
+    samples = [int(line.split("\t")[1]) for line in (speech / "train.tsv").read_text().splitlines()[1:]]
+    windows = sum(-(-each // WINDOWS["task.max_sample_size"]) for each in samples) + 6
+    assert len(list(tmp_path.glob("store/*/*/??/*.npz"))) == windows
+    run(speech, teacher_file, tmp_path / "run", tmp_path / "store")
+    assert not heard
+
+
+def test_a_store_that_cannot_be_is_refused_in_one_line(speech, teacher_file, tmp_path):
+    (tmp_path / "file").touch()
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    for split in ("train", "valid"):
+        lines = (speech / f"{split}.tsv").read_text().splitlines()
+        (huge / f"{split}.tsv").write_text("\n".join([*lines[:-1], lines[-1] + "0" * 9]) + "\n")
+    for data, fields, message in (
+        (speech, {"+task.target_store": tmp_path / "file"}, "file cannot be written (Not a directory)"),
+        (speech, {"+task.target_store": tmp_path / "store", "+task.target_format": "fp8"}, "task.target_format=fp8 is unknown"),
+        (huge, {"+task.target_store": tmp_path / "store", "task.max_sample_size": 10**15}, "TB more for"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            train("librispeech_base", tiny(data, teacher_file, tmp_path / "run", **fields))
+        assert ended.value.code.startswith("error: task.target_") and message in ended.value.code
+        assert "\n" not in ended.value.code
