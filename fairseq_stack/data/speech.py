@@ -84,8 +84,9 @@ class SpeechDataset(FairseqDataset):
         """Pad to the longest.
 
         Returns:
-            `split`, `id` [B], `utterances` (B names), `waveforms` [B, S], `lengths` [B] in samples, and
-            `problems`, {name: line} of the recordings that could not be read. Where none could,
+            `split`, `id` [B], `utterances` (B names), `waveforms` [B, S], `lengths` [B] in samples,
+            `audio_samples`, how many of the B x S samples are no padding, and `problems`, {name: line} of
+            the recordings that could not be read. Where none could,
             `utterances` is empty and the waveform is silence, because processes that train together
             must each run the model on something.
         """
@@ -101,6 +102,7 @@ class SpeechDataset(FairseqDataset):
             "utterances": [sample["utterance"] for sample in samples],
             "waveforms": torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
             "lengths": torch.tensor([len(waveform) for waveform in waveforms]),
+            "audio_samples": sum(len(sample["waveform"]) for sample in samples),
             "problems": problems,
         }
 

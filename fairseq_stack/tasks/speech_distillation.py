@@ -21,6 +21,7 @@ from fairseq_stack.finite import check_loss
 from fairseq_stack.growth.surgery import copy_optimizer_state
 from fairseq_stack.lengths import receptive_field
 from fairseq_stack.losses import span_mask
+from fairseq_stack.progress import COUNTS, Progress
 from fairseq_stack.run_state import save_whole_state
 from fairseq_stack.teachers import load_teacher
 
@@ -85,6 +86,8 @@ class SpeechDistillation(FairseqTask):
         self.bad_audio = {}  # of each split
         self.update, self.utterances = 0, []  # updates done, and what the one at hand hears
         self.told_to_end = False  # the same in all processes
+        self.progress = Progress()
+        self.depth, self.updates_left = 0, {}
 
     @classmethod
     @one_line_errors
@@ -160,6 +163,8 @@ class SpeechDistillation(FairseqTask):
         output = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
         loss, sample_size, logging_output = self.checked(output, sample, model, update_num)
         logging_output["told_to_end"] = float(preemption.told_to_end())
+        logging_output.update(self.progress.count(sample))
+        self.depth, self.updates_left = model.depth, model.updates_left(update_num + 1)
         return loss, sample_size, logging_output
 
     @one_line_errors
@@ -180,7 +185,11 @@ class SpeechDistillation(FairseqTask):
         """fairseq's hook after every update, with the sums over all processes."""
         told = [log.pop("told_to_end", 0.0) for log in logging_outputs]
         self.told_to_end = self.told_to_end or any(told)
+        counts = [{name: log.pop(name) for name in COUNTS if name in log} for log in logging_outputs]
         super().reduce_metrics(logging_outputs, criterion)
+        if counts[0]:  # in training
+            sums = {name: sum(count[name] for count in counts) for name in COUNTS}
+            self.progress.log(sums, self.depth, self.updates_left)
 
     def post_validate(self, model, stats, agg):
         """fairseq's hook after every validation subset, with the means over all processes."""
