@@ -8,6 +8,7 @@ from fairseq_stack.data.manifest import read_manifest
 
 
 def test_the_log_tells_speed_waiting_padding_and_the_time_left(speech, teacher_file, tmp_path, caplog):
+    caplog.set_level("INFO")
     fields = {"optimization.update_freq": "[2]", "optimization.max_update": 6, "dataset.validate_interval": 1}
     train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
 
