@@ -1,7 +1,8 @@
 """How fast a training goes: what the progress line and TensorBoard say beside the losses.
 
 Every update has a clock of its own: it starts when the training begins to wait for the update's batches
-and stops when fairseq logs. Validation and the writing of checkpoints lie between two updates.
+and stops when fairseq logs. Validation and the writing of checkpoints lie between two updates; the time left
+counts them too.
 """
 
 import time
@@ -16,7 +17,7 @@ from fairseq_stack.data.audio import SAMPLE_RATE
 CLOCKS = ("audio_hours_per_hour", "data_wait_share", "eta_hours")
 # What `Progress.count` tells of a batch.
 COUNTS = ("audio_samples", "padded_samples", "waited_seconds")
-_RECENT = 100  # updates that the pace is a mean over, about
+_RECENT = 1000  # updates that the pace is a mean over: enough for validations to weigh what they cost
 
 # Of this process: when the update at hand began, and how long it waited for its batches, in seconds.
 _update = SimpleNamespace(begin=0.0, waited=0.0)
@@ -39,6 +40,7 @@ class Progress:
 
     def __init__(self):
         self.pace = Pace()
+        self.ended = None  # when the last update had been logged
 
     def count(self, sample):
         """What a batch adds to the log: sums, as fairseq adds them over accumulation and processes.
@@ -56,21 +58,23 @@ class Progress:
             depth: of the student, in layers.
             updates_left: {depth: updates still to do at it}; empty where the training has no planned end.
         """
-        seconds = time.perf_counter() - _update.begin
+        now = time.perf_counter()
+        seconds = now - _update.begin
         audio, padded = float(sums["audio_samples"]), float(sums["padded_samples"])
         waited = float(sums["waited_seconds"]) / get_data_parallel_world_size()
         metrics.log_scalar("audio_hours_per_hour", audio / SAMPLE_RATE / seconds, seconds, priority=20, round=1)
         metrics.log_scalar("data_wait_share", waited / seconds, seconds, priority=21, round=3)
         if padded:
             metrics.log_scalar("padding_share", 1 - audio / padded, padded, priority=22, round=3)
-        self.pace.observe(depth, seconds)
+        self.pace.observe(depth, now - (self.ended or now))
+        self.ended = now
         if self.pace.seconds and updates_left:
             left = sum(updates * self.pace.predict(depth) for depth, updates in updates_left.items())
             metrics.log_scalar("eta_hours", left / 3600, weight=0, priority=23, round=2)
 
 
 class Pace:
-    """Seconds of an update at each depth, as this process has measured them.
+    """Seconds from one update to the next at each depth, as this process has measured them.
 
     Attributes:
         seconds: {depth: mean over the recent updates}.

@@ -24,13 +24,13 @@ _STYLE = {
 
 
 def draw_losses(runs, by="updates"):
-    """Training and validation loss, by updates or by hours, with every growth marked.
+    """Training and validation loss, by updates or by time, with every growth marked.
 
     Of one run the parts of the loss too, and how deep each stage is; of several the loss, one colour each.
 
     Args:
         runs: list of Run.
-        by: "updates", or "hours" of wall-clock time.
+        by: "updates", or wall-clock time in "hours" or "minutes".
 
     Returns:
         a matplotlib Figure.
@@ -41,12 +41,11 @@ def draw_losses(runs, by="updates"):
         axes = figure.subplots(2 if parts else 1, 1, sharex=True, squeeze=False)[:, 0]
         for number, run in enumerate(runs):
             colour, style = COLOURS[number % len(COLOURS)], ("-", ":")[number // len(COLOURS) % 2]
-            _curves(axes[0], run, by, [("loss", run.name if len(runs) > 1 else "", colour)], style)
+            _curves(axes[0], run, by, [("loss", run.name if len(runs) > 1 else None, colour)], style)
             for stage in run.stages[1:]:
                 place = _place(run, stage.begin, by)
                 for axis in axes:
                     axis.axvline(place, color=GREY if len(runs) == 1 else colour, linestyle="--", linewidth=1)
-        axes[0].set_title("Loss", loc="left", pad=22)
         if parts:
             _curves(axes[1], runs[0], by, parts)
             axes[1].set_title("Parts of the loss", loc="left")
@@ -56,15 +55,21 @@ def draw_losses(runs, by="updates"):
             axis.set_ylabel("loss")
             _log_if_wide(axis)
             axis.legend(ncols=max(len(parts), 1) if axis is axes[-1] else 1)
-        axes[-1].set_xlabel("updates" if by == "updates" else "hours")
+        axes[-1].set_xlabel(by)
         axes[-1].xaxis.set_major_formatter("{x:,.0f}" if by == "updates" else "{x:g}")
-        axes[-1].set_xlim(0, 1.01 * max(_place(run, run.updates, by) for run in runs))
+        axes[-1].set_xlim(0, 1.01 * max(line.get_xdata()[-1] for line in axes[0].lines))
     return figure
+
+
+def _places(run, series, by):
+    """[E] where the entries of a Series lie on the axis."""
+    return series.updates if by == "updates" else run.hours(series) * {"hours": 1, "minutes": 60}[by]
 
 
 def _place(run, update, by):
     """Where an update lies on the axis."""
-    return update if by == "updates" else float(np.interp(update, run.train["loss"].updates, run.hours(run.train["loss"])))
+    loss = run.train["loss"]
+    return update if by == "updates" else float(np.interp(update, loss.updates, _places(run, loss, by)))
 
 
 def _label_depths(axis, run, by):
@@ -72,8 +77,7 @@ def _label_depths(axis, run, by):
     ends = _place(run, run.updates, by)
     spans = [(_place(run, stage.begin, by), _place(run, stage.end, by)) for stage in run.stages]
     roomy = all(end - begin > 0.11 * ends for begin, end in spans)
-    if not roomy:
-        axis.set_title("Loss (numbers: layers in use)", loc="left", pad=22)
+    axis.set_title("Loss" if roomy else "Loss (numbers: layers in use)", loc="left", pad=22)
     for stage, (begin, end) in zip(run.stages, spans):
         axis.annotate(
             f"{stage.depth} layers" if roomy else f"{stage.depth}",
@@ -94,9 +98,15 @@ def _curves(axis, run, by, parts, style="-"):
             (run.valid, "validation", {"linewidth": 1.5, "marker": "o", "markersize": 4}),
         ):
             if name in curves:
-                series = curves[name]
-                x = series.updates if by == "updates" else run.hours(series)
-                axis.plot(x, series.values, style, color=colour, label=f"{label} {source}".strip(), **look)
+                x, values = _places(run, curves[name], by), curves[name].values
+                axis.plot(x, values, style, color=colour, label=_label(run, label, source), **look)
+
+
+def _label(run, label, source):
+    """Of several runs one entry in the legend: its validation, or its training where it has none."""
+    if label != run.name:
+        return f"{label} {source}" if label else source
+    return label if source == "validation" or not run.valid else None
 
 
 def _log_if_wide(axis):
@@ -167,7 +177,7 @@ def draw_layer_weights(weights):
     tasks = list(dict.fromkeys(task for of_tasks in weights.values() for task in of_tasks))
     with rc_context(_STYLE):
         figure = Figure(figsize=(7.5, 0.8 + 2.5 * len(weights)))
-        axes = figure.subplots(len(weights), 1, squeeze=False)[:, 0]
+        axes = figure.subplots(len(weights), 1, squeeze=False, sharey=True)[:, 0]
         for axis, (upstream, of_tasks) in zip(axes, weights.items()):
             for task, values in of_tasks.items():
                 number = tasks.index(task)
@@ -178,7 +188,7 @@ def draw_layer_weights(weights):
             axis.set_xticks(range(len(values)))
             axis.grid(axis="x", visible=False)
         axes[-1].set_xlabel("hidden state (0: input of the first layer)")
-        axes[0].legend(ncols=min(len(tasks), 4))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(tasks), 4))
     return figure
 
 

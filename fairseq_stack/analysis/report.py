@@ -96,10 +96,11 @@ def write_report(runs, output, reference=None, hidden_states=None, layer_weights
     """
     output = Path(output)
     tables = {run.name: stage_table(run.stages, run.costs, run.valid.get("loss")) for run in runs}
+    longest = max(run.hours(run.train["loss"])[-1] for run in runs)
     facts = {run.name: dict(_facts(run, reference)) for run in runs}
     pictures = [
         ("loss", "Loss by updates", draw_losses(runs, "updates")),
-        ("loss_by_time", "Loss by wall-clock time", draw_losses(runs, "hours")),
+        ("loss_by_time", "Loss by wall-clock time", draw_losses(runs, "hours" if longest > 2 else "minutes")),
     ]
     if hidden_states is not None:
         drawn = draw_similarity(layer_similarity(hidden_states), runs[0].block)
@@ -137,7 +138,7 @@ def _facts(run, reference):
     yield "wall-clock time", _duration(3600 * max(run.hours(run.train["loss"])))
     yield "training time", _duration(run.seconds)
     if len(run.stages) > 1:
-        yield "speed-up over full depth", _number(speedup(run.stages, run.costs), ".2f") + "×"
+        yield f"speed-up over {run.stages[-1].depth} layers throughout", _number(speedup(run.stages, run.costs), ".2f") + "×"
     if reference is not None:
         faster = reference.seconds / reference.updates / (run.seconds / run.updates)
         yield f"speed-up over {reference.name}", _number(faster, ".2f") + "×" if run is not reference else "–"
@@ -152,7 +153,9 @@ def _duration(seconds):
         return "–"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def _png(figure):
@@ -169,12 +172,12 @@ def _write(path, content):
 
 _STAGES_EXPLAINED = (
     "<p>Seconds are training time: validation, growth and the time between two starts are left out. The relative"
-    " cost compares an update with one of the last stage. The speed-up over full depth takes the last stage for a"
-    " training at full depth; the one over another run compares the mean time of an update. Valid loss is the first"
-    " and the last validation at the stage's depth.</p>"
+    " cost compares an update with one of the last stage. The speed-up over the last stage's depth throughout takes"
+    " the cost of that stage for all updates; the one over another run compares the mean time of an update. Valid"
+    " loss is the first and the last validation at the stage's depth.</p>"
 )
 _EXPLAINED = {
-    "loss": "Dashed lines mark growths.",
+    "loss": "Strong lines with dots: validation; faint lines: training; dashed lines: growths.",
     "loss_by_time": "With validation, checkpoints and loading; without the time between two starts and without"
     " what a resumed run did again.",
     "similarity": "Linear CKA on held-out speech: 1 where two hidden states carry the same information up to a"
@@ -202,6 +205,11 @@ th, td { padding: 0.4rem clamp(0.25rem, 1.2vw, 0.7rem); text-align: right; borde
 td { font-size: clamp(0.85rem, 3.4vw, 1rem); }
 th { font-size: clamp(0.75rem, 3vw, 0.85rem); font-weight: 600; color: #555; vertical-align: bottom; }
 p { max-width: 45rem; color: #444; font-size: 0.95rem; }
+.runs th { overflow-wrap: anywhere; }
+.runs td:first-child { text-align: left; }
+@media (max-width: 30rem) {
+  .stages th, .stages td { font-size: 0.67rem; padding: 0.4rem 0.1rem; }
+}
 summary { cursor: pointer; }
 pre { overflow-x: auto; background: #f3f5f7; padding: 0.8rem; font-size: 0.8rem; border-radius: 0.4rem; }
 """
@@ -244,14 +252,14 @@ def _comparison(facts):
     """A table with a row for each fact and a column for each run."""
     names = list(dict.fromkeys(name for of_run in facts.values() for name in of_run))
     rows = [[name, *(of_run.get(name, "–") for of_run in facts.values())] for name in names]
-    return _table(("", *facts), rows)
+    return _table(("", *facts), rows, "runs")
 
 
-def _table(header, rows):
+def _table(header, rows, name="stages"):
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll" tabindex="0"><table class="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
