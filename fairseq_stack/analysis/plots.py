@@ -159,7 +159,7 @@ def draw_growths(growths):
         lowest = _lowest([matrix for growth in growths for matrix in (growth.before, growth.after)])
         for row, growth in zip(axes, growths):
             for axis, matrix, when in zip(row, (growth.before, growth.after), ("before", "after")):
-                image = _matrix(axis, matrix, lowest)
+                image = _matrix(axis, matrix, lowest, ticks=7)
                 axis.set_title(f"{when} update {growth.update:,}: {len(matrix) - 1} layers", loc="left", fontsize=11)
         figure.colorbar(image, ax=axes, label="linear CKA", shrink=min(1.0, 0.3 + 0.6 / len(growths)))
     return figure
@@ -200,9 +200,9 @@ def _lowest(matrices):
     return min(0.9, min(np.floor(np.nanmin(matrix) * 10) / 10 for matrix in matrices))
 
 
-def _matrix(axis, matrix, lowest):
+def _matrix(axis, matrix, lowest, ticks=14):
     image = axis.imshow(matrix, origin="lower", cmap="viridis", vmin=lowest, vmax=1)
-    ticks = range(0, len(matrix), 1 + (len(matrix) - 1) // 14)
-    axis.set_xticks(ticks)
-    axis.set_yticks(ticks)
+    numbers = range(0, len(matrix), -(-len(matrix) // ticks))
+    axis.set_xticks(numbers)
+    axis.set_yticks(numbers)
     return image

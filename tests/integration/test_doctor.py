@@ -11,7 +11,7 @@ from training import ROOT
 from fairseq_stack.doctor import TESTED, Finding, foundation_model, speech as look_at_speech
 
 
-def doctor(*arguments, before=""):
+def doctor(*arguments, before="pass"):
     """Run `python -m fairseq_stack doctor`, after some statements of Python; returns exit code, lines and stderr."""
     code = f"import runpy, sys; {before}; sys.argv[0] = 'fairseq_stack'; runpy.run_module('fairseq_stack', run_name='__main__')"
     done = subprocess.run(
