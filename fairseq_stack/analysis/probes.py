@@ -12,8 +12,8 @@ def read_layer_weights(path):
     """The weights that probes give to the hidden states, means over their seeds.
 
     Args:
-        path: JSON that scripts/evaluate.py writes: a list of results, each with `upstream`, `task`, `seed`
-            and `layer_weights`, one for each hidden state.
+        path: JSON that scripts/evaluate.py writes; under `upstreams`, name, `tasks`, task and seed it has
+            `layer_weights`, one for each hidden state.
 
     Returns:
         {upstream: {task: [N + 1], summing to 1}}, without upstreams that have one hidden state only.
@@ -22,17 +22,14 @@ def read_layer_weights(path):
         InputError: the file is something else.
     """
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-        seeds = {}
-        for result in results:
-            if len(result["layer_weights"]) > 1:
-                seeds.setdefault(result["upstream"], {}).setdefault(result["task"], []).append(result["layer_weights"])
-        weights = {
-            upstream: {task: np.mean(np.array(lists, dtype=float), axis=0) for task, lists in tasks.items()}
-            for upstream, tasks in seeds.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"--probes {path} is no list of results; give the JSON that scripts/evaluate.py wrote") from None
+        weights = {}
+        for upstream, entry in json.loads(Path(path).read_text(encoding="utf-8"))["upstreams"].items():
+            for task, seeds in entry["tasks"].items():
+                mean = np.mean([np.array(seed["layer_weights"], dtype=float) for seed in seeds.values()], axis=0)
+                if mean.size > 1:
+                    weights.setdefault(upstream, {})[task] = mean
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"--probes {path} has no results of probes; give the JSON that scripts/evaluate.py wrote") from None
     if not weights:
         raise InputError(f"--probes {path} has no weights of several hidden states; evaluate an export first")
     return weights

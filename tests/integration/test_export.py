@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from conftest import LINKED, S3PRL_FITS, TINY, stock_hubert
 from omegaconf import OmegaConf
+from training import composed
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
 from fairseq_stack.errors import InputError
+from fairseq_stack.export.card import model_card
 from fairseq_stack.export.command import FORMATS
 from fairseq_stack.export.fairseq import export_fairseq
 from fairseq_stack.export.huggingface import export_huggingface
@@ -153,7 +155,8 @@ def test_every_hidden_state_in_s3prls_hubert_equals_fairseqs(tmp_path, shape, no
 
     model, state = hubert_and_state(shape, stage, normalize)
     export_s3prl(student_from_checkpoint(state), tmp_path / "s3prl.pt")
-    upstream = s3prl.hub.hubert_local(ckpt=str(tmp_path / "s3prl.pt")).eval()
+    upstream = s3prl.hub.hubert_custom(ckpt=str(tmp_path / "s3prl.pt")).eval()
+    assert type(upstream) is type(s3prl.hub.hubert_local(ckpt=str(tmp_path / "s3prl.pt")))
     for length in LENGTHS:
         with torch.no_grad():
             states = upstream([waveform(length)])["hidden_states"]
@@ -358,15 +361,22 @@ def export_student(monkeypatch, capsys):
 
 
 def test_the_command_works_without_fairseq_and_hydra_and_says_what_it_compared_with(tmp_path, speech):
-    checkpoint = student_file(tmp_path, speech, 2)
+    jobs = []
+    for format in FORMATS_HERE:
+        folder = tmp_path / f"{format} source"
+        folder.mkdir()
+        checkpoint = student_file(folder, speech, 2, **(DISTILHUBERT if format == "s3prl-distiller" else {}))
+        jobs.append(["", str(checkpoint), "--to", format, "--output", str(tmp_path / format)])
+    jobs = [job for job in jobs if job[3] != "fairseq"]  # which is verified in fairseq
     code = (
-        "import sys; sys.modules.update(fairseq=None, hydra=None);"
-        " from fairseq_stack.export.command import main; main()"
+        "import sys; sys.modules.update(fairseq=None, hydra=None)\n"
+        "from fairseq_stack.export.command import main\n"
+        f"for sys.argv in {jobs}: main()"
     )
-    arguments = [checkpoint, "--to", "huggingface", "--output", tmp_path / "student"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "largest difference to the same weights in plain PyTorch (fairseq is not installed)" in done.stdout
+    said = "largest difference to the same weights in plain PyTorch (fairseq is not installed)"
+    assert done.stdout.count(said) == len(jobs) >= 2 and all(Path(job[5]).exists() for job in jobs)
 
 
 def test_the_console_command_is_the_scripts():
@@ -457,12 +467,29 @@ def test_the_model_card_tells_how_the_student_was_made(tmp_path, speech, export_
     for row in (
         f"| parameters | {parameters / 1e6:.2f} M |",
         "| growth | interleaved stacking in 4 stages, prop schedule; exported at 6 of 12 layers |",
-        f"| data | {speech.name} |",
+        f"| data | {speech.name}: 24 recordings, 0.00 h |",
         "| updates | 1,234 |",
         "| best validation loss | 0.25 |",
     ):
         assert row in card
     assert str(speech) not in card and "2606.11766" in card and "None" not in card
+
+
+def test_the_model_card_tells_the_papers_recipe():
+    cfg = OmegaConf.to_container(composed("librispeech_base", ["task.data=manifests/ls960", "task.teacher=t/hubert.pt"]))
+    shape = SimpleNamespace(config={**cfg["model"], "encoder_layers": 12}, depth=12, weights={}, normalize=False,
+                            conv_layers=parse_conv_layers(StackedHubertConfig.conv_feature_layers))  # fmt: skip
+    cfg["distributed_training"]["distributed_world_size"] = 4
+    cfg["dataset"]["batch_size"] = 16
+    card = model_card(shape, {"cfg": cfg}, padding="none")
+    for row in (
+        "| teacher | hubert.pt |",
+        "| data | ls960 |",
+        "| optimiser | adam, learning rate 0.0005, weight decay 0.0001, polynomial decay, 23,074 updates of warm-up |",
+        "| batch | up to 64 utterances |",
+        "| precision | fp16 |",
+    ):
+        assert row in card
 
 
 def test_the_moving_average_is_exported_if_asked_for_and_there(tmp_path, speech, export_student):

@@ -193,16 +193,12 @@ def test_an_earlier_reports_figures_do_not_stay_behind(run, slow_run, tmp_path):
 
 
 def test_the_probes_weights_are_means_over_seeds_and_log_mel_has_none(tmp_path):
-    def result(upstream, task, seed, weights):
-        return {"upstream": upstream, "task": task, "seed": seed, "metric": "accuracy", "value": 0.5,
-                "layer_weights": weights}  # fmt: skip
+    def seeds(*weights):
+        return {str(seed): {"test": 0.5, "layer_weights": one} for seed, one in enumerate(weights, start=1)}
 
-    results = [
-        result("student", "speaker", 0, [0.2, 0.8]),
-        result("student", "speaker", 1, [0.4, 0.6]),
-        result("student", "language", 0, [0.5, 0.5]),
-        result("log-mel", "speaker", 0, [1.0]),
-    ]
+    student = {"speaker": seeds([0.2, 0.8], [0.4, 0.6]), "language": seeds([0.5, 0.5])}
+    log_mel = {"upstreams": {"log-mel": {"tasks": {"speaker": seeds([1.0])}}}}
+    results = {"upstreams": {"student": {"tasks": student}, **log_mel["upstreams"]}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     weights = read_layer_weights(tmp_path / "results.json")
     assert list(weights) == ["student"] and list(weights["student"]) == ["speaker", "language"]
@@ -210,7 +206,7 @@ def test_the_probes_weights_are_means_over_seeds_and_log_mel_has_none(tmp_path):
     figure = draw_layer_weights(weights)
     bars = [bar.get_height() for bar in figure.axes[0].patches]
     np.testing.assert_allclose(bars, [0.3, 0.7, 0.5, 0.5])
-    for content in ("", "{}", "[]", "[1]", json.dumps(results[-1:])):
+    for content in ("", "{}", "[]", "[1]", json.dumps(log_mel)):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(InputError, match="--probes .*results.json"):
             read_layer_weights(tmp_path / "results.json")
