@@ -12,6 +12,7 @@ tests/integration/test_guards.py fails where fairseq no longer calls it.
 - A run that has done its updates and is started again does none; fairseq does one more.
 - A job that is told to end (preemption.py) saves a checkpoint first.
 - A field of the wrong type or name is answered in one line.
+- The wait for the batches of an update is on the clock (progress.py).
 """
 
 import functools
@@ -19,13 +20,14 @@ import os
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.data import iterators
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
 from omegaconf.errors import OmegaConfBaseException
 
-from fairseq_stack import preemption
+from fairseq_stack import preemption, progress
 from fairseq_stack.checkpoint import load_checkpoint
 from fairseq_stack.errors import InputError, one_line_errors
 from fairseq_stack.finite import gradient_stop, loss_scale_stop
@@ -123,3 +125,8 @@ def _name_the_field(merge, dc, cfg, *args, **kwargs):
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise InputError(f"{error.full_key or error.key}: {reason}; correct the configuration") from None
+
+
+@_guard(iterators, "_chunk_iterator")
+def _time_the_wait(groups, *args):
+    return progress.timed(groups(*args))

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
+# scripts/demo.sh
 # Distil real speech from end to end: speech, teacher, growing student, exports, report.
 # Everything lands in outputs/demo. Run it again after an interruption and it goes on where it was.
 set -euo pipefail
+if [ "${1:-}" = --help ]; then sed -n '2,/^set/s/^# \?//p' "$0"; exit; fi
 source "$(dirname "$0")/environment.sh"
 run=outputs/demo
 speech=$run/speech

@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Run the tests, in an environment that is made where it is missing. Arguments go to pytest.
+# scripts/test.sh [ARGUMENT...]
+# Run the tests, in an environment that is made where it is missing (see scripts/environment.sh).
+# The arguments go to pytest; scripts/test.sh tests/unit runs the quick ones.
 set -euo pipefail
+if [ "${1:-}" = --help ]; then sed -n '2,/^set/s/^# \?//p' "$0"; exit; fi
 source "$(dirname "$0")/environment.sh"
 exec python -m pytest "$@"

@@ -3,10 +3,23 @@
 The teacher's weights are random: these tests are about mechanics, not about what a teacher knows.
 """
 
+import sys
+
 import numpy as np
 import pytest
 import soundfile
 import torch
+
+# espnet-s3prl needs omegaconf 2.1 or later, and fairseq 0.12.2, the fairseq of Python 3.10, an earlier one.
+S3PRL_FITS = sys.version_info >= (3, 11)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where s3prl and fairseq exclude each other, deselect what compares with s3prl."""
+    out = [item for item in items if item.get_closest_marker("s3prl") and not S3PRL_FITS]
+    items[:] = [item for item in items if item not in out]
+    config.hook.pytest_deselected(items=out)
+
 
 TINY = {
     "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2",

@@ -1,10 +1,12 @@
-"""The figures of the training report. Colours: Okabe & Ito's, told apart with any colour vision."""
+"""The figures of the report. Colours: Okabe & Ito's, told apart with any colour vision."""
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#666666"
+PARTS = (("output_loss", "output", COLOURS[0]), ("intermediate_loss", "intermediate", COLOURS[1]))
 
 # A figure has to be read on a phone, where it is shrunk to a third.
 _STYLE = {
@@ -21,72 +23,98 @@ _STYLE = {
 }
 
 
-def draw_losses(train, valid, stages):
-    """Training and validation loss over the updates, and below it the parts they are made of.
+def draw_losses(runs, by="updates"):
+    """Training and validation loss, by updates or by time, with every growth marked.
+
+    Of one run the parts of the loss too, and how deep each stage is; of several the loss, one colour each.
 
     Args:
-        train: dict of Series of the training, with `loss` and any of `output_loss` and
-            `intermediate_loss`.
-        valid: the same of the validation; may be empty.
-        stages: list of Stage; each beginning but the first is marked and labelled with its depth.
+        runs: list of Run.
+        by: "updates", or wall-clock time in "hours" or "minutes".
 
     Returns:
         a matplotlib Figure.
     """
-    parts = [
-        (name, label, colour)
-        for name, label, colour in (
-            ("output_loss", "output", BLUE),
-            ("intermediate_loss", "intermediate", ORANGE),
-        )
-        if name in train or name in valid
-    ]
+    parts = [part for part in PARTS if len(runs) == 1 and part[0] in runs[0].train]
     with rc_context(_STYLE):
-        figure = Figure(figsize=(7.5, 7.5 if parts else 4.2))
+        figure = Figure(figsize=(7.5, 7.5 if parts else 4.6))
         axes = figure.subplots(2 if parts else 1, 1, sharex=True, squeeze=False)[:, 0]
-        _curves(axes[0], [("loss", "", BLUE)], train, valid)
-        labelled = len(stages) <= 5
-        axes[0].set_title("Loss" if labelled else "Loss (numbers: layers in use)", loc="left", pad=22)
+        for number, run in enumerate(runs):
+            colour, style = COLOURS[number % len(COLOURS)], ("-", ":")[number // len(COLOURS) % 2]
+            _curves(axes[0], run, by, [("loss", run.name if len(runs) > 1 else None, colour)], style)
+            for stage in run.stages[1:]:
+                place = _place(run, stage.begin, by)
+                for axis in axes:
+                    axis.axvline(place, color=GREY if len(runs) == 1 else colour, linestyle="--", linewidth=1)
         if parts:
-            _curves(axes[1], parts, train, valid)
+            _curves(axes[1], runs[0], by, parts)
             axes[1].set_title("Parts of the loss", loc="left")
+        if len(runs) == 1:
+            _label_depths(axes[0], runs[0], by)
         for axis in axes:
             axis.set_ylabel("loss")
-            for stage in stages[1:]:
-                axis.axvline(stage.begin, color=GREY, linestyle="--", linewidth=1)
-        for stage in stages:
-            axes[0].annotate(
-                f"{stage.depth} layers" if labelled else f"{stage.depth}",
-                ((stage.begin + stage.end) / 2, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                color=GREY,
-                fontsize=10,
-            )
-        axes[-1].set_xlabel("updates")
-        axes[-1].xaxis.set_major_formatter("{x:,.0f}")
-        axes[-1].set_xlim(0, 1.01 * stages[-1].end)
+            _log_if_wide(axis)
+            axis.legend(ncols=max(len(parts), 1) if axis is axes[-1] else 1)
+        axes[-1].set_xlabel(by)
+        axes[-1].xaxis.set_major_formatter("{x:,.0f}" if by == "updates" else "{x:g}")
+        axes[-1].set_xlim(0, 1.01 * max(line.get_xdata()[-1] for line in axes[0].lines))
     return figure
 
 
-def _curves(axis, parts, train, valid):
-    drawn = []
+def _places(run, series, by):
+    """[E] where the entries of a Series lie on the axis."""
+    return series.updates if by == "updates" else run.hours(series) * {"hours": 1, "minutes": 60}[by]
+
+
+def _place(run, update, by):
+    """Where an update lies on the axis."""
+    loss = run.train["loss"]
+    return update if by == "updates" else float(np.interp(update, loss.updates, _places(run, loss, by)))
+
+
+def _label_depths(axis, run, by):
+    """Above the plot, how many layers each stage has, where there is room; else in the title that these are layers."""
+    ends = _place(run, run.updates, by)
+    spans = [(_place(run, stage.begin, by), _place(run, stage.end, by)) for stage in run.stages]
+    roomy = all(end - begin > 0.11 * ends for begin, end in spans)
+    axis.set_title("Loss" if roomy else "Loss (numbers: layers in use)", loc="left", pad=22)
+    for stage, (begin, end) in zip(run.stages, spans):
+        axis.annotate(
+            f"{stage.depth} layers" if roomy else f"{stage.depth}",
+            ((begin + end) / 2, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            color=GREY,
+            fontsize=10,
+        )
+
+
+def _curves(axis, run, by, parts, style="-"):
     for name, label, colour in parts:
-        for curves, source, style in (
-            (train, "training", {"alpha": 0.45, "linewidth": 1.2}),
-            (valid, "validation", {"linewidth": 1.5, "marker": "o", "markersize": 4}),
+        for curves, source, look in (
+            (run.train, "training", {"alpha": 0.45, "linewidth": 1.2}),
+            (run.valid, "validation", {"linewidth": 1.5, "marker": "o", "markersize": 4}),
         ):
             if name in curves:
-                updates, values = curves[name].updates, curves[name].values
-                axis.plot(updates, values, color=colour, label=f"{label} {source}".strip(), **style)
-                drawn.append(values)
-    values = np.concatenate(drawn)
-    # A loss that falls by an order of magnitude is a flat line on a linear axis.
+                x, values = _places(run, curves[name], by), curves[name].values
+                axis.plot(x, values, style, color=colour, label=_label(run, label, source), **look)
+
+
+def _label(run, label, source):
+    """Of several runs one entry in the legend: its validation, or its training where it has none."""
+    if label != run.name:
+        return f"{label} {source}" if label else source
+    return label if source == "validation" or not run.valid else None
+
+
+def _log_if_wide(axis):
+    """A loss that falls by an order of magnitude is a flat line on a linear axis."""
+    drawn = [line for line in axis.lines if line.get_linestyle() != "--"]
+    values = np.concatenate([line.get_ydata() for line in drawn])
     if values.min() > 0 and values.max() > 10 * values.min():
         axis.set_yscale("log")
-    axis.legend(ncols=len(parts))
 
 
 def draw_similarity(similarity, block=None):
@@ -100,22 +128,81 @@ def draw_similarity(similarity, block=None):
     Returns:
         a matplotlib Figure.
     """
-    layers = len(similarity) - 1
-    with rc_context({**_STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
+    with rc_context(_MATRIX_STYLE):
         figure = Figure(figsize=(7.5, 6.6))
         axis = figure.subplots()
-        lowest = np.floor(np.nanmin(similarity) * 10) / 10
-        image = axis.imshow(similarity, origin="lower", cmap="viridis", vmin=min(lowest, 0.9), vmax=1)
+        image = _matrix(axis, similarity, _lowest([similarity]))
         figure.colorbar(image, label="linear CKA", shrink=0.85)
-        for edge in range(0, layers, block) if block else ():
+        for edge in range(0, len(similarity) - 1, block) if block else ():
             # Black on white: seen on the dark and on the light end of the colours.
             for colour, width in (("white", 4), ("black", 1.5)):
                 axis.axhline(edge + 0.5, color=colour, linewidth=width)
                 axis.axvline(edge + 0.5, color=colour, linewidth=width)
-        ticks = range(0, layers + 1, 1 + layers // 14)
-        axis.set_xticks(ticks)
-        axis.set_yticks(ticks)
         axis.set_xlabel("hidden state (0: input of the first layer)")
         axis.set_ylabel("hidden state")
         axis.set_title("Similarity of the student's layers", loc="left")
     return figure
+
+
+def draw_growths(growths):
+    """The similarity matrices right before and right after each growth, side by side, in one scale of colours.
+
+    Args:
+        growths: list of GrowthSimilarity.
+
+    Returns:
+        a matplotlib Figure.
+    """
+    with rc_context(_MATRIX_STYLE):
+        figure = Figure(figsize=(7.5, 0.3 + 3.4 * len(growths)))
+        axes = figure.subplots(len(growths), 2, squeeze=False)
+        lowest = _lowest([matrix for growth in growths for matrix in (growth.before, growth.after)])
+        for row, growth in zip(axes, growths):
+            for axis, matrix, when in zip(row, (growth.before, growth.after), ("before", "after")):
+                image = _matrix(axis, matrix, lowest, ticks=7)
+                axis.set_title(f"{when} update {growth.update:,}: {len(matrix) - 1} layers", loc="left", fontsize=11)
+        figure.colorbar(image, ax=axes, label="linear CKA", shrink=min(1.0, 0.3 + 0.6 / len(growths)))
+    return figure
+
+
+def draw_layer_weights(weights):
+    """How much each probe takes of each hidden state: the softmax of its learned weighted sum.
+
+    Args:
+        weights: {upstream: {task: [N + 1], summing to 1}}.
+
+    Returns:
+        a matplotlib Figure, one row of bars for each upstream.
+    """
+    tasks = list(dict.fromkeys(task for of_tasks in weights.values() for task in of_tasks))
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.5, 0.8 + 2.5 * len(weights)))
+        axes = figure.subplots(len(weights), 1, squeeze=False, sharey=True)[:, 0]
+        for axis, (upstream, of_tasks) in zip(axes, weights.items()):
+            for task, values in of_tasks.items():
+                number = tasks.index(task)
+                left = np.arange(len(values)) + 0.8 * ((number + 0.5) / len(tasks) - 0.5)
+                axis.bar(left, values, 0.8 / len(tasks), color=COLOURS[number % len(COLOURS)], label=task)
+            axis.set_title(upstream, loc="left")
+            axis.set_ylabel("weight")
+            axis.set_xticks(range(len(values)))
+            axis.grid(axis="x", visible=False)
+        axes[-1].set_xlabel("hidden state (0: input of the first layer)")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(tasks), 4))
+    return figure
+
+
+_MATRIX_STYLE = {**_STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
+
+
+def _lowest(matrices):
+    """The lower end of the scale: a tenth, and at most 0.9, so that noise does not look like structure."""
+    return min(0.9, min(np.floor(np.nanmin(matrix) * 10) / 10 for matrix in matrices))
+
+
+def _matrix(axis, matrix, lowest, ticks=14):
+    image = axis.imshow(matrix, origin="lower", cmap="viridis", vmin=lowest, vmax=1)
+    numbers = range(0, len(matrix), -(-len(matrix) // ticks))
+    axis.set_xticks(numbers)
+    axis.set_yticks(numbers)
+    return image

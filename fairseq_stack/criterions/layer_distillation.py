@@ -195,7 +195,8 @@ class LayerDistillation(FairseqCriterion):
             if name not in ("sample_size", "ntokens", "nsentences"):
                 # The losses of masked and of unmasked frames are means over those frames.
                 count = {"masked_loss": masked, "unmasked_loss": frames - masked}.get(name, frames)
-                metrics.log_scalar(name, total / max(count, 1), count, round=4)
+                priority = {"stage": 1, "depth": 2}.get(name, 10)  # smaller ones come first in the line
+                metrics.log_scalar(name, total / max(count, 1), count, priority, round=4)
 
     @staticmethod
     def logging_outputs_can_be_summed():

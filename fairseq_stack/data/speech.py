@@ -130,7 +130,8 @@ class SpeechDataset(FairseqDataset):
         """Pad to the longest.
 
         Returns:
-            `split`, `id` [B], `utterances` (B names), `waveforms` [B, S], `lengths` [B] in samples, and
+            `split`, `id` [B], `utterances` (B names), `waveforms` [B, S], `lengths` [B] in samples,
+            `padded_samples` and `audio_samples`, how many samples that is with and without padding, and
             `problems`, {name: line} of the recordings that could not be read. Where none could,
             `utterances` is empty and the waveform is silence, because processes that train together
             must each run the model on something.
@@ -149,12 +150,15 @@ class SpeechDataset(FairseqDataset):
         waveforms = [sample["waveform"] for sample in samples if "waveform" in sample]
         if not samples:
             waveforms = [silence]
+        lengths = [self.num_tokens(sample["index"]) for sample in samples]
         batch = {
             "split": self.split,
             "id": torch.tensor([sample["index"] for sample in samples]),
             "utterances": [sample["utterance"] for sample in samples],
             "waveforms": _padded(waveforms) if waveforms else None,
-            "lengths": torch.tensor([self.num_tokens(sample["index"]) for sample in samples] or [len(silence)]),
+            "lengths": torch.tensor(lengths or [len(silence)]),
+            "audio_samples": sum(lengths),
+            "padded_samples": max(lengths, default=0) * len(lengths),
             "problems": problems,
         }
         if self.store:

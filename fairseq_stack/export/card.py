@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from fairseq_stack.data.audio import SAMPLE_RATE
+from fairseq_stack.data.manifest import read_manifest
+from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import samples_per_frame
 
 _CARD = """---
@@ -74,8 +76,6 @@ def model_card(student, state, padding, moving_average=False):
     task, criterion = cfg.get("task") or {}, cfg.get("criterion") or {}
     history, extra = state.get("optimizer_history") or [{}], state.get("extra_state") or {}
     metric = (cfg.get("checkpoint") or {}).get("best_checkpoint_metric", "loss")
-    optimization = cfg.get("optimization") or {}
-    rate = optimization.get("lr")
     seconds = extra.get("previous_training_time")
     growth = model["stack_method"]
     if growth != "none":
@@ -89,13 +89,15 @@ def model_card(student, state, padding, moving_average=False):
         "growth": growth,
         # Names only: a path tells about a machine and not about a model.
         "teacher": Path(task["teacher"]).name if task.get("teacher") else None,
-        "data": Path(task["data"]).name if task.get("data") else None,
+        "data": _data(task.get("data")),
         "input": "zero mean and unit variance" if student.normalize else "the waveform as it is",
         "loss": criterion.get("loss", model.get("loss")),
         "teacher layers": ", ".join(map(str, criterion.get("teacher_layers") or [])) or None,
         "intermediate loss": _intermediate(criterion),
         "masked frames": f"{task['mask_prob']:g}" if task.get("mask_prob") else None,
-        "learning rate": f"{rate[0]:g}" if rate else None,
+        "optimiser": _optimiser(cfg),
+        "batch": _batch(cfg),
+        "precision": _precision(cfg.get("common")),
         "updates": f"{history[-1]['num_updates']:,}" if "num_updates" in history[-1] else None,
         "training time": f"{seconds / 3600:.2f} h" if seconds else None,
         f"validation {metric}": f"{extra['val_loss']:g}" if extra.get("val_loss") is not None else None,
@@ -110,6 +112,51 @@ def model_card(student, state, padding, moving_average=False):
         rows="\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None),
         padding=padding,
     )
+
+
+def _data(folder):
+    """The name of the folder of manifests, and what its train.tsv lists where it still is there."""
+    if not folder:
+        return None
+    try:
+        manifest = read_manifest(Path(folder) / "train.tsv")
+    except InputError:
+        return Path(folder).name
+    hours = manifest.samples.sum() / SAMPLE_RATE / 3600
+    return f"{Path(folder).name}: {len(manifest):,} recordings, {hours:,.2f} h"
+
+
+def _optimiser(cfg):
+    optimizer, schedule = cfg.get("optimizer") or {}, cfg.get("lr_scheduler") or {}
+    rate = (cfg.get("optimization") or {}).get("lr")
+    if not optimizer.get("_name") or not rate:
+        return None
+    parts = [
+        optimizer["_name"],
+        f"learning rate {rate[0]:g}",
+        f"weight decay {optimizer['weight_decay']:g}" if optimizer.get("weight_decay") else None,
+        f"{schedule['_name'].replace('_', ' ')}" if schedule.get("_name") else None,
+        f"{schedule['warmup_updates']:,} updates of warm-up" if schedule.get("warmup_updates") else None,
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _batch(cfg):
+    """What an update hears at most, over all processes and accumulated batches."""
+    dataset, often = cfg.get("dataset") or {}, (cfg.get("optimization") or {}).get("update_freq") or [1]
+    batches = often[-1] * ((cfg.get("distributed_training") or {}).get("distributed_world_size") or 1)
+    parts = [
+        f"{batches * dataset['batch_size']:,} utterances" if dataset.get("batch_size") else None,
+        f"{batches * dataset['max_tokens'] / SAMPLE_RATE:,.0f} s of audio" if dataset.get("max_tokens") else None,
+    ]
+    parts = [part for part in parts if part]
+    return f"up to {' or '.join(parts)}" if parts else None
+
+
+def _precision(common):
+    if common is None:
+        return None
+    return next((name for name in ("fp16", "bf16", "amp") if common.get(name)), "fp32")
 
 
 def _intermediate(criterion):

@@ -65,7 +65,10 @@ def load_s3prl(file, student):
     try:
         from s3prl.upstream.hubert.hubconf import hubert_local
     except ImportError as error:
-        raise InputError(f"s3prl cannot be imported ({error}); install espnet-s3prl beside fairseq") from None
+        raise InputError(
+            f"s3prl cannot be imported ({error}); pip install espnet-s3prl, on Python 3.10 in an environment without"
+            " fairseq"
+        ) from None
     upstream = hubert_local(ckpt=str(file)).eval()
     # The upstream normalises by itself where the export says so.
     return lambda waveforms: dict(enumerate(upstream(waveforms)["hidden_states"]))

@@ -283,6 +283,18 @@ class StackedHubert(HubertEncoder):
         ended = self.plateau is not None and self.plateau.reached and self.stage_number < len(self.plan.stages)
         return max(stage_at(update, self.starts) + 1, self.stage_number + ended)
 
+    def updates_left(self, update):
+        """{depth: updates still to do at it} after `update` updates; empty without optimization.max_update.
+
+        With the plateau schedule a stage may end before, and the next one then takes its updates.
+        """
+        if self.cfg.max_update <= 0:
+            return {}
+        begins = [update] * self.stage_number + [max(start, update) for start in self.starts[self.stage_number :]]
+        ends = (*self.starts[1:], self.cfg.max_update)
+        stages = list(zip(self.plan.depths, begins, ends))[self._stage_index :]
+        return {depth: max(end - begin, 0) for depth, begin, end in stages}
+
     def observe_validation(self, update, loss):
         """Tell the plateau schedule the validation loss at `update`; the other schedules do not care."""
         if self.plateau is not None:

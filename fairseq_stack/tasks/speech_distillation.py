@@ -13,6 +13,7 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 
 from fairseq_stack import preemption
+from fairseq_stack.analysis.growth_similarity import GrowthSimilarity, similarity_of, write_growth
 from fairseq_stack.data.bad_audio import BadAudio, check_bad_audio
 from fairseq_stack.data.manifest import missing_files, read_manifest
 from fairseq_stack.data.speech import SpeechDataset
@@ -23,7 +24,8 @@ from fairseq_stack.errors import InputError, check_choice, one_line_errors
 from fairseq_stack.finite import check_loss
 from fairseq_stack.growth.surgery import copy_optimizer_state
 from fairseq_stack.lengths import receptive_field
-from fairseq_stack.losses import span_mask
+from fairseq_stack.losses import span_mask, valid_frames
+from fairseq_stack.progress import COUNTS, Progress
 from fairseq_stack.run_state import save_whole_state
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import PRECISIONS
@@ -82,6 +84,7 @@ class SpeechDistillationConfig(FairseqDataclass):
         metadata={"help": "how targets are stored: fp16, or int8 with a scale for each frame, which takes half the space"},
     )
     seed: int = II("common.seed")
+    save_dir: str = II("checkpoint.save_dir")
 
 
 @register_task("speech_distillation", dataclass=SpeechDistillationConfig)
@@ -108,6 +111,8 @@ class SpeechDistillation(FairseqTask):
         self.bad_audio = {}  # of each split
         self.update, self.utterances = 0, []  # updates done, and what the one at hand hears
         self.told_to_end = False  # the same in all processes
+        self.progress = Progress()
+        self.depth, self.updates_left = 0, {}
 
     @classmethod
     @one_line_errors
@@ -211,6 +216,8 @@ class SpeechDistillation(FairseqTask):
         output = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
         loss, sample_size, logging_output = self.checked(output, sample, model, update_num)
         logging_output["told_to_end"] = float(preemption.told_to_end())
+        logging_output.update(self.progress.count(sample))
+        self.depth, self.updates_left = model.depth, model.updates_left(update_num + 1)
         return loss, sample_size, logging_output
 
     @one_line_errors
@@ -231,7 +238,11 @@ class SpeechDistillation(FairseqTask):
         """fairseq's hook after every update, with the sums over all processes."""
         told = [log.pop("told_to_end", 0.0) for log in logging_outputs]
         self.told_to_end = self.told_to_end or any(told)
+        counts = [{name: log.pop(name) for name in COUNTS if name in log} for log in logging_outputs]
         super().reduce_metrics(logging_outputs, criterion)
+        if counts[0]:  # in training
+            sums = {name: sum(count[name] for count in counts) for name in COUNTS}
+            self.progress.log(sums, self.depth, self.updates_left)
 
     def post_validate(self, model, stats, agg):
         """fairseq's hook after every validation subset, with the means over all processes."""
@@ -287,14 +298,20 @@ class SpeechDistillation(FairseqTask):
     def grow(self, sample, model, criterion, optimizer, update_num, ema_model):
         """Let the model wake its layers and carry the optimiser and the moving average along.
 
-        Logs the loss on the batch at hand before and after, which tells how gently the growth went.
+        Logs the loss on the batch at hand before and after, which tells how gently the growth went, and
+        writes the similarity of the layers before and after beside the checkpoints, for the report.
         """
         before, depth = self._loss(sample, model, criterion, optimizer), model.depth
+        writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        alike = self._similarity(sample, model, optimizer) if writes else None
         model.set_num_updates(update_num)
         copy_optimizer_state(optimizer, model.finish_growth(), model.stack_optimizer_state)
         if ema_model is not None:
             ema_model.moving_average.grow_to(model.stage_number)
         after = self._loss(sample, model, criterion, optimizer)
+        if writes:
+            grown = self._similarity(sample, model, optimizer)
+            write_growth(self.cfg.save_dir, GrowthSimilarity(update_num, alike, grown))
         logger.info(
             f"growth | update {update_num} | stage {model.stage_number} | depth {depth} -> {model.depth}"
             f" | loss on this batch {before:.4f} -> {after:.4f}"
@@ -306,6 +323,17 @@ class SpeechDistillation(FairseqTask):
             loss, sample_size, _ = super().valid_step(sample, model, criterion)
         model.train()
         return loss.item() / sample_size
+
+    @torch.no_grad()
+    def _similarity(self, sample, model, optimizer):
+        """Linear CKA between the student's hidden states of one batch, without dropout."""
+        model.eval()
+        with torch.autocast("cuda", enabled=isinstance(optimizer, AMPOptimizer)):
+            states, frames = model.hidden_states(
+                sample["waveforms"], sample["lengths"], sample.get("mask"), sample.get("features")
+            )
+        model.train()
+        return similarity_of(states, valid_frames(frames, states[0].size(1)))
 
 
 def check_links(model_cfg, node, cfg, names):

@@ -18,15 +18,16 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
-import s3prl.hub
 import torch
 import torch.nn.functional as F
-from conftest import LINKED, TINY, stock_hubert
+from conftest import LINKED, S3PRL_FITS, TINY, stock_hubert
 from omegaconf import OmegaConf
+from training import composed
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
 from fairseq_stack.errors import InputError
+from fairseq_stack.export.card import model_card
 from fairseq_stack.export.command import FORMATS
 from fairseq_stack.export.fairseq import export_fairseq
 from fairseq_stack.export.huggingface import export_huggingface
@@ -58,7 +59,8 @@ BASE = {"extractor_mode": "default", "layer_norm_first": False, "conv_bias": Fal
 LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
 OTHER_ACTIVATIONS = ("gelu_accurate", "gelu_fast", "relu", "tanh", "linear")
 DISTILHUBERT = {"feature_layer_norm": False, "intermediate_style": "prediction"}
-OTHER_FORMATS = [format for format in FORMATS if format != "s3prl-distiller"]
+FORMATS_HERE = [format for format in FORMATS if S3PRL_FITS or not format.startswith("s3prl")]
+OTHER_FORMATS = [format for format in FORMATS_HERE if format != "s3prl-distiller"]
 LENGTHS = (400, 7_777, 16_000, 16_080)  # samples; 1, 24, 49 and 50 frames
 
 
@@ -129,11 +131,9 @@ def test_every_hidden_state_of_an_utterance_equals_fairseqs(tmp_path, shape, nor
     model, state = hubert_and_state(shape, stage, normalize)
     student = student_from_checkpoint(state)
     export_huggingface(student, tmp_path / "huggingface")
-    export_s3prl(student, tmp_path / "s3prl.pt")
 
     in_transformers, report = HubertModel.from_pretrained(tmp_path / "huggingface", output_loading_info=True)
     assert not any(report.values()), report
-    in_s3prl = s3prl.hub.hubert_local(ckpt=str(tmp_path / "s3prl.pt")).eval()
 
     for length in LENGTHS:
         source = waveform(length)
@@ -144,8 +144,23 @@ def test_every_hidden_state_of_an_utterance_equals_fairseqs(tmp_path, shape, nor
             output = in_transformers(inputs[None], output_hidden_states=True)
             assert difference(output.hidden_states, expected) < TOLERANCE
             assert difference([output.last_hidden_state], expected[-1:]) < TOLERANCE
-            assert difference(in_s3prl([source])["hidden_states"], expected) < TOLERANCE
             assert difference(PlainStudent(student)(source[None], torch.tensor([length]))[0], expected) < TOLERANCE
+
+
+@pytest.mark.s3prl
+@pytest.mark.parametrize("shape", [BASE, LARGE, {**BASE, "layer_norm_first": True}, {**LARGE, "layer_norm_first": False}])
+@pytest.mark.parametrize("normalize, stage", [(False, 0), (True, 1), (False, 3)])
+def test_every_hidden_state_in_s3prls_hubert_equals_fairseqs(tmp_path, shape, normalize, stage):
+    import s3prl.hub
+
+    model, state = hubert_and_state(shape, stage, normalize)
+    export_s3prl(student_from_checkpoint(state), tmp_path / "s3prl.pt")
+    upstream = s3prl.hub.hubert_custom(ckpt=str(tmp_path / "s3prl.pt")).eval()
+    assert type(upstream) is type(s3prl.hub.hubert_local(ckpt=str(tmp_path / "s3prl.pt")))
+    for length in LENGTHS:
+        with torch.no_grad():
+            states = upstream([waveform(length)])["hidden_states"]
+        assert difference(states, fairseq_hidden_states(model, waveform(length), normalize)) < TOLERANCE
 
 
 @pytest.mark.parametrize("shape, normalize, stage", [(BASE, False, 1), (LARGE, True, 3)], ids=["base", "large"])
@@ -195,6 +210,7 @@ def test_the_plain_forward_pass_equals_the_training_model_in_a_padded_batch(tmp_
         assert difference([heads["head 12"][row, :count]], [trained["predictions"][12][row, :count]]) < TOLERANCE
 
 
+@pytest.mark.s3prl
 @pytest.mark.parametrize(
     "shape, normalize, tolerance",
     [
@@ -207,6 +223,8 @@ def test_the_plain_forward_pass_equals_the_training_model_in_a_padded_batch(tmp_
     ],
 )
 def test_s3prl_loads_the_huggingface_export_with_its_preprocessing(tmp_path, shape, normalize, tolerance):
+    import s3prl.hub
+
     model, state = hubert_and_state(shape, 1, normalize)
     export_huggingface(student_from_checkpoint(state), tmp_path)
     upstream = s3prl.hub.hf_hubert_custom(str(tmp_path)).eval()
@@ -343,15 +361,22 @@ def export_student(monkeypatch, capsys):
 
 
 def test_the_command_works_without_fairseq_and_hydra_and_says_what_it_compared_with(tmp_path, speech):
-    checkpoint = student_file(tmp_path, speech, 2)
+    jobs = []
+    for format in FORMATS_HERE:
+        folder = tmp_path / f"{format} source"
+        folder.mkdir()
+        checkpoint = student_file(folder, speech, 2, **(DISTILHUBERT if format == "s3prl-distiller" else {}))
+        jobs.append(["", str(checkpoint), "--to", format, "--output", str(tmp_path / format)])
+    jobs = [job for job in jobs if job[3] != "fairseq"]  # which is verified in fairseq
     code = (
-        "import sys; sys.modules.update(fairseq=None, hydra=None);"
-        " from fairseq_stack.export.command import main; main()"
+        "import sys; sys.modules.update(fairseq=None, hydra=None)\n"
+        "from fairseq_stack.export.command import main\n"
+        f"for sys.argv in {jobs}: main()"
     )
-    arguments = [checkpoint, "--to", "huggingface", "--output", tmp_path / "student"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "largest difference to the same weights in plain PyTorch (fairseq is not installed)" in done.stdout
+    said = "largest difference to the same weights in plain PyTorch (fairseq is not installed)"
+    assert done.stdout.count(said) == len(jobs) >= 2 and all(Path(job[5]).exists() for job in jobs)
 
 
 def test_the_console_command_is_the_scripts():
@@ -379,10 +404,9 @@ def test_the_script_exports_a_student_at_any_stage_and_stores_the_proof(
         assert agrees is (FORMATS[format].padding(student_from_checkpoint(load_checkpoint(checkpoint))) is None)
         assert [len(one["difference"]) for one in (*proof["alone"], proof["padded_batch"])] == [depth + 1] * 9
     assert HubertModel.from_pretrained(tmp_path / "huggingface").config.num_hidden_layers == depth
-    in_s3prl = s3prl.hub.hubert_local(ckpt=str(tmp_path / "s3prl"))
-    assert len(in_s3prl([waveform(8_000)])["hidden_states"]) == depth + 1
 
 
+@pytest.mark.s3prl
 @pytest.mark.parametrize(
     "shape, layers",
     [
@@ -396,6 +420,8 @@ def test_the_script_exports_a_student_at_any_stage_and_stores_the_proof(
 def test_a_student_without_a_norm_behind_the_cnn_goes_to_s3prls_distiller_heads_included(
     tmp_path, speech, export_student, shape, layers
 ):
+    import s3prl.hub
+
     checkpoint = student_file(tmp_path, speech, 2, layers, **{**DISTILHUBERT, **shape})
     for format in ("s3prl-distiller", "huggingface", "onnx"):
         assert export_student(checkpoint, "--to", format, "--output", tmp_path / format)[0] is None
@@ -441,7 +467,7 @@ def test_the_model_card_tells_how_the_student_was_made(tmp_path, speech, export_
     for row in (
         f"| parameters | {parameters / 1e6:.2f} M |",
         "| growth | interleaved stacking in 4 stages, prop schedule; exported at 6 of 12 layers |",
-        f"| data | {speech.name} |",
+        f"| data | {speech.name}: 24 recordings, 0.00 h |",
         "| updates | 1,234 |",
         "| best validation loss | 0.25 |",
     ):
@@ -449,11 +475,28 @@ def test_the_model_card_tells_how_the_student_was_made(tmp_path, speech, export_
     assert str(speech) not in card and "2606.11766" in card and "None" not in card
 
 
+def test_the_model_card_tells_the_papers_recipe():
+    cfg = OmegaConf.to_container(composed("librispeech_base", ["task.data=manifests/ls960", "task.teacher=t/hubert.pt"]))
+    shape = SimpleNamespace(config={**cfg["model"], "encoder_layers": 12}, depth=12, weights={}, normalize=False,
+                            conv_layers=parse_conv_layers(StackedHubertConfig.conv_feature_layers))  # fmt: skip
+    cfg["distributed_training"]["distributed_world_size"] = 4
+    cfg["dataset"]["batch_size"] = 16
+    card = model_card(shape, {"cfg": cfg}, padding="none")
+    for row in (
+        "| teacher | hubert.pt |",
+        "| data | ls960 |",
+        "| optimiser | adam, learning rate 0.0005, weight decay 0.0001, polynomial decay, 23,074 updates of warm-up |",
+        "| batch | up to 64 utterances |",
+        "| precision | fp16 |",
+    ):
+        assert row in card
+
+
 def test_the_moving_average_is_exported_if_asked_for_and_there(tmp_path, speech, export_student):
     checkpoint, target = student_file(tmp_path, speech, 2), tmp_path / "student.pt"
-    assert export_student(checkpoint, "--to", "s3prl", "--output", target, "--ema")[0] is None
+    assert export_student(checkpoint, "--to", "fairseq", "--output", target, "--ema")[0] is None
     trained = student_from_checkpoint(load_checkpoint(checkpoint)).weights
-    exported = torch.load(target, weights_only=True)["model_weight"]
+    exported = torch.load(target, weights_only=True)["model"]
     assert all(torch.equal(exported[name], 0.5 * weight) for name, weight in trained.items())
 
     state = load_checkpoint(checkpoint)
@@ -479,15 +522,15 @@ def test_a_file_may_replace_a_folder_by_force_and_the_other_way_round(tmp_path, 
     checkpoint, target = student_file(tmp_path, speech, 1), tmp_path / "out" / "target"
     target.parent.mkdir()
     for format, names in (
-        ("s3prl", {"target", "target.verification.json"}),
+        ("fairseq", {"target", "target.verification.json"}),
         ("huggingface", {"target"}),
-        ("s3prl", {"target", "target.verification.json"}),
+        ("fairseq", {"target", "target.verification.json"}),
     ):
         assert export_student(checkpoint, "--to", format, "--output", target, "--force")[0] is None
         assert {path.name for path in target.parent.iterdir()} == names
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS_HERE)
 def test_an_export_is_replaced_by_force_once_verified_and_the_same_input_gives_the_same_bytes(
     tmp_path, speech, export_student, format
 ):

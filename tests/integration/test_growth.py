@@ -2,10 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from training import tiny, train
 
+from fairseq_stack.analysis.growth_similarity import read_growths
 from fairseq_stack.growth.surgery import paired_parameters
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
@@ -44,10 +46,18 @@ def test_every_method_trains_through_its_growths(
         "model.stack_stages": stages,
         "model.stack_schedule": "equal",
         "optimization.max_update": 8,
+        "optimization.lr": "[0.05]",  # layers with random weights leave their input almost as it is
         "checkpoint.no_save": True,
     }
     model = train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields)).model
     assert growths == expected and model.depth == 12
+    similarities = read_growths(tmp_path / "checkpoints")
+    assert [(one.update, len(one.after) - 1) for one in similarities] == [(update, depth) for update, depth, _ in growths]
+    if method in ("gradual", "stackbert", "gstack"):  # copies on top leave the states below them as they were
+        for one in similarities:
+            kept = len(one.before)
+            np.testing.assert_allclose(one.after[:kept, :kept], one.before, atol=1e-4)
+        assert np.ptp(similarities[-1].before) > 0.01
     for growth in model.plan.growths:
         for source, woken in growth:
             weights = (model.encoder.layers[seat].fc1.weight for seat in (source, woken))

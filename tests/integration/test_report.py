@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import re
 import subprocess
@@ -16,8 +17,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
+from fairseq_stack.analysis.growth_similarity import GrowthSimilarity, write_growth
 from fairseq_stack.analysis.hidden_states import hidden_states_of
+from fairseq_stack.analysis.plots import draw_layer_weights
+from fairseq_stack.analysis.probes import read_layer_weights
 from fairseq_stack.analysis.report import write_report
+from fairseq_stack.analysis.runs import read_run, read_runs
 from fairseq_stack.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +46,7 @@ def run(tmp_path_factory):
 
 
 def log(folder, first, last, clock):
+    begin = clock
     with SummaryWriter(folder / "tensorboard" / "train_inner") as train, SummaryWriter(
         folder / "tensorboard" / "valid"
     ) as valid:
@@ -49,7 +55,8 @@ def log(folder, first, last, clock):
             clock += 0.5 if deep else 0.25
             losses = {"loss": 3 / update, "output_loss": 2 / update, "intermediate_loss": 2 / update}
             if update % 5 == 0:
-                for name, value in {**losses, "stage": 1 + deep, "depth": 4 if deep else 2}.items():
+                wall = round(clock - begin)  # as fairseq rounds it
+                for name, value in {**losses, "stage": 1 + deep, "depth": 4 if deep else 2, "wall": wall}.items():
                     train.add_scalar(name, value, update, walltime=clock)
             if update % 20 == 0:
                 clock += 3
@@ -108,14 +115,14 @@ def test_the_script_writes_the_whole_report_without_fairseq_and_hydra(run, stude
     ]
     assert (report / "stages.md").read_text() in done.stdout
     names = sorted(path.name for path in report.iterdir())
-    assert names == ["index.html", "loss.png", "similarity.png", "stages.md"]
+    assert names == ["index.html", "loss.png", "loss_by_time.png", "similarity.png", "stages.md"]
 
     page = (report / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<link|<script|@import|url\(|file:", page)
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     embedded = [base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", page)]
-    assert embedded == [(report / name).read_bytes() for name in ("loss.png", "similarity.png")]
+    assert embedded == [(report / name).read_bytes() for name in ("loss.png", "loss_by_time.png", "similarity.png")]
     for png in embedded:
         assert_is_image(png)
     assert "<td>30.0</td>" in page
@@ -123,20 +130,95 @@ def test_the_script_writes_the_whole_report_without_fairseq_and_hydra(run, stude
     assert "&lt;b&gt;&amp;" in page and "<b>" not in page
 
 
-def test_without_hidden_states_the_report_has_the_losses_and_the_stages(run, tmp_path):
-    table = write_report(run, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "loss.png", "stages.md"]
-    assert table == (tmp_path / "stages.md").read_text()
+def test_wall_clock_time_leaves_out_pauses_and_what_a_resumed_run_did_again(run):
+    read = read_run(run, "run")
+    hours = read.hours(read.train["loss"])
+    # Updates 1 to 60 of the first start: 40 x 0.25 s, 20 x 0.5 s and two validations of 3 s (the third comes behind
+    # the entry at 60). From there on the second start's clock counts: 40 x 0.5 s and a validation behind 80.
+    at = dict(zip(read.train["loss"].updates.tolist(), (3600 * hours).tolist()))
+    assert at[40] == pytest.approx(10 + 3, abs=0.5) and at[60] == pytest.approx(10 + 10 + 6, abs=0.5)
+    assert at[65] == pytest.approx(at[60] + 2.5, abs=1) and at[100] == pytest.approx(at[60] + 20 + 3, abs=1)
+    assert (np.diff(hours) > 0).all()
+    validations = 3600 * read.hours(read.valid["loss"])
+    assert validations[1] == pytest.approx(at[40] + 3, abs=0.5) and validations[4] == pytest.approx(at[100] + 3, abs=0.5)
 
 
-def test_a_training_without_stages_is_refused_and_nothing_is_written(tmp_path):
+@pytest.fixture(scope="module")
+def slow_run(tmp_path_factory):
+    """100 updates at full depth and 0.5 s, without validation."""
+    folder = tmp_path_factory.mktemp("slow")
+    with SummaryWriter(folder / "tensorboard" / "train_inner") as train:
+        for update in range(5, 101, 5):
+            entry = {"loss": 2 / update, "stage": 1, "depth": 4, "wall": round(0.5 * update)}
+            for name, value in entry.items():
+                train.add_scalar(name, value, update, walltime=1000 + 0.5 * update)
+    return folder
+
+
+def test_several_runs_share_the_plots_and_are_compared_with_a_reference(run, slow_run, tmp_path):
+    write_growth(tmp_path / "run" / "checkpoints", GrowthSimilarity(40, np.eye(3), np.eye(5)))
+    (tmp_path / "run" / "tensorboard").symlink_to(run / "tensorboard")
+    runs, reference = read_runs([tmp_path / "run", slow_run], slow_run)
+    assert [one.name for one in runs] == ["run", slow_run.name] and reference is runs[1]
+    tables = write_report(runs, tmp_path / "report", reference)
+    assert tables.count("| stage |") == 2 and f"\n{slow_run.name}\n" in tables
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    # 0.5 s an update against 40 of 0.25 s and 60 of 0.5 s; the reference's own cell is empty.
+    assert f"<td>speed-up over {slow_run.name}</td><td>1.25×</td><td>–</td>" in page
+    pictures = sorted(path.name for path in (tmp_path / "report").glob("*.png"))
+    assert pictures == ["growths_1.png", "loss.png", "loss_by_time.png"]
+    for name in pictures:
+        assert_is_image((tmp_path / "report" / name).read_bytes())
+
+
+def test_runs_with_the_same_folder_name_go_by_their_paths(run, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "demo").symlink_to(run)
+    runs, reference = read_runs([tmp_path / "a" / "demo"], tmp_path / "b" / "demo")
+    assert len(runs) == 1 and reference is runs[0]  # one and the same folder
+    for name in ("c", "d"):
+        (tmp_path / name / "demo").mkdir(parents=True)
+        (tmp_path / name / "demo" / "tensorboard").symlink_to(run / "tensorboard")
+    runs, reference = read_runs([tmp_path / "c" / "demo"], tmp_path / "d" / "demo")
+    assert [one.name for one in runs] == ["c/demo", "d/demo"] and reference is runs[1]
+
+
+def test_an_earlier_reports_figures_do_not_stay_behind(run, slow_run, tmp_path):
+    for name in ("growths_2.png", "layer_weights.png", "mine.png"):
+        (tmp_path / name).write_bytes(b"old")
+    write_report([read_run(slow_run, "slow")], tmp_path)
+    names = ["index.html", "loss.png", "loss_by_time.png", "mine.png", "stages.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_the_probes_weights_are_means_over_seeds_and_log_mel_has_none(tmp_path):
+    def seeds(*weights):
+        return {str(seed): {"test": 0.5, "layer_weights": one} for seed, one in enumerate(weights, start=1)}
+
+    student = {"speaker": seeds([0.2, 0.8], [0.4, 0.6]), "language": seeds([0.5, 0.5])}
+    log_mel = {"upstreams": {"log-mel": {"tasks": {"speaker": seeds([1.0])}}}}
+    results = {"upstreams": {"student": {"tasks": student}, **log_mel["upstreams"]}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    weights = read_layer_weights(tmp_path / "results.json")
+    assert list(weights) == ["student"] and list(weights["student"]) == ["speaker", "language"]
+    np.testing.assert_allclose(weights["student"]["speaker"], [0.3, 0.7])
+    figure = draw_layer_weights(weights)
+    bars = [bar.get_height() for bar in figure.axes[0].patches]
+    np.testing.assert_allclose(bars, [0.3, 0.7, 0.5, 0.5])
+    for content in ("", "{}", "[]", "[1]", json.dumps(log_mel)):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(InputError, match="--probes .*results.json"):
+            read_layer_weights(tmp_path / "results.json")
+
+
+def test_a_training_without_stages_is_refused(tmp_path):
     with SummaryWriter(tmp_path / "tensorboard" / "train_inner") as writer:
         writer.add_scalar("loss", 1.0, 10)
     with pytest.raises(InputError, match="no scalar 'stage'"):
-        write_report(tmp_path, tmp_path / "report")
+        read_run(tmp_path, "run")
     with pytest.raises(InputError, match="no TensorBoard event files"):
-        write_report(tmp_path / "elsewhere", tmp_path / "report")
-    assert not (tmp_path / "report").exists()
+        read_run(tmp_path / "elsewhere", "run")
 
 
 def test_hidden_states_run_from_the_input_of_the_first_layer_to_the_output_of_the_last(student, speech):

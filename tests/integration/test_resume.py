@@ -8,8 +8,10 @@ import torch
 from training import tiny, train
 
 from fairseq_stack.analysis.scalars import read_scalars
+from fairseq_stack.progress import CLOCKS
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
+SPEED = ("wps", "ups", "wall", "train_wall", *CLOCKS)
 UPDATES = 10
 EPOCH_END, MID_EPOCH = 6, 4  # 24 recordings in batches of 4: epochs of 6 updates, or of 3 with accumulation
 
@@ -142,9 +144,8 @@ def _same(one, other):
 def whole_state(folder):
     """Everything that a run's last checkpoint says about it; not clocks, paths, the list of starts and meters that nobody logs."""
     state = torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True)
-    clocks = ("wps", "ups", "wall", "train_wall")
     meters = state["extra_state"].pop("metrics")
-    meters = {name: [meter for meter in meters[name] if meter[1] not in clocks] for name in ("train", "train_inner")}
+    meters = {name: [meter for meter in meters[name] if meter[1] not in SPEED] for name in ("train", "train_inner")}
     del state["extra_state"]["previous_training_time"], state["cfg"]
     state["optimizer_history"] = state["optimizer_history"][-1]
     return {**state, "metrics": meters}
@@ -157,7 +158,7 @@ def logged(folder):
         for part in ("train_inner", "train", "valid")
         if (folder / "tensorboard" / part).exists()
         for name, series in read_scalars(folder / "tensorboard" / part).items()
-        if name not in ("wps", "ups", "wall", "train_wall")
+        if name not in SPEED
     }
 
 

@@ -42,7 +42,7 @@ def test_the_command_grows_through_3_6_9_and_12_layers_and_logs_the_loss_around_
     assert state["optimizer_history"][-1]["num_updates"] == 20 and state["model"]["stage"] == 3
     for name in ("loss", "output_loss", "intermediate_loss", "layer_4", "layer_8", "layer_12", "teacher_norm"):
         assert re.search(rf"\b{name}=\d", output), name
-    assert "depth=12, stage=4" in output
+    assert "stage=4, depth=12" in output
 
 
 def test_the_teacher_is_not_in_the_checkpoint(finished):

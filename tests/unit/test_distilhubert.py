@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import LINKED, TINY
 from omegaconf import OmegaConf
-from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
 from training import EXAMPLES
 
 from fairseq_stack.criterions.layer_distillation import (
@@ -43,6 +42,8 @@ def distilhubert():
 
 def s3prl_distiller(student):
     """s3prl's model of the same shape and weights."""
+    from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
+
     config = DistillerConfig(
         {
             **TINY,
@@ -68,6 +69,7 @@ def s3prl_distiller(student):
     return distiller
 
 
+@pytest.mark.s3prl
 def test_the_distilhubert_recipe_gives_the_loss_and_gradient_of_s3prls_distiller():
     student, criterion = distilhubert()
     distiller = s3prl_distiller(student)

@@ -1,0 +1,144 @@
+"""One training as the report sees it: its scalars, stages, costs, growths and configuration."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import numpy as np
+import yaml
+
+from fairseq_stack.analysis.growth_similarity import GrowthSimilarity, read_growths
+from fairseq_stack.analysis.scalars import Series, read_scalars
+from fairseq_stack.analysis.stages import Stage, find_stages, seconds_per_update
+from fairseq_stack.checkpoint import load_checkpoint
+from fairseq_stack.errors import InputError
+
+# What the configuration in a checkpoint says about a distillation; the rest is fairseq's for other jobs.
+CONFIG_GROUPS = (
+    "task", "model", "criterion", "optimization", "optimizer", "lr_scheduler", "dataset", "common", "checkpoint",
+    "distributed_training", "ema",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training.
+
+    Attributes:
+        name: what to call it.
+        train: {name: Series} of the training.
+        valid: the same of the validation; may be empty.
+        stages: its stages.
+        costs: seconds of an update in each stage, nan where unknown.
+        growths: how alike the layers were around each growth; may be empty.
+        config: the resolved configuration, or None where neither a checkpoint nor hydra kept it.
+    """
+
+    name: str
+    train: Dict[str, Series]
+    valid: Dict[str, Series]
+    stages: List[Stage]
+    costs: List[float]
+    growths: List[GrowthSimilarity]
+    config: Optional[dict]
+
+    @property
+    def updates(self):
+        return self.stages[-1].end
+
+    @property
+    def seconds(self):
+        """Of training: without validation, growth and pauses; nan where the cost of a stage is unknown."""
+        return sum(cost * stage.updates for cost, stage in zip(self.costs, self.stages))
+
+    @property
+    def block(self):
+        """Layers that one layer of the first stage has become in an interleaved student; None for others."""
+        model = (self.config or {}).get("model") or {}
+        return model.get("stack_stages") if model.get("stack_method") == "interleaved" else None
+
+    def hours(self, series):
+        """[E] hours of wall-clock time until each entry of a Series of this run.
+
+        Counts loading, validation and checkpoints; neither the time between two starts nor what a
+        resumed run did for the second time.
+        """
+        wall = self.train["wall"]  # fairseq's seconds since the start of the process
+        firsts = [int(np.argmax(wall.starts == start)) for start in np.unique(wall.starts)]
+        begins = wall.clock[firsts] - wall.values[firsts]
+        lasts = [*(first - 1 for first in firsts[1:]), len(wall.clock) - 1]
+        spent = np.cumsum([0.0, *(wall.clock[last] - begin for last, begin in zip(lasts, begins))])
+        start = np.maximum(np.searchsorted(begins, series.clock, side="right") - 1, 0)
+        return (spent[start] + series.clock - begins[start]) / 3600
+
+
+def read_runs(folders, reference=None):
+    """Read several trainings and the one to compare them with, which may be one of them.
+
+    They go by the names of their folders, or, where two have the same, by their paths.
+
+    Returns:
+        a list of Run, and the Run of `reference` or None.
+
+    Raises:
+        InputError: as `read_run`.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    paths = list(dict.fromkeys([*paths, *([Path(reference).resolve()] if reference else [])]))
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+    runs = {path: read_run(path, name) for path, name in zip(paths, names)}
+    return list(runs.values()), runs[Path(reference).resolve()] if reference else None
+
+
+def read_run(folder, name):
+    """Read the folder of a training, with tensorboard/ and, for what they hold, checkpoints/ or .hydra/ in it.
+
+    Args:
+        folder: where it is.
+        name: what to call it.
+
+    Raises:
+        InputError: the scalars are missing or not those of a distillation, or a file is damaged.
+    """
+    folder = Path(folder)
+    train = read_scalars(folder / "tensorboard" / "train_inner")
+    for scalar in ("loss", "stage", "depth", "wall"):
+        if scalar not in train:
+            raise InputError(
+                f"{folder / 'tensorboard'} has no scalar {scalar!r}; give a training of speech_distillation"
+            )
+    valid = read_scalars(folder / "tensorboard" / "valid") if (folder / "tensorboard" / "valid").is_dir() else {}
+    valid = valid if "loss" in valid else {}
+    last_update = max(int(scalars["loss"].updates[-1]) for scalars in (train, valid) if scalars)
+    stages = find_stages(train["stage"], train["depth"], last_update)
+    costs = seconds_per_update(stages, train["loss"], valid.get("loss"))
+    growths = read_growths(folder / "checkpoints")
+    return Run(name, train, valid, stages, costs, growths, read_config(folder))
+
+
+def read_config(folder):
+    """The resolved configuration of a run as plain values: from its last checkpoint, or else as hydra wrote it.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    checkpoint, hydra = folder / "checkpoints" / "checkpoint_last.pt", folder / ".hydra" / "config.yaml"
+    if checkpoint.is_file():
+        config = load_checkpoint(checkpoint, header_only=True).get("cfg") or {}
+        return {
+            group: {name: value for name, value in config[group].items() if value is not None}
+            for group in CONFIG_GROUPS
+            if isinstance(config.get(group), dict)
+        }
+    if not hydra.is_file():
+        return None
+    try:
+        config = yaml.safe_load(hydra.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{hydra} cannot be read as YAML; remove it") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{hydra} is no configuration; remove it")
+    return config

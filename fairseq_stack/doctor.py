@@ -1,0 +1,221 @@
+"""Whether an installation, prepared speech and a teacher are fit for a training, and what to do where they are not."""
+
+import importlib
+import io
+import logging
+import platform
+import shutil
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+# Versions that the tests pass with, by Python; as in constraints.txt and constraints-3.10.txt.
+_LATEST = {
+    "torch": "2.14.1",
+    "torchaudio": "2.11.0",
+    "ve-fairseq": "0.12.3",
+    "hydra-core": "1.3.8",
+    "omegaconf": "2.3.1",
+    "numpy": "2.4.6",
+    "transformers": "5.18.0",
+    "soundfile": "0.14.0",
+}
+TESTED = {
+    "3.10": {
+        "torch": "2.4.1",
+        "torchaudio": "2.4.1",
+        "fairseq": "0.12.2",
+        "hydra-core": "1.0.7",
+        "omegaconf": "2.0.6",
+        "numpy": "1.26.4",
+        "transformers": "4.57.6",
+        "soundfile": "0.14.0",
+    },
+    "3.11": _LATEST,
+    "3.12": _LATEST,
+}
+_MODULES = {"hydra-core": "hydra", "ve-fairseq": "fairseq"}  # others go by the name of their package
+FAIRSEQS = ("fairseq", "ve-fairseq")
+
+
+class Finding(NamedTuple):
+    """One line of the doctor's.
+
+    Attributes:
+        what: was looked at.
+        verdict: "ok"; "note", for what may be in order; or "fix".
+        text: what was found, and what to do.
+    """
+
+    what: str
+    verdict: str
+    text: str
+
+    def __str__(self):
+        return f"{self.verdict:4}  {self.what}: {self.text}"
+
+
+def examine(data=None, teacher=None):
+    """Look at everything; a generator of Findings, in the order of what needs what.
+
+    Args:
+        data: folder of manifests, or None.
+        teacher: path of a teacher, or None.
+    """
+    # What fairseq and hydra say while they are imported is not about the installation.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    yield python()
+    fit = True
+    for finding in packages():
+        fit = fit and finding.verdict != "fix"
+        yield finding
+    if fit:
+        yield gpu()
+        yield libsndfile()
+    for name, path, look in (("data", data, speech), ("teacher", teacher, foundation_model)):
+        if path is not None and fit:
+            yield from look(path)
+        elif path is not None:
+            yield Finding(name, "note", "not looked at; first fix the installation")
+
+
+def python():
+    version = ".".join(map(str, sys.version_info[:2]))
+    found = f"{platform.python_version()} ({sys.executable})"
+    if version in TESTED:
+        return Finding("Python", "ok", found)
+    if sys.version_info < (3, 9):
+        return Finding("Python", "fix", f"{found} is too old; use {' or '.join(TESTED)}")
+    return Finding("Python", "note", f"{found} is not tested; {', '.join(TESTED)} are")
+
+
+def packages():
+    """One Finding for each package that training needs: is it there, does it import, is it a tested version."""
+    version = ".".join(map(str, sys.version_info[:2]))
+    tested = TESTED.get(version, TESTED["3.10"] if sys.version_info < (3, 11) else _LATEST)
+    constraints = "constraints-3.10.txt" if tested is TESTED["3.10"] else "constraints.txt"
+    install = f"pip install -c {constraints} -e ."
+    yield _this_package(install)
+    there = [name for name in FAIRSEQS if _version(name)]
+    wanted = next(name for name in FAIRSEQS if name in tested)
+    for name, pinned in tested.items():
+        if name in FAIRSEQS and len(there) == 2:
+            yield Finding("fairseq", "fix", f"both {' and '.join(there)} are installed, in one folder;"
+                          f" pip uninstall -y {' '.join(there)}, then {install}")  # fmt: skip
+            continue
+        name = there[0] if name in FAIRSEQS and there else name
+        found = _version(name)
+        if found is None:
+            yield Finding(name, "fix", f"is not installed; {install}")
+            continue
+        try:
+            importlib.import_module(_MODULES.get(name, name))
+        except Exception as error:  # whatever a broken package does
+            reason = " ".join(str(error).split())[:200]
+            yield Finding(name, "fix", f"{found} cannot be imported ({type(error).__name__}: {reason}); {install}")
+            continue
+        if name in FAIRSEQS and name != wanted:
+            yield Finding(name, "note", f"{found}; with Python {version} {wanted} {pinned} is tested")
+        elif found.split("+")[0] == pinned:
+            yield Finding(name, "ok", found)
+        else:
+            yield Finding(name, "note", f"{found}; {pinned} is tested ({install})")
+
+
+def _this_package(install):
+    found, command = _version("fairseq_stack"), shutil.which("fairseq-hydra-train")
+    if found is None:
+        return Finding("fairseq_stack", "note", f"is not installed, only found in a folder; {install}")
+    if command is None:
+        return Finding("fairseq_stack", "note", f"{found}; fairseq-hydra-train is not on the PATH: activate its environment")
+    return Finding("fairseq_stack", "ok", f"{found}, trains by {command}")
+
+
+def _version(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def gpu():
+    """Which GPUs torch sees, and the precision to train in."""
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+        return Finding("GPU", "note", f"none that torch can use ({built}); training on the CPU needs common.fp16=false")
+    devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    names = "; ".join(f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices)
+    # bf16 arithmetic came with compute capability 8, fast fp16 with 7.
+    oldest = min((device.major, device.minor) for device in devices)
+    if oldest >= (8, 0):
+        precision = "common.bf16=true or common.fp16=true"
+    else:
+        precision = "common.fp16=true" if oldest >= (7, 0) else "fp32 (fp16 saves memory only)"
+    return Finding("GPU", "ok", f"{names}; train in {precision}")
+
+
+def libsndfile():
+    """Whether audio can be read: FLAC, as the prepared speech is."""
+    import numpy as np
+    import soundfile
+
+    try:
+        file = io.BytesIO()
+        soundfile.write(file, np.zeros(160, dtype=np.float32), 16_000, format="FLAC")
+        file.seek(0)
+        soundfile.read(file)
+    except (RuntimeError, OSError) as error:
+        return Finding("libsndfile", "fix", f"cannot read and write FLAC ({error}); pip install --force-reinstall soundfile")
+    return Finding("libsndfile", "ok", f"{soundfile.__libsndfile_version__}, reads FLAC")
+
+
+def speech(folder):
+    """One Finding for each manifest: it is well-formed, all its files exist, and some of them can be read."""
+    from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
+    from fairseq_stack.data.manifest import missing_files, read_manifest
+    from fairseq_stack.errors import InputError
+
+    for name in ("train.tsv", "valid.tsv"):
+        path = Path(folder) / name
+        try:
+            manifest = read_manifest(path)
+            missing = missing_files(manifest)
+            if missing:
+                raise InputError(f"{path} lists {len(missing)} files that do not exist, first {missing[0]}; prepare again")
+            # The shortest, the longest and the first: reading all is the job of prepare_speech.py --check.
+            for index in {0, int(manifest.samples.argmin()), int(manifest.samples.argmax())}:
+                read_audio(manifest.path(index), 0, int(manifest.samples[index]))
+        except InputError as error:
+            yield Finding(name, "fix", str(error))
+            continue
+        seconds = manifest.samples / SAMPLE_RATE
+        yield Finding(
+            name, "ok", f"{len(manifest):,} recordings of {seconds.min():.1f} to {seconds.max():.1f} s,"
+            f" {seconds.sum() / 3600:.2f} h",
+        )  # fmt: skip
+
+
+def foundation_model(path):
+    """One Finding: the teacher loads and computes."""
+    import torch
+
+    from fairseq_stack.errors import InputError
+    from fairseq_stack.teachers import load_teacher
+
+    try:
+        teacher = load_teacher(path)
+        samples = 16_000
+        states = teacher.hidden_states(torch.randn(1, samples), torch.tensor([samples]), [teacher.depth])[teacher.depth]
+        if not bool(torch.isfinite(states).all()):
+            raise InputError(f"task.teacher={path} computes numbers that are not finite; get the file again")
+    except InputError as error:
+        yield Finding("teacher", "fix", str(error))
+        return
+    yield Finding(
+        "teacher", "ok", f"{path}: {teacher.depth} layers x {teacher.width}, {states.size(1)} frames for a second of audio"
+    )

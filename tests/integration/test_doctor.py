@@ -1,0 +1,63 @@
+"""The doctor looks at the real installation, speech and teacher, and at broken ones."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from training import ROOT
+
+from fairseq_stack.doctor import TESTED, Finding, foundation_model, speech as look_at_speech
+
+
+def doctor(*arguments, before="pass"):
+    """Run `python -m fairseq_stack doctor`, after some statements of Python; returns exit code, lines and stderr."""
+    code = f"import runpy, sys; {before}; sys.argv[0] = 'fairseq_stack'; runpy.run_module('fairseq_stack', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_a_sound_installation_with_speech_and_teacher_is_ready_to_train(speech, teacher_file):
+    code, lines, errors = doctor("--data", speech, "--teacher", teacher_file)
+    assert code == 0, (lines, errors)
+    assert errors == "" and lines[-1] == "ready to train"
+    assert all(re.match(r"(ok|note) +[\w .-]+: \S", line) for line in lines[:-1])
+    for line in ("ok    torch: ", "ok    libsndfile: ", "ok    train.tsv: 24 recordings of 0.2 to 0.6 s"):
+        assert any(one.startswith(line) for one in lines), line
+    assert lines[-2].endswith("12 layers x 16, 49 frames for a second of audio")
+
+
+def test_a_package_that_does_not_import_is_to_be_fixed_and_nothing_that_needs_it_is_tried(speech):
+    code, lines, errors = doctor("--data", speech, before="sys.modules.update(torchaudio=None)")
+    assert code == 1 and errors == "1 to fix\n"
+    (fix,) = [line for line in lines if line.startswith("fix")]
+    assert re.match(r"fix   torchaudio: \S+ cannot be imported .*; pip install -c constraints\S* -e \.$", fix)
+    assert lines[-1] == "note  data: not looked at; first fix the installation"
+
+
+def test_missing_and_broken_speech_is_named_by_manifest(speech, tmp_path):
+    shutil.copy(speech / "valid.tsv", tmp_path)
+    root, *lines = (speech / "train.tsv").read_text().splitlines()
+    (tmp_path / "train.tsv").write_text("\n".join([root, *lines, "audio/gone.flac\t5000"]) + "\n")
+    train, valid = look_at_speech(tmp_path)
+    assert valid == Finding("valid.tsv", "ok", valid.text) and valid.text.startswith("6 recordings")
+    assert train.verdict == "fix" and "1 files that do not exist, first audio/gone.flac" in train.text
+
+    name, samples = max((line.split("\t") for line in lines), key=lambda entry: int(entry[1]))
+    (tmp_path / "train.tsv").write_text(f"{root}\n{name}\t{int(samples) + 1}\n")
+    assert next(look_at_speech(tmp_path)).verdict == "fix"  # longer in the manifest than in the file
+
+
+def test_a_teacher_that_cannot_be_loaded_is_to_be_fixed(speech, tmp_path):
+    for path in (tmp_path / "none.pt", speech / "train.tsv"):
+        (finding,) = foundation_model(path)
+        assert finding.verdict == "fix" and str(path) in finding.text and "\n" not in finding.text
+
+
+@pytest.mark.parametrize("version, file", [("3.10", "constraints-3.10.txt"), ("3.11", "constraints.txt"), ("3.12", "constraints.txt")])
+def test_the_tested_versions_are_those_of_the_constraints(version, file):
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / file).read_text(), re.MULTILINE))
+    assert TESTED[version].items() <= pins.items()
