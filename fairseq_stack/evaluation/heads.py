@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from s3prl.nn import Featurizer
 from s3prl.nn.common import FrameLevel, UtteranceLevel
 
-# One of them is chosen on valid, for each upstream, task and seed.
-LEARNING_RATES = (1e-3, 1e-2, 1e-1)
+# One of them is chosen on valid, for each upstream, task, fold and seed.
+LEARNING_RATES = (1e-3, 1e-2)
 STEPS, BATCH = 400, 64
-CTC_LEARNING_RATES = (1e-3, 1e-2)
-CTC_STEPS, CTC_BATCH = 600, 16
+# s3prl's default for phoneme recognition, whose probe is of the same kind.
+CTC_LEARNING_RATES = (1e-2,)
+CTC_STEPS, CTC_BATCH = 500, 16
 CHECKS = 8  # how often a training looks at valid; the best of these moments counts, as in SUPERB
 
 

@@ -60,17 +60,20 @@ def upstreams(exports, teacher=None):
         exports: paths, see load_export. The first gives its shape to the row "random student".
         teacher: see load_teacher.
     """
-    rows = {}
+    rows = {
+        "random student": (fingerprint(exports[0]), lambda: load_random(exports[0])),
+        "log-mel": ("", load_log_mel),
+        "log-mel, normalized (SUPERB's FBANK)": ("", lambda: load_log_mel(normalized=True)),
+    }
+    if teacher:
+        rows = {"teacher": (fingerprint(teacher), lambda: TeacherUpstream(teacher)), **rows}
+    students = {}
     for path in map(Path, exports):
         name = path.stem if path.is_file() else path.resolve().name
-        if name in rows:
-            raise InputError(f"{path}: another export has the name {name} too; rename one of them")
-        rows[name] = fingerprint(path), lambda path=path: load_export(path)
-    rows["random student"] = fingerprint(exports[0]), lambda: load_random(exports[0])
-    if teacher:
-        rows["teacher"] = fingerprint(teacher), lambda: TeacherUpstream(teacher)
-    rows["log-mel"] = "", load_log_mel
-    return rows
+        if name in students or name in rows:
+            raise InputError(f"{path}: another row of the table is named {name}; rename the export")
+        students[name] = fingerprint(path), lambda path=path: load_export(path)
+    return {**students, **rows}
 
 
 def run(rows, speech, seeds, file):

@@ -11,7 +11,6 @@ from fairseq_stack.data.prepare import LABELS, SPLITS
 from fairseq_stack.errors import InputError
 
 LONGEST_SECONDS = 10  # of a recording: longer ones are cut, or left out where their text would not fit
-DIGITS = set("0123456789")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Task:
     """What a probe has to find out.
 
     Attributes:
-        name: speaker, language, digit or recognition.
+        name: speaker, language, keyword or recognition.
         folds: Folds; the score is that of all their test recordings together.
         classes: the possible answers, sorted; empty where the answer is a text.
     """
@@ -105,13 +104,14 @@ def read_speech(folder):
     return recordings
 
 
-def find_tasks(recordings, most=1500):
+def find_tasks(recordings, most=1000):
     """The tasks that the labels allow.
 
     Speaker, language and recognition keep the splits of the preparation, which put no prompt into two of
-    them: what is tested was said by nobody in the training, nor heard by the student in its own. A digit is
-    its prompt, so there the voice is what is new: of every voice (a speaker in a language) whose language
-    another voice speaks too, the digits are tested in one fold, and learned from in the others.
+    them: what is tested was said by nobody in the training, nor heard by the student in its own. A keyword (a
+    spoken digit or letter) is its prompt, so there the voice is what is new: of every voice (a speaker in a
+    language) whose language another voice speaks too, the keywords are tested in one fold, and learned from in
+    the others.
 
     Args:
         recordings: list of Recording.
@@ -134,11 +134,12 @@ def find_tasks(recordings, most=1500):
         else:
             found.append(Task(name, [fold], tuple(sorted(classes))))
 
-    folds = _digits([recording for recording in recordings if recording.labels["keyword"] in DIGITS])
+    folds = _voices([recording for recording in recordings if recording.labels["keyword"]])
     if folds:
-        found.append(Task("digit", folds, tuple(sorted(DIGITS))))
+        classes = {answer for fold in folds for part in (fold.train, fold.valid, fold.test) for _, answer in part}
+        found.append(Task("keyword", folds, tuple(sorted(classes))))
     else:
-        missing["digit"] = "no two languages have spoken digits of two voices each"
+        missing["keyword"] = "no two languages have keywords of two voices each"
 
     spoken = [
         (recording, text) for recording in recordings
@@ -168,7 +169,7 @@ def _split(labelled, most):
     ))
 
 
-def _digits(recordings):
+def _voices(recordings):
     """One Fold for each voice with a companion: it is tested, and the next voice chooses the learning rate."""
     voices = defaultdict(list)
     for recording in recordings:

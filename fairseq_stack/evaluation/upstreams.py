@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from s3prl.nn import S3PRLUpstream
-from s3prl.upstream.distiller.model import DistillerModel
 from s3prl.upstream.hubert.convert import merge_with_parent
 from s3prl.upstream.hubert.hubert_model import (
     HubertConfig,
@@ -70,20 +69,23 @@ def load_random(path, seed=1):
             task = merge_with_parent(HubertPretrainingConfig, state["task_cfg"])
             model, fresh = expert.model, HubertModel(shape, task, state["dictionaries_symbols"])
         else:
+            # Here, because it needs distutils, which Python 3.12 has no more without setuptools.
+            from s3prl.upstream.distiller.model import DistillerModel
+
             model, fresh = expert.model.model, DistillerModel(expert.model.model_config)
     # s3prl's hooks hang on the modules that are there: these stay, and their weights go.
     model.load_state_dict(fresh.state_dict())
     return upstream
 
 
-def load_log_mel():
-    """80 log-mel filters and their first and second differences every 10 ms: s3prl's `fbank_no_cmvn`.
+def load_log_mel(normalized=False):
+    """80 log-mel filters with their first and second differences, every 10 ms: s3prl's `fbank_no_cmvn`.
 
-    SUPERB's reference row FBANK takes the mean of every utterance away (`fbank`). A linear probe on the mean
-    over time then sees nothing at all, and that row is at chance in every task of whole utterances: no
-    reference worth beating.
+    Args:
+        normalized: take the mean and variance of every utterance away: s3prl's `fbank`, the row FBANK of
+            SUPERB's tables. A linear probe on the mean over time then sees nothing of whole utterances.
     """
-    return S3PRLUpstream("fbank_no_cmvn").eval()
+    return S3PRLUpstream("fbank" if normalized else "fbank_no_cmvn").eval()
 
 
 class TeacherUpstream(nn.Module):
