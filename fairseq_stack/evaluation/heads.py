@@ -14,7 +14,7 @@ LEARNING_RATES = (1e-3, 1e-2)
 STEPS, BATCH = 400, 64
 # s3prl's default for phoneme recognition, whose probe is of the same kind.
 CTC_LEARNING_RATES = (1e-2,)
-CTC_STEPS, CTC_BATCH = 500, 16
+CTC_STEPS, CTC_BATCH = 1000, 16
 CHECKS = 8  # how often a training looks at valid; the best of these moments counts, as in SUPERB
 
 
