@@ -1,5 +1,12 @@
 from setuptools import find_packages, setup
 
+ONNX = ["onnx", "onnxruntime"]
+# What s3prl's problems import and espnet-s3prl does not ask for. There is no s3prl below Python 3.11, see below.
+SUPERB = [
+    f'{package}; python_version >= "3.11"'
+    for package in ("pandas", "librosa", "editdistance", "sed_eval", "dcase_util", "more-itertools")
+]
+
 setup(
     name="fairseq_stack",
     version="0.1.0",
@@ -22,6 +29,7 @@ setup(
         "transformers>=4.44",
         "safetensors",
         "scikit-learn",
+        "scipy",
         "tensorboard",
         "matplotlib",
         "pyyaml",
@@ -29,5 +37,5 @@ setup(
         'espnet-s3prl==2026.5.14; python_version >= "3.11"',
     ],
     entry_points={"console_scripts": ["fairseq-stack-export = fairseq_stack.export.command:main"]},
-    extras_require={"onnx": ["onnx", "onnxruntime"], "test": ["pytest", "onnx", "onnxruntime"]},
+    extras_require={"onnx": ONNX, "superb": SUPERB, "test": ["pytest", *ONNX, *SUPERB]},
 )
