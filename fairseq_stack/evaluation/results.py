@@ -8,15 +8,21 @@ The file, results.json, holds
                       "train": recordings, "valid": recordings, "test": recordings}},
      "without": {task: why it was left out},
      "threads": number, of the real-time factors,
-     "upstreams": {name: {"of": what it was measured on, see `run`,
+     "upstreams": {name: {"of": hash of what it was measured on,
                           "layers": hidden states, input of the first layer included,
-                          "parameters": number, "multiply_adds_per_second": number, "real_time_factor": number,
-                          "tasks": {task: {seed: {"test": number, "valid": number, "test_wer": number (recognition),
-                                                  "learning_rates": [one for each fold],
-                                                  "layer_weights": [one for each hidden state; their sum is 1]}}}}},
-     "held_out_variance": {"of": hashes, "checkpoint": file, "shares": {teacher layer: share}, "at_initialisation": the same}}
+                          "parameters": number,
+                          "multiply_adds_per_second": number,
+                          "real_time_factor": number,
+                          "tasks": {task: {seed: PROBE}}}},
+     "held_out_variance": {"of": hashes, "checkpoint": file,
+                           "shares": {teacher layer: share}, "at_initialisation": {teacher layer: share}}}
 
-in the order of the table; `held_out_variance` only where a checkpoint was given. Numbers are as in SUPERB, not
+with, for each PROBE,
+
+    {"test": number, "valid": number, "test_wer": number (recognition only),
+     "learning_rates": [one for each fold], "layer_weights": [one for each hidden state; their sum is 1]}
+
+Rows stand in the order of the table; `held_out_variance` only where a checkpoint was given. Numbers are as in SUPERB, not
 in percent: an accuracy of 0.9, an error rate of 0.7.
 """
 

@@ -7,6 +7,8 @@ the probe, which learns how to weigh them.
 import hashlib
 import json
 import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -72,7 +74,8 @@ def load_random(path, seed=1):
             # Here, because it needs distutils, which Python 3.12 has no more without setuptools.
             from s3prl.upstream.distiller.model import DistillerModel
 
-            model, fresh = expert.model.model, DistillerModel(expert.model.model_config)
+            with redirect_stdout(sys.stderr):
+                model, fresh = expert.model.model, DistillerModel(expert.model.model_config)
     # s3prl's hooks hang on the modules that are there: these stay, and their weights go.
     model.load_state_dict(fresh.state_dict())
     return upstream
@@ -83,7 +86,7 @@ def load_log_mel(normalized=False):
 
     Args:
         normalized: take the mean and variance of every utterance away: s3prl's `fbank`, the row FBANK of
-            SUPERB's tables. A linear probe on the mean over time then sees nothing of whole utterances.
+            SUPERB's tables. Of the long-term spectrum a probe on the mean over time then sees little.
     """
     return S3PRLUpstream("fbank" if normalized else "fbank_no_cmvn").eval()
 
@@ -126,10 +129,17 @@ def fingerprint(path):
 
 def _load(name, path):
     try:
-        return S3PRLUpstream(name, os.fspath(path)).eval()
+        with redirect_stdout(sys.stderr):  # s3prl's distiller tells its shape
+            upstream = S3PRLUpstream(name, os.fspath(path)).eval()
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} cannot be loaded by s3prl ({reason}); export the student again") from None
+    if len(set(upstream.hidden_sizes)) > 1:
+        raise InputError(
+            f"{path} predicts features of another width than its hidden states have, which s3prl cannot weigh"
+            " in one sum; export it with --to s3prl"
+        )
+    return upstream
 
 
 def _read(path):

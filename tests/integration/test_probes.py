@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import TINY, stock_hubert
+from conftest import LINKED, TINY, stock_hubert
 
 from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.data import prepare
@@ -52,15 +52,16 @@ def exports(tmp_path_factory):
     model, cfg = stock_hubert(**TINY)
     pretraining = ("mask_emb", "final_proj", "label_embs")
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(pretraining)}
-    cfg["model"].update(_name="stacked_hubert", stack_method="none", stack_stages=1)
+    cfg["model"].update(_name="stacked_hubert", stack_method="none", stack_stages=1, **LINKED)
     state = {"model": {**weights, "stage": torch.tensor(0.0)}, "cfg": cfg}
     export_huggingface(student_from_checkpoint(state), folder / "student")
     export_s3prl(student_from_checkpoint(state), folder / "student.pt")
     for name in ("layer_norm.weight", "layer_norm.bias"):
         del state["model"][name]
-    state["model"].update({"heads.12.weight": torch.zeros(4, 16), "heads.12.bias": torch.zeros(4)})
     cfg["model"].update(feature_layer_norm=False, intermediate_style="prediction", output_weight=1.0)
-    export_distiller(student_from_checkpoint(state), folder / "distiller.pt")
+    for name, width in (("distiller.pt", 16), ("narrow.pt", 4)):
+        state["model"].update({"heads.12.weight": torch.zeros(width, 16), "heads.12.bias": torch.zeros(width)})
+        export_distiller(student_from_checkpoint(state), folder / name)
     return folder
 
 
@@ -275,6 +276,11 @@ def test_what_is_no_export_is_refused(tmp_path, teacher_file):
     for path in (tmp_path / "empty", tmp_path / "code.pt", tmp_path / "missing.pt", teacher_file):
         with pytest.raises(InputError, match="export_student.py"):
             load_export(path)
+
+
+def test_predictions_of_another_width_cannot_be_weighed_with_the_layers(exports):
+    with pytest.raises(InputError, match="--to s3prl"):
+        load_export(exports / "narrow.pt")
 
 
 # Runs
