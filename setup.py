@@ -1,7 +1,13 @@
 from setuptools import find_packages, setup
 
+ONNX = ["onnx", "onnxruntime"]
 # Starts jobs on a SLURM cluster; its version for fairseq 0.12.2's hydra is another.
-_SUBMITIT = 'hydra-submitit-launcher>=1.2; python_version >= "3.11"'
+SUBMITIT = ['hydra-submitit-launcher>=1.2; python_version >= "3.11"']
+# What s3prl's problems import and espnet-s3prl does not ask for. There is no s3prl below Python 3.11, see below.
+SUPERB = [
+    f'{package}; python_version >= "3.11"'
+    for package in ("pandas", "librosa", "editdistance", "sed_eval", "dcase_util", "more-itertools")
+]
 
 setup(
     name="fairseq_stack",
@@ -25,6 +31,7 @@ setup(
         "transformers>=4.44",
         "safetensors",
         "scikit-learn",
+        "scipy",
         "tensorboard",
         "matplotlib",
         "pyyaml",
@@ -33,8 +40,9 @@ setup(
     ],
     entry_points={"console_scripts": ["fairseq-stack-export = fairseq_stack.export.command:main"]},
     extras_require={
-        "onnx": ["onnx", "onnxruntime"],
-        "slurm": [_SUBMITIT],
-        "test": ["pytest", "onnx", "onnxruntime", _SUBMITIT],
+        "onnx": ONNX,
+        "slurm": SUBMITIT,
+        "superb": SUPERB,
+        "test": ["pytest", *ONNX, *SUBMITIT, *SUPERB],
     },
 )

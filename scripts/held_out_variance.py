@@ -2,14 +2,8 @@
 
 import argparse
 
-import torch
-
-from fairseq_stack.analysis.held_out import explained_by_layer
-from fairseq_stack.checkpoint import load_checkpoint
-from fairseq_stack.data.manifest import read_manifest
+from fairseq_stack.analysis.held_out import explained_by_checkpoint
 from fairseq_stack.errors import one_line_errors
-from fairseq_stack.models.stacked_hubert import StackedHubert
-from fairseq_stack.teachers import load_teacher
 
 
 @one_line_errors
@@ -21,17 +15,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=120.0, help="speech to use (default: %(default)s)")
     arguments = parser.parse_args()
 
-    state = load_checkpoint(arguments.checkpoint)
-    student = StackedHubert.from_checkpoint(state, arguments.checkpoint)
-    manifest = read_manifest(arguments.speech)
-    task = state["cfg"]["task"]
-    teacher = load_teacher(arguments.teacher or task["teacher"], task.get("whisper_pad", False))
-    torch.manual_seed(1)
-    fresh = student.at_initialisation()
-    shares = [
-        explained_by_layer(model, teacher, manifest, task["normalize"], arguments.seconds)
-        for model in (student, fresh)
-    ]
+    shares = explained_by_checkpoint(
+        arguments.checkpoint, arguments.speech, arguments.teacher, arguments.seconds
+    )
     print("share of the held-out teacher variance explained (1 is all, 0 is none)")
     print("| teacher layer | trained student | same student at its initialisation |")
     print("| ---: | ---: | ---: |")

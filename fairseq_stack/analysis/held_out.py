@@ -3,10 +3,42 @@
 import torch
 
 from fairseq_stack.analysis.similarity import explained_variance
+from fairseq_stack.checkpoint import load_checkpoint
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
+from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.teachers import load_teacher
 
 LONGEST_SECONDS = 10  # of an utterance; attention over a whole minute would cost more than it tells
+
+
+def explained_by_checkpoint(checkpoint, speech, teacher=None, seconds=120.0):
+    """What the student of a fairseq checkpoint explains, and what it explained at its initialisation.
+
+    Args:
+        checkpoint: the file. To run the training model, fairseq has to be installed.
+        speech: manifest of held-out speech.
+        teacher: see load_teacher; None for the one that the student was trained with.
+        seconds: how much speech to use.
+
+    Returns:
+        two of the results of explained_by_layer.
+
+    Raises:
+        InputError: something of it cannot be read.
+    """
+    from fairseq_stack.models.stacked_hubert import StackedHubert
+
+    state = load_checkpoint(checkpoint)
+    manifest = read_manifest(speech)
+    task = state["cfg"]["task"]
+    teacher = load_teacher(teacher or task["teacher"], task.get("whisper_pad", False))
+    student = StackedHubert.from_checkpoint(state, checkpoint)
+    torch.manual_seed(1)
+    fresh = student.at_initialisation()
+    return tuple(
+        explained_by_layer(model, teacher, manifest, task["normalize"], seconds) for model in (student, fresh)
+    )
 
 
 @torch.no_grad()

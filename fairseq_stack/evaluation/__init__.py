@@ -1,0 +1,1 @@
+"""How good a student is: small probes on its frozen features, by SUPERB's protocol. fairseq is not needed."""

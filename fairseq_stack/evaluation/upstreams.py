@@ -1,0 +1,158 @@
+"""What is probed, as s3prl sees it: exported students, the same started at random, the teacher, log-mel.
+
+s3prl calls a frozen model an upstream. It takes waveforms and gives hidden states 0 to N; all of them go to
+the probe, which learns how to weigh them.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from s3prl.nn import S3PRLUpstream
+from s3prl.upstream.hubert.convert import merge_with_parent
+from s3prl.upstream.hubert.hubert_model import (
+    HubertConfig,
+    HubertModel,
+    HubertPretrainingConfig,
+)
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.teachers import load_teacher
+
+SAMPLES_PER_FRAME = 320  # of every HuBERT that s3prl loads
+
+
+def load_export(path):
+    """Load a student that scripts/export_student.py wrote, with s3prl's own loader.
+
+    Args:
+        path: the folder of `--to huggingface`, or the file of `--to s3prl` or `--to s3prl-distiller`.
+
+    Returns:
+        an S3PRLUpstream in eval mode.
+
+    Raises:
+        InputError: it is none of them, or cannot be loaded without running code from it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        # s3prl would look for a folder that lacks something on the web.
+        for name in ("config.json", "preprocessor_config.json"):
+            if not (path / name).is_file():
+                raise InputError(f"{path} has no {name}; give what scripts/export_student.py wrote")
+        return _load("hf_hubert_custom", path)
+    return _load("hubert_local" if "model_weight" in _read(path) else "distiller_local", path)
+
+
+def load_random(path, seed=1):
+    """A model of the same shape as an export, with the weights that it would have before any training.
+
+    Args:
+        path: see load_export.
+        seed: of the weights.
+
+    Returns:
+        an S3PRLUpstream in eval mode.
+    """
+    upstream = load_export(path)
+    expert = upstream.upstream
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        if Path(path).is_dir():
+            model, fresh = expert.model, type(expert.model)(expert.model.config)
+        elif isinstance(expert.model, HubertModel):
+            state = _read(path)
+            shape = merge_with_parent(HubertConfig, state["model_cfg"])
+            task = merge_with_parent(HubertPretrainingConfig, state["task_cfg"])
+            model, fresh = expert.model, HubertModel(shape, task, state["dictionaries_symbols"])
+        else:
+            # Here, because it needs distutils, which Python 3.12 has no more without setuptools.
+            from s3prl.upstream.distiller.model import DistillerModel
+
+            with redirect_stdout(sys.stderr):
+                model, fresh = expert.model.model, DistillerModel(expert.model.model_config)
+    # s3prl's hooks hang on the modules that are there: these stay, and their weights go.
+    model.load_state_dict(fresh.state_dict())
+    return upstream
+
+
+def load_log_mel(normalized=False):
+    """80 log-mel filters with their first and second differences, every 10 ms: s3prl's `fbank_no_cmvn`.
+
+    Args:
+        normalized: take the mean and variance of every utterance away: s3prl's `fbank`, the row FBANK of
+            SUPERB's tables. Of the long-term spectrum a probe on the mean over time then sees little.
+    """
+    return S3PRLUpstream("fbank" if normalized else "fbank_no_cmvn").eval()
+
+
+class TeacherUpstream(nn.Module):
+    """A teacher with the interface of S3PRLUpstream.
+
+    Args:
+        path: what load_teacher takes. A checkpoint of fairseq needs fairseq.
+    """
+
+    def __init__(self, path):
+        super().__init__()
+        self.teacher = load_teacher(path)
+        self.model = self.teacher.model
+        self.num_layers = self.teacher.depth + 1
+        self.hidden_sizes = [self.teacher.width] * self.num_layers
+        self.downsample_rates = [SAMPLES_PER_FRAME] * self.num_layers
+
+    def forward(self, waveforms, lengths):
+        """[B, S] and [B] samples to N + 1 times [B, T, D] and [B] frames."""
+        states = self.teacher.hidden_states(waveforms, lengths, range(self.num_layers))
+        frames = torch.tensor([self.teacher.frames(samples) for samples in lengths.tolist()])
+        return list(states.values()), [frames] * self.num_layers
+
+
+def fingerprint(path):
+    """The SHA-256 of a file, or of the files directly in a folder, as hexadecimal digits."""
+    path, digest = Path(path), hashlib.sha256()
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give what scripts/export_student.py wrote, or a teacher")
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+            with open(file, "rb") as opened:
+                for block in iter(lambda: opened.read(1 << 20), b""):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _load(name, path):
+    try:
+        with redirect_stdout(sys.stderr):  # s3prl's distiller tells its shape
+            upstream = S3PRLUpstream(name, os.fspath(path)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} cannot be loaded by s3prl ({reason}); export the student again") from None
+    if len(set(upstream.hidden_sizes)) > 1:
+        raise InputError(
+            f"{path} predicts features of another width than its hidden states have, which s3prl cannot weigh"
+            " in one sum; export it with --to s3prl"
+        )
+    return upstream
+
+
+def _read(path):
+    """What a file for s3prl holds. s3prl itself would unpickle anything."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give what scripts/export_student.py wrote")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # what a damaged file makes torch raise has no common class
+        state = None
+    if not isinstance(state, dict) or not {"model_weight", "Distiller"} & state.keys():
+        raise InputError(
+            f"{path} is no export for s3prl; give what scripts/export_student.py made with --to huggingface,"
+            " s3prl or s3prl-distiller"
+        )
+    return state
