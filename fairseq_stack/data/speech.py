@@ -39,7 +39,6 @@ class SpeechDataset(FairseqDataset):
         self.seed = seed
         self.random_crop = random_crop
         self.store = store
-        self.fixed_window = None  # of every recording, instead of one drawn for the epoch
         self.sizes = np.minimum(manifest.samples, max_samples)
         # How many windows of each recording can be asked for.
         self.window_counts = count_windows(manifest.samples, max_samples) if random_crop else np.ones_like(self.sizes)
@@ -68,8 +67,6 @@ class SpeechDataset(FairseqDataset):
 
     def window_number(self, index):
         """Which window of the recording is heard in this epoch, counted from 0."""
-        if self.fixed_window is not None:
-            return self.fixed_window
         count = int(self.window_counts[index])
         return int(self._random(self.manifest.paths[index]).integers(count)) if count > 1 else 0
 
@@ -82,19 +79,22 @@ class SpeechDataset(FairseqDataset):
         return self.store.entry(self.manifest.paths[index], self.start(index, number), int(self.sizes[index]))
 
     def __getitem__(self, index):
-        """One cropped waveform, or the reason why there is none.
+        """`hear` the recording's window of this epoch."""
+        return self.hear(index, self.window_number(index))
+
+    def hear(self, index, number):
+        """One window of a recording, or the reason why there is none.
 
         An exception in a worker process would reach the user wrapped in two tracebacks; the reason
         travels with the batch instead and the task reports it.
         """
         if torch.utils.data.get_worker_info():
             obey_parent_alone()
-        sample = {"index": index, "utterance": self.manifest.paths[index]}
-        return {**sample, **(self._stored(index) if self.store else self._waveform(index))}
+        sample = {"index": index, "window": number, "utterance": self.manifest.paths[index]}
+        return {**sample, **(self._stored(index, number) if self.store else self._waveform(index, number))}
 
-    def _waveform(self, index):
-        size = int(self.sizes[index])
-        start = self.start(index, self.window_number(index))
+    def _waveform(self, index, number):
+        start, size = self.start(index, number), int(self.sizes[index])
         try:
             waveform = read_audio(self.manifest.path(index), start, start + size)
             if len(waveform) != size:
@@ -106,16 +106,16 @@ class SpeechDataset(FairseqDataset):
             return {"problem": str(error)}
         return {"waveform": torch.from_numpy(waveform)}
 
-    def _stored(self, index):
+    def _stored(self, index, number):
         """The stored targets or the Entry that is to hold them, and the waveform where somebody needs it."""
-        entry = self.entry(index, self.window_number(index))
+        entry = self.entry(index, number)
         try:
             entry = replace(entry, source=file_source(self.manifest.path(index)))
             if CNN in self.store.wanted and (stored := self.store.read(entry)):
                 return {"stored": stored}
         except (OSError, UnusableEntry):
             pass  # whoever reads the audio tells more
-        heard = self._waveform(index)
+        heard = self._waveform(index, number)
         if "problem" in heard:
             return heard
         entry = replace(entry, digest=waveform_digest(heard["waveform"]))
@@ -142,7 +142,10 @@ class SpeechDataset(FairseqDataset):
         if not samples:
             return {}
         if any("entry" in sample for sample in samples):  # the teacher is to hear the whole batch
-            samples = [sample if "waveform" in sample else {**sample, **self._waveform(sample["index"])} for sample in samples]
+            samples = [
+                sample if "waveform" in sample else {**sample, **self._waveform(sample["index"], sample["window"])}
+                for sample in samples
+            ]
         problems = {sample["utterance"]: sample["problem"] for sample in samples if "problem" in sample}
         silence = torch.zeros(self.num_tokens(samples[0]["index"]))
         samples = [sample for sample in samples if "problem" not in sample]
