@@ -92,7 +92,8 @@ def fill(task, splits, loading, rank, processes):
     names = task.store.names()
     for split in splits:
         dataset = task.dataset(split)
-        windows = [(index, number) for index, count in enumerate(dataset.window_counts) for number in range(count)]
+        counts = dataset.window_counts.tolist()
+        windows = [(index, number) for index, count in enumerate(counts) for number in range(count)]
         # The shares do not depend on what is there, which other processes are changing.
         windows = [window for window in windows[rank::processes] if dataset.entry(*window).name not in names]
         windows.sort(key=lambda window: dataset.sizes[window[0]])

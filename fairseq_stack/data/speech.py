@@ -17,8 +17,9 @@ from fairseq_stack.preemption import obey_parent_alone
 class SpeechDataset(FairseqDataset):
     """Waveforms for distillation, with what the teacher makes of them where that is stored.
 
-    A recording that is too long is heard in one of its windows (windows.py). Crops and the order depend on (seed, epoch, utterance) alone: a resumed run sees what the
-    uninterrupted one would have seen, with any number of workers.
+    A recording that is too long is heard in one of its windows (windows.py). Which one, and the order,
+    depend on (seed, epoch, utterance) alone: a resumed run sees what the uninterrupted one would have
+    seen, with any number of workers.
 
     Args:
         manifest: a Manifest.
@@ -41,7 +42,8 @@ class SpeechDataset(FairseqDataset):
         self.store = store
         self.sizes = np.minimum(manifest.samples, max_samples)
         # How many windows of each recording can be asked for.
-        self.window_counts = count_windows(manifest.samples, max_samples) if random_crop else np.ones_like(self.sizes)
+        counts = count_windows(manifest.samples, max_samples)
+        self.window_counts = counts if random_crop else np.ones_like(counts)
         self.epoch = 1
 
     def set_epoch(self, epoch):
@@ -136,33 +138,37 @@ class SpeechDataset(FairseqDataset):
             must each run the model on something.
 
             With a store also `stored`, {array: {part: [B', T, ...]}} of the B' utterances in
-            `stored_rows`, and `entries`, {row: Entry} of those that are to be stored. Where the CNN's features
-            are all there, nobody needs waveforms, and they are None.
+            `stored_rows`, and `entries`, {row: Entry} of those that are to be stored. Where the CNN's
+            features are all there, nobody needs waveforms, and they are None.
         """
         if not samples:
             return {}
         if any("entry" in sample for sample in samples):  # the teacher is to hear the whole batch
             samples = [
-                sample if "waveform" in sample else {**sample, **self._waveform(sample["index"], sample["window"])}
+                {**self._waveform(sample["index"], sample["window"]), **sample}
+                if "stored" in sample and "waveform" not in sample
+                else sample
                 for sample in samples
             ]
         problems = {sample["utterance"]: sample["problem"] for sample in samples if "problem" in sample}
         silence = torch.zeros(self.num_tokens(samples[0]["index"]))
         samples = [sample for sample in samples if "problem" not in sample]
         waveforms = [sample["waveform"] for sample in samples if "waveform" in sample]
+        lengths = [self.num_tokens(sample["index"]) for sample in samples]
         if not samples:
-            waveforms = [silence]
+            waveforms, lengths = [silence], [len(silence)]
         batch = {
             "split": self.split,
             "id": torch.tensor([sample["index"] for sample in samples]),
             "utterances": [sample["utterance"] for sample in samples],
             "waveforms": _padded(waveforms) if waveforms else None,
-            "lengths": torch.tensor([self.num_tokens(sample["index"]) for sample in samples] or [len(silence)]),
+            "lengths": torch.tensor(lengths),
             "problems": problems,
         }
         if self.store:
-            batch["entries"] = {row: sample["entry"] for row, sample in enumerate(samples) if "entry" in sample}
-            batch["stored_rows"] = [row for row, sample in enumerate(samples) if "stored" in sample]
+            rows = range(len(samples))
+            batch["entries"] = {row: samples[row]["entry"] for row in rows if "entry" in samples[row]}
+            batch["stored_rows"] = [row for row in rows if "stored" in samples[row]]
             stored = [samples[row]["stored"] for row in batch["stored_rows"]]
             batch["stored"] = {
                 array: {part: _padded([each[array][part] for each in stored]) for part in parts}
