@@ -249,8 +249,9 @@ class SpeechDistillation(FairseqTask):
     def from_store(self, sample):
         """The batch's targets as the store keeps them, {array: {part: [B, T, ...]}}.
 
-        The teacher fills what is missing. The student learns from rounded targets in the first epoch too, and from what is stored wherever
-        there is something: so it makes no difference to a run how much a run before it has stored.
+        The teacher fills what is missing. The student learns from rounded targets in the first epoch
+        too, and from what is stored wherever there is something: so it makes no difference to a run how
+        much has been stored before it.
         """
         rows, entries, stored = sample["stored_rows"], sample["entries"], sample["stored"]
         if rows and not entries:
