@@ -1,5 +1,8 @@
 from setuptools import find_packages, setup
 
+# Starts jobs on a SLURM cluster; its version for fairseq 0.12.2's hydra is another.
+_SUBMITIT = 'hydra-submitit-launcher>=1.2; python_version >= "3.11"'
+
 setup(
     name="fairseq_stack",
     version="0.1.0",
@@ -29,5 +32,9 @@ setup(
         'espnet-s3prl==2026.5.14; python_version >= "3.11"',
     ],
     entry_points={"console_scripts": ["fairseq-stack-export = fairseq_stack.export.command:main"]},
-    extras_require={"onnx": ["onnx", "onnxruntime"], "test": ["pytest", "onnx", "onnxruntime"]},
+    extras_require={
+        "onnx": ["onnx", "onnxruntime"],
+        "slurm": [_SUBMITIT],
+        "test": ["pytest", "onnx", "onnxruntime", _SUBMITIT],
+    },
 )

@@ -1,14 +1,18 @@
 """fairseq's checkpoint files: loaded without running code, and the student that one of them holds."""
 
+import errno
 import re
 import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Dict, List, Optional, Tuple
 
 import torch
 
+from fairseq_stack.encoder_shape import check_shape
 from fairseq_stack.errors import InputError
 from fairseq_stack.growth.plan import plan_growth
 from fairseq_stack.lengths import parse_conv_layers
@@ -67,10 +71,15 @@ def load_checkpoint(path, header_only=False):
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {problem}; give the file of a fairseq checkpoint")
+    zipped = _is_zip(path)  # torch's format before 1.6 is not, and has no checksums
+    if zipped and not header_only:
+        try:
+            check_whole(path)
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(f"{path}: {error}; copy it again") from None
     try:
         with _only_safe_globals([Dictionary]):
-            mmap = header_only and zipfile.is_zipfile(path)  # torch's format before 1.6 is no zip file
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and header_only)
     except Exception as error:  # what a damaged file makes torch raise has no common class
         if isinstance(error, OSError) and error.errno:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
@@ -86,6 +95,40 @@ def load_checkpoint(path, header_only=False):
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise DamagedCheckpoint(f"{path} holds no model; give the file of a fairseq checkpoint")
     return state
+
+
+def _is_zip(path):
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # Python 3.10 says so of some that are damaged
+        return True
+
+
+def check_whole(path):
+    """Compare every byte of a checkpoint with the checksums in the file, which torch writes and does not read.
+
+    Raises:
+        DamagedCheckpoint: they differ, or the file is no zip file, as torch has written since 1.6.
+        InputError: the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise DamagedCheckpoint(f"it is cut off or damaged ({error})") from None
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a damaged zip file sends its reader to places before its beginning
+            raise DamagedCheckpoint("it is cut off or damaged") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if wrong:
+        raise DamagedCheckpoint(f"the checksum of {wrong} is wrong")
+
+
+def configurations(state):
+    """The configurations of model and task in a checkpoint's content, or (None, None) where one is missing."""
+    cfg = state.get("cfg")
+    parts = (cfg.get("model"), cfg.get("task")) if isinstance(cfg, dict) else (None, None)
+    return parts if all(isinstance(part, dict) for part in parts) else (None, None)
 
 
 @dataclass(frozen=True)
@@ -144,30 +187,37 @@ def student_from_checkpoint(state, name="the checkpoint"):
         InputError: the checkpoint is not one of a `stacked_hubert`, or weights and configuration do
             not fit together.
     """
+    config, task = configurations(state)
+    if config is None:
+        raise InputError(f"{name} has no configuration; give a checkpoint of a stacked_hubert")
+    if config.get("_name") != "stacked_hubert":
+        raise InputError(f"{name} holds a model named {config.get('_name')}; give a checkpoint of a stacked_hubert")
+    weights = state["model"]
+    broken = [key for key in weights if not isinstance(key, str) or not torch.is_tensor(weights[key])]
+    if broken:
+        raise InputError(f"{name} has {weights[broken[0]]!r} for the weight {broken[0]}; it is damaged")
     try:
-        config, task = state["cfg"]["model"], state["cfg"]["task"]
-        architecture = config["_name"]
-    except (KeyError, TypeError):
-        raise InputError(f"{name} has no configuration; give a checkpoint of a stacked_hubert") from None
-    if architecture != "stacked_hubert":
-        raise InputError(f"{name} holds a model named {architecture}; give a checkpoint of a stacked_hubert")
-    try:
+        check_shape(SimpleNamespace(**config))
         stages = plan_growth(config["stack_method"], config["encoder_layers"], config["stack_stages"]).stages
-        stage = state["model"]["stage"].item()
-        if stage not in range(len(stages)):
-            raise InputError(f"{name} has stage {stage}, not one of 0 to {len(stages) - 1}; it is damaged")
-        seats = stages[int(stage)]
+        stage = weights["stage"].item()
         conv_layers = _conv_layers(config["conv_feature_layers"])
-        shapes = hubert_shapes(config, conv_layers, seats)
         normalize = task["normalize"]
     except KeyError as error:
         raise InputError(f"{name} lacks {error}, which every checkpoint of a stacked_hubert has") from None
+    except (InputError, AttributeError, TypeError, RuntimeError) as error:
+        raise InputError(f"{name} has a configuration that describes no student: {error}") from None
+    if stage not in range(len(stages)):
+        raise InputError(f"{name} has stage {stage}, not one of 0 to {len(stages) - 1}; it is damaged")
+    if not isinstance(normalize, bool):
+        raise InputError(f"{name} has task.normalize={normalize}, neither true nor false; it is damaged")
+    seats = stages[int(stage)]
+    shapes = hubert_shapes(config, conv_layers, seats)
 
     # Layers of seats that the stage does not use stay behind, and what only training needs.
     idle = tuple(f"encoder.layers.{seat}." for seat in range(config["encoder_layers"]) if seat not in seats)
     found = {
         key: tensor
-        for key, tensor in state["model"].items()
+        for key, tensor in weights.items()
         if not key.startswith((*idle, "heads.")) and key not in ("mask_emb", "stage", "plateau")
     }
     for key in {**shapes, **found}:
@@ -184,11 +234,11 @@ def student_from_checkpoint(state, name="the checkpoint"):
     def renumbered(key):
         return re.sub(r"(?<=^encoder\.layers\.)\d+", lambda match: str(position[int(match[0])]), key)
 
-    weights = {renumbered(key): found[key].float() for key in shapes}
-    heads = {key: tensor.float() for key, tensor in state["model"].items() if key.startswith("heads.")}
-    mask_emb = state["model"].get("mask_emb")
+    kept = {renumbered(key): found[key].float() for key in shapes}
+    heads = {key: tensor.float() for key, tensor in weights.items() if key.startswith("heads.")}
+    mask_emb = weights.get("mask_emb")
     mask_emb = None if mask_emb is None else mask_emb.float()
-    return Student(config, conv_layers, bool(normalize), len(seats), weights, heads, mask_emb)
+    return Student(config, conv_layers, normalize, len(seats), kept, heads, mask_emb)
 
 
 def _conv_layers(text):

@@ -1,6 +1,9 @@
 """What users get wrong, said in one line."""
 
 import functools
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -21,6 +24,33 @@ def check_choice(field, value, choices):
     """
     if value not in choices:
         raise InputError(f"{field}={value} is unknown; choose from {', '.join(choices)}")
+
+
+def check_numbers(field, values):
+    """Raise an InputError unless the configuration field is a list of whole numbers, which fairseq does not check."""
+    if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
+        raise InputError(f"{field}={values} must be a list of whole numbers")
+
+
+def check_weight(field, value):
+    """Raise an InputError unless the configuration field is a finite number of 0 or more."""
+    if not 0 <= value < math.inf:
+        raise InputError(f"{field}={value} must be 0 or more, and finite")
+
+
+@contextmanager
+def input_errors(what):
+    """Turn whatever fails inside into an InputError that begins with `what` and ends with the reason.
+
+    For a file's values on their way through code that does not expect a file's values, where one of
+    the wrong kind fails wherever it is used first.
+    """
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, InputError) else f"{type(error).__name__} "
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{what}: {kind}{reason}".rstrip()) from None
 
 
 def one_line_errors(function):

@@ -78,6 +78,7 @@ def _resume_from_the_newest(load, cfg, trainer, **kwargs):
 
 
 @_guard(checkpoint_utils, "load_checkpoint_to_cpu")
+@_guard(checkpoint_utils, "load_ema_from_checkpoint")
 def _unpickle_only_what_is_safe(load, path, *args, **kwargs):
     if os.path.isfile(path):
         load_checkpoint(path, header_only=True)

@@ -9,10 +9,9 @@ import logging
 import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
-from fairseq_stack.checkpoint import DamagedCheckpoint, load_checkpoint
+from fairseq_stack.checkpoint import DamagedCheckpoint, check_whole, load_checkpoint
 from fairseq_stack.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -101,18 +100,3 @@ def updates_of(path):
         return int(state["optimizer_history"][-1]["num_updates"])
     except (KeyError, IndexError, TypeError, ValueError):
         raise DamagedCheckpoint("it holds no state to go on from") from None
-
-
-def check_whole(path):
-    """Compare every byte of a checkpoint with the checksums in the file.
-
-    Raises:
-        DamagedCheckpoint: they differ, or the file is no zip file, as torch has written since 1.6.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            wrong = file.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise DamagedCheckpoint(f"it is cut off or damaged ({error})") from None
-    if wrong:
-        raise DamagedCheckpoint(f"the checksum of {wrong} is wrong")

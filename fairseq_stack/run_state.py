@@ -6,7 +6,7 @@ where fairseq's trainer looks it up:
 - optimisers that save their fp32 masters and the counters of their loss scaler. fairseq saves the
   half-precision weights alone, and a resumed run would go on from rounded masters;
 - a moving average that grows with the student in fp32 too, and steps at the same updates after a resume;
-- what fairseq loses where a run resumes at the end of an epoch.
+- loading a checkpoint in every process of a job, and what fairseq loses at the end of an epoch.
 """
 
 import functools
@@ -98,10 +98,10 @@ class MovingAverage(EMA):
             copy_weights([tuple(self.fp32_params[names[parameter]] for parameter in pair) for pair in pairs])
 
 
-def _from_the_end_of_an_epoch(load_checkpoint):
-    """fairseq's Trainer.load_checkpoint, for a checkpoint that was written at the end of an epoch.
+def _whole(load_checkpoint):
+    """fairseq's Trainer.load_checkpoint, which also restores a run that stopped at the end of an epoch.
 
-    fairseq writes it before the learning rate schedule hears of the validation loss, and when it goes on it
+    There, fairseq saves before the learning rate schedule hears of the validation loss, and a run that goes on
     forgets the means since the last log entry along with those of the epoch.
     """
 
@@ -127,4 +127,4 @@ def save_whole_state():
     trainer.build_ema = MovingAverage
     load_checkpoint = trainer.Trainer.load_checkpoint
     if not hasattr(load_checkpoint, "whole_state"):
-        trainer.Trainer.load_checkpoint = _from_the_end_of_an_epoch(load_checkpoint)
+        trainer.Trainer.load_checkpoint = _whole(load_checkpoint)

@@ -3,7 +3,7 @@
 The model builds its heads by this and the criterion its terms, both from the criterion's fields.
 """
 
-from fairseq_stack.errors import InputError, check_choice
+from fairseq_stack.errors import InputError, check_choice, check_numbers, check_weight
 from fairseq_stack.losses import LOSSES
 
 STYLES = ("layer_to_layer", "prediction")
@@ -16,12 +16,13 @@ def check_supervision(cfg):
         cfg: has loss, intermediate_style, teacher_layers and output_weight.
 
     Raises:
-        InputError: a name is unknown, nothing is learned, or loss and style do not go together.
+        InputError: the layers are no list, a name is unknown, nothing is learned, or loss and style do
+            not go together.
     """
+    check_numbers("criterion.teacher_layers", cfg.teacher_layers)
     check_choice("criterion.loss", cfg.loss, LOSSES)
     check_choice("criterion.intermediate_style", cfg.intermediate_style, STYLES)
-    if cfg.output_weight < 0:
-        raise InputError(f"criterion.output_weight={cfg.output_weight} must be 0 or more")
+    check_weight("criterion.output_weight", cfg.output_weight)
     if not cfg.output_weight and not cfg.teacher_layers:
         raise InputError(
             "criterion.output_weight=0 with empty criterion.teacher_layers leaves nothing to learn; name"

@@ -22,10 +22,10 @@ def main():
     arguments = parser.parse_args()
 
     state = load_checkpoint(arguments.checkpoint)
+    student = StackedHubert.from_checkpoint(state, arguments.checkpoint)
     manifest = read_manifest(arguments.speech)
     task = state["cfg"]["task"]
     teacher = load_teacher(arguments.teacher or task["teacher"], task.get("whisper_pad", False))
-    student = StackedHubert.from_checkpoint(state)
     torch.manual_seed(1)
     fresh = student.at_initialisation()
     shares = [

@@ -1,51 +1,64 @@
-"""Start trainings in a fraction of a second: a process imports everything once and forks one for each.
+"""Start trainings in a fraction of a second: a process imports everything once and forks one for each."""
 
-As a program: every line on stdin is a job in JSON, {"config", "overrides", "log", "kill_at_event"};
-its process id and later its exit code (negative: the signal) are printed. As a module: ForkServer
-runs that program.
-"""
-
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
+from unittest import mock
+
+import torch
+import torch._dynamo  # which the first optimiser imports, for a second or two
+from fairseq_cli import hydra_train  # noqa: F401
+from training import ROOT, train
+
+import fairseq_stack.criterions
+import fairseq_stack.models
+import fairseq_stack.tasks
+import fairseq_stack.teachers.fairseq_checkpoint  # noqa: F401
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["fork_server"])
 
 
 class ForkServer:
-    """Use as a context manager."""
+    """Use as a context manager, which ends what is still running."""
 
     def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        self.processes = []
 
     def __enter__(self):
-        assert self.process.stdout.readline() == "ready\n"
+        self.call(int, log=os.devnull).join()  # the first call waits for the imports
         return self
 
     def __exit__(self, *exception):
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        for process in self.processes:
+            process.kill()
+
+    def call(self, function, *arguments, log):
+        """Start a process, in a group of its own, that calls a function of a module in tests/.
+
+        Its output goes to the end of the file `log`. Returns a multiprocessing.Process.
+        """
+        Path(log).touch()
+        # For the process that imports, which the first call of all starts.
+        with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}/tests{os.pathsep}{ROOT}", OMP_NUM_THREADS="1"):
+            process = _context.Process(target=_call, args=(function, arguments, log))
+            process.start()
+        self.processes.append(process)
+        while os.getpgid(process.pid) != process.pid:
+            time.sleep(0.001)
+        return process
 
     def start(self, config, overrides, log, kill_at_event=None):
-        """Start a training in a process group of its own; returns its process id."""
-        Path(log).touch()
-        job = {"config": config, "overrides": overrides, "log": str(log), "kill_at_event": kill_at_event}
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+        """Start a training; returns its process id."""
+        return self.call(_train, config, overrides, kill_at_event, log=log).pid
 
     def wait(self):
-        """The exit code of what was started last."""
-        return int(self.process.stdout.readline())
+        """The exit code (negative: the signal) of what was started last."""
+        self.processes[-1].join()
+        return self.processes[-1].exitcode
 
     def run(self, config, overrides, log, kill_at_event=None, signal_after=None, number=signal.SIGKILL):
         """Start a training, signal its process group after some seconds, and return its exit code."""
@@ -57,6 +70,23 @@ class ForkServer:
             except ProcessLookupError:  # it was faster
                 pass
         return self.wait()
+
+
+def _call(function, arguments, log):
+    os.setpgid(0, 0)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers: what it is in a process of its own
+    function(*arguments)
+
+
+def _train(config, overrides, kill_at_event):
+    if kill_at_event:
+        folder = next(each for each in overrides if each.startswith("checkpoint.save_dir="))
+        _kill_at_event(kill_at_event, folder.partition("=")[2])
+    train(config, overrides)
 
 
 def _kill_at_event(event, folder):
@@ -71,54 +101,3 @@ def _kill_at_event(event, folder):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(audit)
-
-
-def _serve():
-    # The process that tests run in knows where conftest.py and the package are.
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    import torch
-    import torch._dynamo  # which the first optimiser imports, for a second or two
-    from fairseq_cli import hydra_train  # noqa: F401
-    from training import train
-
-    import fairseq_stack.criterions
-    import fairseq_stack.models
-    import fairseq_stack.tasks
-    import fairseq_stack.teachers.fairseq_checkpoint  # noqa: F401
-
-    torch.set_num_threads(1)  # a fork has no threads but its own
-    print("ready", flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            os.setpgid(0, 0)
-            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            code = 1
-            try:
-                if job["kill_at_event"]:
-                    folder = next(each for each in job["overrides"] if each.startswith("checkpoint.save_dir="))
-                    _kill_at_event(job["kill_at_event"], folder.partition("=")[2])
-                train(job["config"], job["overrides"])
-                code = 0
-            except SystemExit as ended:
-                code = ended.code if isinstance(ended.code, int) else 1
-                print(ended.code, flush=True)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        try:
-            os.setpgid(pid, pid)  # whoever is first
-        except PermissionError:
-            pass
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-
-
-if __name__ == "__main__":
-    _serve()

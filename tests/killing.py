@@ -3,6 +3,7 @@
 import random
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -22,8 +23,8 @@ class Killer:
         workers: processes that load data.
 
     Attributes:
-        kills, resumes, finished: counts.
-        lost: checkpoints that were written and that the next start did not find.
+        kills, resumes, faults, finished: counts.
+        lost: starts that went on from an earlier update than the newest whole checkpoint's.
         different: finished runs whose model or optimiser differs from the uninterrupted run's.
     """
 
@@ -31,7 +32,7 @@ class Killer:
         self.server, self.speech, self.teacher_file, self.folder = server, speech, teacher_file, Path(folder)
         self.workers = workers
         self.random = random.Random(seed)
-        self.kills = self.resumes = self.finished = self.lost = self.different = 0
+        self.kills = self.resumes = self.faults = self.finished = self.lost = self.different = 0
         started = time.monotonic()
         self.reference = self.new_run("reference")
         assert self.start(self.reference) == 0, self.log(self.reference)
@@ -45,25 +46,24 @@ class Killer:
     def start(self, run, **kill):
         """Start the same command again; returns its exit code."""
         fields = {"checkpoint.save_interval_updates": 1, "dataset.num_workers": self.workers}
-        if self.workers:
-            fields["dataset.disable_validation"] = True  # fairseq waits 5 s for each worker of a validation to end
-        return self.server.run("librispeech_base", tiny(self.speech, self.teacher_file, run, **fields), run / "log", **kill)
+        overrides = tiny(self.speech, self.teacher_file, run, **fields)
+        return self.server.run("librispeech_base", overrides, run / "log", **kill)
 
     def log(self, run):
         return (run / "log").read_text()
 
-    def kill_until_finished(self, run, damage=None, number=9, expected=-9):
+    def kill_until_finished(self, run, faults=(), number=signal.SIGKILL, expected=-signal.SIGKILL):
         """Kill and resume a run until it ends; compare it with the uninterrupted one.
 
         Args:
             run: its folder.
-            damage: a function of (folder of checkpoints, random numbers) for between two starts.
+            faults: of FAULTS, to befall checkpoint_last.pt between two starts, half of the times.
             number, expected: the signal and the exit code that it leads to.
         """
         code, patience = None, 0.4 * self.seconds
         while code != 0:
             self.resumes += code is not None
-            if number == 9 and self.random.random() < 0.5:
+            if number == signal.SIGKILL and self.random.random() < 0.5:
                 kill = {"kill_at_event": self.random.randrange(1, EVENTS)}
             else:
                 kill = {"signal_after": self.random.uniform(0, patience), "number": number}
@@ -72,22 +72,61 @@ class Killer:
             # SIGTERM before the program listens is an end like any other, with nothing to save.
             assert code in (0, expected, -number), self.log(run)
             self.kills += code != 0
-            if damage and code:
-                damage(run / "checkpoints", self.random)
+            if faults and code and self.random.random() < 0.5:
+                self.befall(run, self.random.choice(faults))
         self.finished += 1
-        self.lost += lost_checkpoints(self.log(run)) if not damage else 0
+        self.lost += lost_checkpoints(self.log(run))
         self.different += not same_state(run, self.reference)
         shutil.rmtree(run / "checkpoints")
 
+    def befall(self, run, fault):
+        """Damage checkpoint_last.pt, and note in the log what is left."""
+        last = run / "checkpoints/checkpoint_last.pt"
+        if last.exists():
+            self.faults += 1
+            fault(last, self.random)
+            left = [path.stem.split("_")[2] for path in last.parent.glob("checkpoint_*_*.pt")]
+            with open(run / "log", "a") as log:
+                log.write(f"{fault.__name__} befell checkpoint_last.pt, left are {max(map(int, left), default=0)} updates\n")
+
+
+def cut_off(path, chosen):
+    """As a kill leaves a copy in place, or a full disk."""
+    with open(path, "r+b") as file:
+        file.truncate(chosen.randrange(path.stat().st_size))
+
+
+def flipped(path, chosen):
+    """As a failing disk leaves it."""
+    content = bytearray(path.read_bytes())
+    for _ in range(100):
+        content[chosen.randrange(len(content))] ^= 1 << chosen.randrange(8)
+    path.write_bytes(content)
+
+
+def removed(path, chosen):
+    path.unlink()
+
+
+def unfinished(path, chosen):
+    """As a kill leaves what torch is writing."""
+    content = path.read_bytes()
+    path.with_name("checkpoint_9_99.pt.tmp").write_bytes(content[: chosen.randrange(len(content))])
+
+
+FAULTS = (cut_off, flipped, removed, unfinished)
+
 
 def lost_checkpoints(log):
-    """How many starts went on from an earlier update than the newest one that had been saved."""
+    """How many starts went on from an earlier update than the newest one that had been saved and was left whole."""
     writing, saved, lost = 0, 0, 0
     for line in log.splitlines():
         if found := re.search(r"Preparing to save checkpoint for epoch \d+ @ (\d+) updates", line):
             writing = int(found[1])
         elif "Finished saving checkpoint to" in line:
             saved = writing
+        elif found := re.search(r"befell checkpoint_last.pt, left are (\d+) updates", line):
+            saved = int(found[1])
         elif found := re.search(r"Loaded checkpoint \S+ \(epoch \d+ @ (\d+) updates\)", line):
             lost += int(found[1]) < saved
         elif "No existing checkpoint found" in line:
@@ -100,9 +139,7 @@ def same_state(run, reference):
     ours, theirs = (
         torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True) for folder in (run, reference)
     )
-    return _same(ours["model"], theirs["model"]) and _same(
-        ours["last_optimizer_state"], theirs["last_optimizer_state"]
-    )
+    return all(_same(ours[name], theirs[name]) for name in ("model", "last_optimizer_state"))
 
 
 def _same(one, other):

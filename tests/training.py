@@ -37,14 +37,8 @@ def _quoted(value):
 def train(config, overrides, folder="interleaved"):
     """Compose a recipe and train it in this process, as fairseq-hydra-train does; returns fairseq's trainer."""
     from fairseq import checkpoint_utils
-    from fairseq.dataclass.initialize import add_defaults, hydra_init
     from fairseq.logging import progress_bar
     from fairseq_cli import train as fairseq_train
-    from omegaconf import OmegaConf
-
-    import fairseq_stack.criterions
-    import fairseq_stack.models
-    import fairseq_stack.tasks  # noqa: F401
 
     trainers = []
 
@@ -53,15 +47,11 @@ def train(config, overrides, folder="interleaved"):
             super().__init__(*args, **kwargs)
             trainers.append(self)
 
+    cfg = configuration(config, overrides, folder)
     # A new process knows neither the best loss so far nor the folder where another run logged.
     vars(checkpoint_utils.save_checkpoint).pop("best", None)
     progress_bar._close_writers()
     progress_bar._tensorboard_writers.clear()
-    hydra_init(config)
-    cfg = composed(config, [*overrides, f"common.user_dir={ROOT}/fairseq_stack"], folder)
-    add_defaults(cfg)
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
-    OmegaConf.set_struct(cfg, True)
     original, fairseq_train.Trainer = fairseq_train.Trainer, RememberedTrainer
     try:
         fairseq_train.main(cfg)
@@ -71,7 +61,24 @@ def train(config, overrides, folder="interleaved"):
     return trainers[0]
 
 
-def composed(config, overrides, folder="interleaved"):
+def configuration(config, overrides, folder="interleaved"):
+    """The configuration of a training, as fairseq-hydra-train makes it of a recipe."""
+    from fairseq.dataclass.initialize import add_defaults, hydra_init
+    from omegaconf import OmegaConf
+
+    import fairseq_stack.criterions
+    import fairseq_stack.models
+    import fairseq_stack.tasks  # noqa: F401
+
+    hydra_init(config)
+    cfg = composed(config, [*overrides, f"common.user_dir={ROOT}/fairseq_stack"], folder)
+    add_defaults(cfg)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+def composed(config, overrides, folder="interleaved", **options):
     """A recipe of examples/ as hydra composes it."""
     try:
         from hydra import compose, initialize_config_dir
@@ -79,7 +86,7 @@ def composed(config, overrides, folder="interleaved"):
         from hydra.experimental import compose, initialize_config_dir
 
     with initialize_config_dir(config_dir=str(EXAMPLES / folder)):
-        return compose(config_name=config, overrides=overrides)
+        return compose(config_name=config, overrides=overrides, **options)
 
 
 def command(program, *arguments, cwd=ROOT, **options):

@@ -8,7 +8,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 
-from fairseq_stack.errors import InputError, check_choice, one_line_errors
+from fairseq_stack.errors import InputError, check_choice, check_weight, one_line_errors
 from fairseq_stack.losses import (
     FRAME_LOSSES,
     TARGET_NORMALIZATIONS,
@@ -105,8 +105,7 @@ class LayerDistillation(FairseqCriterion):
         check_supervision(cfg)
         check_choice("criterion.target_normalization", cfg.target_normalization, TARGET_NORMALIZATIONS)
         for name in ("cosine_weight", "intermediate_weight", "unmasked_weight"):
-            if getattr(cfg, name) < 0:
-                raise InputError(f"criterion.{name}={getattr(cfg, name)} must be 0 or more")
+            check_weight(f"criterion.{name}", getattr(cfg, name))
         if not cfg.output_weight and not cfg.intermediate_weight:
             raise InputError(
                 "criterion.output_weight=0 and criterion.intermediate_weight=0 leave nothing to learn; raise"

@@ -31,7 +31,8 @@ def read_audio(path, start=0, stop=None):
         stop = file.frames if stop is None else stop
         if stop > file.frames:
             raise InputError(f"{path}: has {file.frames} samples, {stop} were asked for; prepare again")
-        file.seek(start)
+        if start:  # a file that is cut off cannot even seek to its beginning, and says less about it
+            file.seek(start)
         samples = file.read(stop - start, dtype="float32")
     if len(samples) != stop - start:
         raise InputError(f"{path}: breaks off at sample {start + len(samples)} of {stop}; replace it")
@@ -90,7 +91,7 @@ def _blocks(path, file):
     while len(block := file.read(max(BLOCK // file.channels, 1), dtype="float32", always_2d=True)):
         count += len(block)
         yield _finite(path, block)
-    if count < file.frames and file.format != "MP3":  # whose header need not tell the length
+    if not count or count < file.frames and file.format != "MP3":  # whose header need not tell the length
         raise InputError(f"{path}: breaks off at sample {count} of {file.frames}; replace or remove it")
 
 

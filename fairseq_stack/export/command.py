@@ -16,7 +16,7 @@ from fairseq_stack.checkpoint import (
     student_from_checkpoint,
     with_moving_average,
 )
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.export.card import model_card
 from fairseq_stack.export.distiller import export_distiller, load_distiller
 from fairseq_stack.export.fairseq import export_fairseq, load_fairseq
@@ -162,9 +162,11 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
     def write(path):
         format.write(student, path)
         if path.is_dir():
-            (path / "README.md").write_text(model_card(student, state, padding or PADDING_AGREES, ema))
+            (path / "README.md").write_text(card)
 
-    name, reference = training_model(state, student)
+    with input_errors(f"{checkpoint} has a configuration that describes no training"):
+        card = model_card(student, state, padding or PADDING_AGREES, ema)
+    name, reference = training_model(state, student, checkpoint)
     return write_verified(
         write,
         partial(format.load, student=student),
@@ -178,7 +180,7 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
     )
 
 
-def training_model(state, student):
+def training_model(state, student, checkpoint):
     """What to compare an export with: the training model, or without fairseq the same weights in plain PyTorch.
 
     Returns:
@@ -189,7 +191,7 @@ def training_model(state, student):
     except ImportError:
         name, model = "the same weights in plain PyTorch (fairseq is not installed)", PlainStudent(student)
         return name, lambda waveforms: model.outputs(*padded_batch(waveforms, normalize=False))
-    model = StackedHubert.from_checkpoint(state)
+    model = StackedHubert.from_checkpoint(state, checkpoint)
 
     def outputs(waveforms):
         output = model(*padded_batch(waveforms, student.normalize))

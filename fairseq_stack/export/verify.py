@@ -196,14 +196,15 @@ def read_speech(path, conv_layers):
         InputError: a file is missing or cannot be used, or all are too short.
     """
     path = Path(path)
-    files = [path]
+    files = [(path, None)]
     if path.suffix == ".tsv":
         manifest = read_manifest(path)
         # The shortest, the longest, and evenly spaced ones in between.
         order = manifest.samples.argsort()
         picks = {round(index * (len(order) - 1) / (_RECORDINGS - 1)) for index in range(_RECORDINGS)}
-        files = [manifest.path(order[pick]) for pick in sorted(picks)]
-    recordings = [torch.from_numpy(read_audio(file))[:_MAX_SAMPLES] for file in files]
+        chosen = [order[pick] for pick in sorted(picks)]
+        files = [(manifest.path(index), min(int(manifest.samples[index]), _MAX_SAMPLES)) for index in chosen]
+    recordings = [torch.from_numpy(read_audio(file, 0, stop))[:_MAX_SAMPLES] for file, stop in files]
     # What holds for a whole recording may hang on its length: verify an odd part of it too.
     excerpts = [part for whole in recordings for part in (whole, whole[: len(whole) // 3 | 1])]
     excerpts = [excerpt for excerpt in excerpts if len(excerpt) >= receptive_field(conv_layers)]

@@ -26,7 +26,7 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
         a tuple of `stages` update counts, ascending, the first one 0.
 
     Raises:
-        InputError: unknown schedule, negative alpha, a stage without an update, or milestones that
+        InputError: unknown schedule, alpha out of range, a stage without an update, or milestones that
             do not fit the stages or the training.
     """
     check_choice("model.stack_schedule", schedule, SCHEDULES)
@@ -38,8 +38,8 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
         )
     if schedule == "milestones":
         return (0, *_checked_milestones(list(milestones), stages, max_update))
-    if alpha < 0:
-        raise InputError(f"model.stack_alpha={alpha} must be 0 or more")
+    if not 0 <= alpha <= 100:
+        raise InputError(f"model.stack_alpha={alpha} must lie between 0 and 100")
     # Fractions, so that 0.3 of 1,000 updates is 300 and not 299.999.
     weights = [Fraction(1 if schedule == "equal" else stage**alpha) for stage in range(1, stages + 1)]
     starts = [round(max_update * sum(weights[:stage]) / sum(weights)) for stage in range(stages)]

@@ -6,16 +6,17 @@ from typing import Any, List
 
 import torch
 import torch.nn as nn
-from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import register_model
 from omegaconf import II, OmegaConf
 
-from fairseq_stack.errors import InputError, check_choice, one_line_errors
+from fairseq_stack.encoder_shape import LARGEST_WIDTH
+from fairseq_stack.errors import InputError, check_choice, check_numbers, input_errors, one_line_errors
 from fairseq_stack.growth.plan import plan_growth
 from fairseq_stack.growth.schedule import Plateau, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder
+from fairseq_stack.models.linear import Linear
 from fairseq_stack.models.student_start import start_cnn, start_layers
 from fairseq_stack.supervision import check_supervision, student_position, taught_layers
 
@@ -148,13 +149,14 @@ class StackedHubert(HubertEncoder):
     """
 
     def __init__(self, cfg, head_widths, teacher_depth):
-        plan = plan_growth(cfg.stack_method, cfg.encoder_layers, cfg.stack_stages)
         super().__init__(cfg)
         self.cfg = cfg
-        self.plan = plan
+        self.plan = plan_growth(cfg.stack_method, cfg.encoder_layers, cfg.stack_stages)
         self.teacher_depth = teacher_depth
         self.intermediate_style = cfg.intermediate_style
         self.head_widths = head_widths
+        if not 0 <= cfg.head_inner_dim <= LARGEST_WIDTH:
+            raise InputError(f"model.head_inner_dim={cfg.head_inner_dim} must lie between 0 and {LARGEST_WIDTH}")
         heads = [prediction_head(cfg.encoder_embed_dim, cfg.head_inner_dim, width) for width in head_widths.values()]
         if cfg.head_shared:
             heads = heads[:1] * len(heads)
@@ -177,8 +179,8 @@ class StackedHubert(HubertEncoder):
     def build_model(cls, cfg, task):
         teacher = task.teacher
         check_supervision(cfg)
-        check_choice("model.extractor_mode", cfg.extractor_mode, ("default", "layer_norm"))
-        check_choice("model.activation_fn", cfg.activation_fn, utils.get_available_activation_fns())
+        check_numbers("model.init_layers_from_teacher", cfg.init_layers_from_teacher)
+        check_numbers("model.stack_milestones", cfg.stack_milestones)
         check_choice("model.stack_optimizer_state", cfg.stack_optimizer_state, ("copy", "reset"))
         if cfg.share_teacher_cnn and (cfg.feature_grad_mult or cfg.normalize != getattr(teacher, "normalize", None)):
             raise InputError(
@@ -221,8 +223,21 @@ class StackedHubert(HubertEncoder):
         return model
 
     @classmethod
-    def from_checkpoint(cls, state):
-        """The student of a fairseq checkpoint's content, in fp32 and eval mode, at the depth it had reached."""
+    def from_checkpoint(cls, state, name="the checkpoint"):
+        """The student of a fairseq checkpoint's content, in fp32 and eval mode, at the depth it had reached.
+
+        Args:
+            state: what load_checkpoint returns.
+            name: what an error calls the checkpoint, such as its path.
+
+        Raises:
+            InputError: the content is not what a training of a `stacked_hubert` saves.
+        """
+        with input_errors(f"{name} holds no stacked_hubert that can be used"):
+            return cls._from_checkpoint(state)
+
+    @classmethod
+    def _from_checkpoint(cls, state):
         cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), state["cfg"]["model"])
         weights = state["model"]
         if cfg.intermediate_style == "layer_to_layer" and not cfg.output_weight:
@@ -354,5 +369,5 @@ class StackedHubert(HubertEncoder):
 def prediction_head(width, inner, teacher_width):
     """[B, T, width] to [B, T, teacher_width], linear or with a hidden layer of `inner` features."""
     if not inner:
-        return nn.Linear(width, teacher_width)
-    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, teacher_width))
+        return Linear(width, teacher_width)
+    return nn.Sequential(Linear(width, inner), nn.GELU(), Linear(inner, teacher_width))

@@ -26,6 +26,7 @@ from fairseq_stack.lengths import receptive_field
 from fairseq_stack.losses import span_mask
 from fairseq_stack.run_state import save_whole_state
 from fairseq_stack.teachers import load_teacher
+from fairseq_stack.teachers.base import PRECISIONS
 from fairseq_stack.teachers.described import described_teacher
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ class SpeechDistillationConfig(FairseqDataclass):
     whisper_pad: bool = field(
         default=False,
         metadata={"help": "pad a Whisper teacher's input to 30 s, as in its pre-training (default: true length)"},
+    )
+    teacher_precision: str = field(
+        default="fp32",
+        metadata={"help": "precision in which the teacher computes: fp32, or fp16 or bf16, which is faster"},
     )
     max_sample_size: int = field(
         default=250_000, metadata={"help": "crop longer recordings to this many samples (at 16 kHz)"}
@@ -96,7 +101,7 @@ class SpeechDistillation(FairseqTask):
     def __init__(self, cfg, teacher, store_folder=None):
         super().__init__(cfg)
         self.teacher = teacher
-        self.target_layers = None
+        self.model_cfg = self.target_layers = None
         self.store_folder = store_folder  # the teacher's
         self.store = None
         self.shares_cnn = False
@@ -115,12 +120,14 @@ class SpeechDistillation(FairseqTask):
             raise InputError(f"task.mask_prob={cfg.mask_prob} must lie between 0 and 1")
         if cfg.mask_length < 1:
             raise InputError(f"task.mask_length={cfg.mask_length} must be 1 or more")
+        check_choice("task.teacher_precision", cfg.teacher_precision, PRECISIONS)
         check_bad_audio(cfg.bad_audio, cfg.bad_audio_limit)
         check_choice("task.target_format", cfg.target_format, FORMATS)
         save_whole_state()
+        options = {"whisper_pad": cfg.whisper_pad, "precision": cfg.teacher_precision}
         if cfg.target_store:
-            return cls(cfg, *described_teacher(cfg.teacher, cfg.target_store, whisper_pad=cfg.whisper_pad))
-        return cls(cfg, load_teacher(cfg.teacher, cfg.whisper_pad))
+            return cls(cfg, *described_teacher(cfg.teacher, cfg.target_store, **options))
+        return cls(cfg, load_teacher(cfg.teacher, **options))
 
     @one_line_errors
     def load_dataset(self, split, **kwargs):
@@ -173,12 +180,18 @@ class SpeechDistillation(FairseqTask):
 
     @one_line_errors
     def build_model(self, cfg, *args):
+        check_links(cfg, "task", self.cfg, ("mask_prob", "normalize"))
         model = super().build_model(cfg, *args)
         self.shares_cnn = cfg.share_teacher_cnn
         check_frames(model, self.teacher, self.cfg.max_sample_size)
+        self.model_cfg = cfg
         return model
 
+    @one_line_errors
     def build_criterion(self, cfg, *args):  # fairseq 0.12.2 has no second argument
+        if self.model_cfg is not None:
+            names = ("loss", "teacher_layers", "intermediate_style", "output_weight")
+            check_links(self.model_cfg, "criterion", cfg, names)
         criterion = super().build_criterion(cfg, *args)
         self.target_layers = criterion.target_layers
         return criterion
@@ -297,14 +310,28 @@ class SpeechDistillation(FairseqTask):
         return loss.item() / sample_size
 
 
+def check_links(model_cfg, node, cfg, names):
+    """Fields that the model takes from the task or the criterion must not be set to something else in the model.
+
+    Raises:
+        InputError: one of them is.
+    """
+    for name in names:
+        ours, theirs = getattr(model_cfg, name), getattr(cfg, name)
+        if ours != theirs:
+            raise InputError(f"model.{name}={ours} differs from {node}.{name}={theirs}; set {node}.{name} alone")
+
+
 def check_frames(student, teacher, max_samples):
     """Teacher and student must cut every recording into the same frames.
 
     Raises:
-        InputError: for some length up to `max_samples` samples they do not.
+        InputError: for some length up to `max_samples` samples they do not, or that is no whole frame.
     """
-    longest = receptive_field(student.conv_layers)
-    for samples in (*range(longest, 4 * longest), max_samples):
+    shortest = receptive_field(student.conv_layers)
+    if max_samples < shortest:
+        raise InputError(f"task.max_sample_size={max_samples} is shorter than one frame, which has {shortest} samples")
+    for samples in (*range(shortest, 4 * shortest), max_samples):
         ours, theirs = student.frames(samples), teacher.frames(samples)
         if ours != theirs:
             raise InputError(

@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 
 from fairseq_stack.errors import InputError
+from fairseq_stack.teachers.base import PRECISIONS
 
 __all__ = ["load_teacher"]
 
 
-def load_teacher(path, whisper_pad=False):
+def load_teacher(path, whisper_pad=False, precision="fp32"):
     """Load a teacher: a file is a fairseq checkpoint, a folder is in Hugging Face's format.
 
     Args:
@@ -17,6 +18,7 @@ def load_teacher(path, whisper_pad=False):
             transformers' save_pretrained wrote of a HubertModel, Wav2Vec2Model, WavLMModel,
             Data2VecAudioModel or WhisperModel (or WhisperEncoder).
         whisper_pad: give Whisper its recordings padded to 30 s, as in its pre-training.
+        precision: fp32, fp16 or bf16, of its weights and hidden states.
 
     Raises:
         InputError: no such teacher, or one that cannot be loaded without running code from it.
@@ -24,7 +26,9 @@ def load_teacher(path, whisper_pad=False):
     # A network is made with random weights first. A student must start and train with the same random numbers
     # whenever its teacher is loaded, and where its targets are stored that may be never.
     with torch.random.fork_rng(devices=[]):
-        return _load(Path(path), whisper_pad)
+        teacher = _load(Path(path), whisper_pad)
+    teacher.model.to(PRECISIONS[precision])
+    return teacher
 
 
 def _load(path, whisper_pad):

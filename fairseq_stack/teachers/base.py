@@ -6,6 +6,8 @@ import torch
 
 from fairseq_stack.errors import InputError
 
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 class Teacher(ABC):
     """A frozen speech foundation model in eval mode that gives hidden states without gradient.
@@ -28,6 +30,11 @@ class Teacher(ABC):
     conv_layers: list
     longest: int = None
     model: torch.nn.Module
+
+    @property
+    def dtype(self):
+        """The precision it computes in."""
+        return next(self.model.parameters()).dtype
 
     @abstractmethod
     def hidden_states(self, waveforms, lengths, layers):
@@ -61,7 +68,7 @@ def load_weights(model, weights, name):
         name: what an error calls the teacher.
 
     Raises:
-        InputError: a weight is missing, left over or of another shape.
+        InputError: a weight is missing, left over, no tensor or of another shape.
     """
     expected = model.state_dict()
     for key in [*expected, *weights]:
@@ -69,10 +76,12 @@ def load_weights(model, weights, name):
             raise InputError(f"task.teacher={name} lacks the weight {key} that its configuration asks for")
         if key not in expected:
             raise InputError(f"task.teacher={name} has the weight {key} that its configuration has no place for")
+        if not torch.is_tensor(weights[key]):
+            raise InputError(f"task.teacher={name} has {weights[key]!r} for the weight {key}; it is damaged")
         if weights[key].shape != expected[key].shape:
             raise InputError(
                 f"task.teacher={name}: {key} has the shape {tuple(weights[key].shape)}, but its configuration"
                 f" asks for {tuple(expected[key].shape)}"
             )
-    model.load_state_dict(weights)
+    torch.nn.Module.load_state_dict(model, weights, assign=True)  # a model may have no memory for them yet
     model.float().eval().requires_grad_(False)

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import torch
 
-from fairseq_stack.checkpoint import load_checkpoint
+from fairseq_stack.checkpoint import configurations, load_checkpoint
 from fairseq_stack.data.waveforms import normalize_waveforms
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.teachers.base import Teacher, load_weights
@@ -59,7 +59,8 @@ class FairseqTeacher(Teacher):
         self.name = name
         self.normalize = normalize
         shape = {field: model_cfg.get(field, default) for field, default in BASE_SHAPE.items()}
-        self.model = HubertEncoder(SimpleNamespace(**shape, **NO_TRAINING))
+        with input_errors(f"task.teacher={name} has a cfg that describes no model"):
+            self.model = HubertEncoder(SimpleNamespace(**shape, **NO_TRAINING))
         unused = PRETRAINING_ONLY[model_cfg["_name"]]
         load_weights(self.model, {key: weights[key] for key in weights if not key.startswith(unused)}, name)
         self.depth = len(self.model.encoder.layers)
@@ -95,18 +96,18 @@ def load_fairseq_teacher(path):
             Namespace instead), needs code to unpickle, or weights do not fit.
     """
     state = load_checkpoint(path)
-    cfg = state.get("cfg")
-    try:
-        family = cfg["model"]["_name"]
-        normalize = bool(cfg["task"].get("normalize", False))
-    except (AttributeError, KeyError, TypeError):
+    model_cfg, task_cfg = configurations(state)
+    if model_cfg is None:
         raise InputError(
             f"task.teacher={path} has no cfg, which early versions of fairseq did not write; load it with"
             " today's fairseq where you trust it, and save it from there"
-        ) from None
-    if family not in PRETRAINING_ONLY:
+        )
+    family, normalize = model_cfg.get("_name"), task_cfg.get("normalize", False)
+    if not isinstance(family, str) or family not in PRETRAINING_ONLY:
         raise InputError(
             f"task.teacher={path} holds a model of the kind {family}; give one of"
             f" {', '.join(PRETRAINING_ONLY)}"
         )
-    return FairseqTeacher(str(path), cfg["model"], normalize, state["model"])
+    if not isinstance(normalize, bool):
+        raise InputError(f"task.teacher={path} has task.normalize={normalize}, neither true nor false; it is damaged")
+    return FairseqTeacher(str(path), model_cfg, normalize, state["model"])

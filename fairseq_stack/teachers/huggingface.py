@@ -12,9 +12,10 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.waveforms import normalize_waveforms
-from fairseq_stack.errors import InputError
+from fairseq_stack.encoder_shape import MOST_LAYERS
+from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
-from fairseq_stack.models.hubert_encoder import masked_group_norm
+from fairseq_stack.models.conv_extractor import normed_convolution
 from fairseq_stack.teachers.base import Teacher, load_weights
 from fairseq_stack.teachers.whisper import WhisperTeacher
 
@@ -59,6 +60,11 @@ class HuggingFaceTeacher(Teacher):
         self.depth = len(self.layers)
         self.width = model.config.hidden_size
         shape = model.config
+        if shape.feat_extract_activation != "gelu":
+            raise InputError(
+                f"{name}/config.json has feat_extract_activation={shape.feat_extract_activation}, which no known model"
+                " has; give one with gelu"
+            )
         self.conv_layers = list(zip(shape.conv_dim, shape.conv_kernel, shape.conv_stride))
 
     def frames(self, samples):
@@ -94,13 +100,13 @@ class HuggingFaceTeacher(Teacher):
 
     def _features(self, waveforms, lengths):
         """[B, S] samples to [B, C, T], with a group norm that knows where utterances end."""
-        x = waveforms[:, None]
+        x = waveforms[:, None].to(self.dtype)
         blocks = list(self.model.feature_extractor.conv_layers)
         norm = getattr(blocks[0], "layer_norm", None)
-        if isinstance(norm, torch.nn.GroupNorm) and bool((lengths < waveforms.size(1)).any()):
+        if isinstance(norm, torch.nn.GroupNorm):
             first = blocks.pop(0)
             frames = frames_from_samples(lengths, self.conv_layers[:1])
-            x = first.activation(masked_group_norm(first.conv(x), frames, norm))
+            x = normed_convolution(waveforms, frames, first.conv, norm).transpose(1, 2)
         for block in blocks:
             x = block(x)
         return x
@@ -144,7 +150,7 @@ def load_huggingface_teacher(folder, whisper_pad=False):
     name = str(folder)
     config = _read_json(folder, "config.json")
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"task.teacher={name} has model_type={family} in its config.json; give one of"
             f" {', '.join(FAMILIES)}"
@@ -187,14 +193,19 @@ def _read_json(folder, file):
 
 
 def _build(architecture, fields, name):
-    """The model with random weights. Fields that could load something else, such as auto_map, stay out."""
-    try:
+    """The model without weights, which takes no memory, whatever sizes the fields ask for.
+
+    Fields that could load something else, such as auto_map, stay out.
+    """
+    with input_errors(f"{name}/config.json describes no {architecture.__name__}"):
         known = architecture.config_class().to_dict()
         fields = {field: value for field, value in fields.items() if field in known}
-        return architecture(architecture.config_class.from_dict({**fields, **NO_MASKING}))
-    except Exception as error:  # a value of the wrong kind fails wherever it is used first
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{name}/config.json describes no {architecture.__name__}: {reason[0]}") from None
+        config = architecture.config_class.from_dict({**fields, **NO_MASKING})
+        layers = getattr(config, "encoder_layers", config.num_hidden_layers)
+        if not 1 <= layers <= MOST_LAYERS:
+            raise InputError(f"{layers} layers, instead of 1 to {MOST_LAYERS}")
+        with torch.device("meta"):
+            return architecture(config)
 
 
 def _read_weights(folder, prefixes):

@@ -66,14 +66,14 @@ class WhisperTeacher(Teacher):
 
         # As if each utterance were alone: zeros behind its end in front of every convolution.
         mel_frames = lengths // HOP
-        x = log_mel(waveforms, lengths, self.filters)
+        x = log_mel(waveforms, lengths, self.filters).to(self.dtype)
         x = F.gelu(self.model.conv1(x))
         x = F.gelu(self.model.conv2(x * _valid(x, mel_frames)[:, None])).transpose(1, 2)
         x = x + self.model.embed_positions.weight[: x.size(1)]
         valid = _valid(x.transpose(1, 2), (mel_frames + 1) // 2)
         mask = None
         if not bool(valid.all()):
-            mask = torch.where(valid, 0.0, torch.finfo(x.dtype).min)[:, None, None]
+            mask = torch.where(valid, 0.0, torch.finfo(x.dtype).min).to(x.dtype)[:, None, None]
             mask = mask.expand(-1, -1, x.size(1), -1)  # [B, 1, T, T], added to the attention's scores
 
         outputs = {0: x[:, :count]} if 0 in layers else {}

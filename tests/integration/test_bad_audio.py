@@ -113,7 +113,7 @@ def test_every_kind_of_damage_is_skipped_and_logged_once_with_its_reason(
 def test_one_bad_recording_in_a_hundred_is_skipped_by_default_and_two_stop(data, teacher_file, tmp_path, caplog):
     folder = data(zero_length, no_number)
     lines = (folder / "train.tsv").read_text().splitlines()
-    more = [line for number in range(10, 100) for line in (f"more{number}.wav\t{SAMPLES}",)]
+    more = [f"more{number}.wav\t{SAMPLES}" for number in range(10, 100)]
     for line in more:
         (folder / line.split("\t")[0]).write_bytes((folder / "good0.wav").read_bytes())
     fields = {"dataset.batch_size": 20, "optimization.max_update": 12}
@@ -179,7 +179,6 @@ def test_recordings_that_vanish_while_training_are_skipped_and_again_after_a_res
     monkeypatch.setattr(SpeechDistillation, "train_step", train_step)
     (line,) = skipped(caplog)
     assert f"{folder}/good3.wav: cannot be read (No such file or directory)" in line
-    # The recipe is linear in the updates, so that a longer run is another one; it starts from the checkpoint.
     trainer = run(folder, teacher_file, tmp_path / "run", **fields, **{"optimization.max_update": 30})
     assert trainer.get_num_updates() == 30 and len(skipped(caplog)) == 2
 

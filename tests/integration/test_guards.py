@@ -77,14 +77,24 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(run, speech, teache
     assert (run / "checkpoints/checkpoint_last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("where", ["checkpoint_last.pt", "elsewhere.pt"])
-def test_a_checkpoint_that_needs_code_runs_none_and_gives_one_line(run, speech, teacher_file, where):
-    path = run / "checkpoints" / where
+@pytest.mark.parametrize(
+    "place, field",
+    [
+        ("checkpoints/checkpoint_last.pt", None),
+        ("checkpoints/elsewhere.pt", "checkpoint.restore_file"),
+        ("elsewhere.pt", "checkpoint.finetune_from_model"),
+        ("elsewhere.pt", "ema.ema_seed_model"),
+    ],
+)
+def test_a_checkpoint_that_needs_code_runs_none_and_gives_one_line(run, speech, teacher_file, place, field):
+    path = run / place
     state = load(run / "checkpoints/checkpoint_last.pt")
     torch.save({**state, "args": Hostile(run / "ran")}, path)
-    more = {} if where == "checkpoint_last.pt" else {"checkpoint.restore_file": path}
+    more = {field: path} if field else {}
+    if place == "elsewhere.pt":  # for new runs alone
+        more.update({"checkpoint.save_dir": run / "new", "ema.store_ema": True})
     message = one_line(tiny(speech, teacher_file, run, **more))
-    assert where in message and "could run code" in message
+    assert path.name in message and "could run code" in message
     assert path.exists() and not (run / "ran").exists()
     # The object is as hostile as it claims to be.
     pickle.loads(pickle.dumps(Hostile(run / "ran"))).close()

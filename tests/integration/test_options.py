@@ -9,18 +9,20 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-def test_the_moving_average_grows_with_the_student(speech, teacher_file, tmp_path):
+@pytest.mark.parametrize("half", [False, True])
+def test_the_moving_average_grows_with_the_student(half, speech, teacher_file, tmp_path):
     decay = 0.9
     options = {"ema.store_ema": True, "ema.ema_decay": decay, "checkpoint.save_interval_updates": 1,
-               "checkpoint.keep_interval_updates": -1, "dataset.batch_size": 3}  # fmt: skip
+               "checkpoint.keep_interval_updates": -1, "dataset.batch_size": 3,
+               "common.bf16": half, "ema.ema_fp32": half}  # fmt: skip
     trainer = train("librispeech_base", tiny(speech, teacher_file, tmp_path, **options))
     before, after = (load(next((tmp_path / "checkpoints").glob(f"checkpoint_*_{update}.pt"))) for update in (6, 7))
-    averages = [state["extra_state"]["ema"] for state in (before, after)]
+    averages = [state["extra_state"]["ema_fp32_params" if half else "ema"] for state in (before, after)]
     for source, woken in ((1, 2), (5, 6), (9, 10)):
         name = "encoder.layers.{}.fc1.weight"
         grown_from, learned = averages[0][name.format(source)], after["model"][name.format(woken)]
         torch.testing.assert_close(averages[1][name.format(woken)], decay * grown_from + (1 - decay) * learned)
-    assert averages[1]["stage"] == 2 and trainer.ema.get_model().depth == 12
+    assert after["extra_state"]["ema"]["stage"] == 2 and trainer.ema.get_model().depth == 12
 
 
 def test_a_shared_cnn_runs_once_and_stays_the_teachers(speech, teacher_file, tmp_path):

@@ -1,5 +1,6 @@
 """The main job through fairseq's own command line, on small sizes."""
 
+import multiprocessing
 import re
 import signal
 
@@ -113,3 +114,10 @@ def test_recipes_work_from_any_folder_with_an_absolute_user_dir(speech, teacher_
     assert run.returncode == 0, output
     assert (tmp_path / "run/checkpoints/checkpoint_last.pt").exists()
     assert (tmp_path / "outputs/librispeech_base/train.log").exists()
+
+
+def test_data_workers_end_with_their_epoch(speech, teacher_file, tmp_path):
+    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{"dataset.num_workers": 2, "checkpoint.no_save": True}))
+    for worker in multiprocessing.active_children():
+        worker.join(timeout=5)
+    assert not multiprocessing.active_children()

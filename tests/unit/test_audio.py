@@ -63,6 +63,17 @@ def test_any_audio_is_the_mean_of_its_channels_at_its_own_rate(tmp_path):
     np.testing.assert_allclose(samples, [0.5 / 3, 0], atol=1e-7)
 
 
+def test_an_mp3_that_promises_samples_and_has_none_is_named(tmp_path):
+    soundfile.write(tmp_path / "a.mp3", 0.1 * np.random.default_rng(0).standard_normal(3000), SAMPLE_RATE)
+    content = bytearray((tmp_path / "a.mp3").read_bytes())
+    content[139:203] = b"\x7f" * 64  # where LAME keeps its own header
+    (tmp_path / "a.mp3").write_bytes(content)
+    with soundfile.SoundFile(tmp_path / "a.mp3") as file:
+        assert file.frames > 0
+    with pytest.raises(InputError, match=r"a\.mp3: breaks off at sample 0"):
+        read_any_audio(tmp_path / "a.mp3")
+
+
 def test_headerless_gsm_is_telephone_speech_at_8_khz(tmp_path):
     tone = 0.5 * np.sin(2 * np.pi * 400 * np.arange(1600) / 8000)
     soundfile.write(tmp_path / "a.gsm", tone, 8_000, format="RAW", subtype="GSM610")

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY, stock_hubert
 from fairseq.data import Dictionary
 
-from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
+from fairseq_stack.checkpoint import DamagedCheckpoint, load_checkpoint, student_from_checkpoint
 from fairseq_stack.errors import InputError
 
 
@@ -81,6 +81,16 @@ def test_what_others_allow_stays_theirs(tmp_path):
         torch.load(path, weights_only=True)
     finally:
         torch.serialization.clear_safe_globals()
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[100:], lambda content: content.replace(b"1234", b"1235")])
+def test_a_damaged_checkpoint_is_told_from_one_that_cannot_be_read(tmp_path, damage):
+    path = tmp_path / "file.pt"
+    torch.save({"model": {"weight": torch.tensor(list(b"1234" * 100), dtype=torch.uint8)}}, path)
+    load_checkpoint(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DamagedCheckpoint, match=f"{path}: (it is cut off or damaged|the checksum of .* is wrong)"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated", "list", "no model"])

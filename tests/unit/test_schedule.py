@@ -45,7 +45,7 @@ def test_a_stage_begins_exactly_at_its_first_update():
     "schedule, options, message",
     [
         ("linear", {}, "model.stack_schedule=linear is unknown"),
-        ("prop", {"alpha": -1}, "model.stack_alpha=-1 must be 0 or more"),
+        ("prop", {"alpha": -1}, "model.stack_alpha=-1 must lie between 0 and 100"),
         ("milestones", {"milestones": [1, 2]}, r"model.stack_milestones=\[1, 2\] has 2 update counts; 4 stages need 3"),
         ("milestones", {"milestones": [3, 2, 5]}, "must be positive and strictly ascending"),
         ("milestones", {"milestones": [2, 2, 5]}, "must be positive and strictly ascending"),

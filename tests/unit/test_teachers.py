@@ -216,6 +216,29 @@ def test_half_precision_shards_and_a_head_change_nothing_but_rounding(tmp_path):
     torch.testing.assert_close(ctc, plain)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["wav2vec2 base", "wav2vec2 large", "hubert base", "hubert large", "wavlm base", "whisper"])
+def test_a_teacher_in_half_precision_says_nearly_the_same(precision, kind, whisper, tmp_path):
+    if kind == "whisper":
+        path = whisper[0]
+    elif kind in FAIRSEQ:
+        path = fairseq_checkpoint(tmp_path, kind)[1]
+    else:
+        save_folder(tmp_path, kind)
+        path = tmp_path
+    waveforms = waveforms_of([16_000, 9000])
+    given = nn.utils.rnn.pad_sequence(waveforms, batch_first=True), torch.tensor([16_000, 9000]), LAYERS
+    exact = load_teacher(path).hidden_states(*given)
+    teacher = load_teacher(path, precision=precision)
+    rounded = teacher.hidden_states(*given)
+    for layer in LAYERS:
+        assert rounded[layer].dtype == teacher.dtype != torch.float32
+        for row, waveform in enumerate(waveforms):
+            frames = teacher.frames(len(waveform))
+            difference = (rounded[layer] - exact[layer])[row, :frames].norm()
+            assert difference < 0.1 * exact[layer][row, :frames].norm()
+
+
 def test_weight_norm_under_its_older_names_is_the_same(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -260,6 +283,7 @@ def pickled(folder):
         (lambda folder: truncate(folder / "model.safetensors"), "damaged"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing; load"),
+        (lambda folder: edit(folder / "config.json", feat_extract_activation="relu"), "feat_extract_activation=relu"),
         (pickled, "pytorch_model.bin is a pickle, which could run code; load .* save_pretrained"),
     ],
 )

@@ -1,0 +1,114 @@
+"""Updates of our recipe by fairseq's own trainer."""
+
+from dataclasses import dataclass
+
+import torch
+from fairseq import tasks
+from fairseq.data import iterators
+from fairseq.trainer import Trainer
+
+from fairseq_stack.benchmark.clock import Clock
+from fairseq_stack.benchmark.inputs import TEACHER, student_shape, teacher_shape
+from fairseq_stack.growth.surgery import copy_optimizer_state
+from fairseq_stack.store_targets import compose_recipe, store_targets
+
+RECIPE = "librispeech_base"
+STORE = "targets"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to train.
+
+    Attributes:
+        precision: of the student: fp32, bf16 or fp16. The teacher's is bf16.
+        targets: `live` from the teacher, or `stored`.
+        cnn: `trained`, or `shared` with the teacher and frozen; then its features are stored with the targets.
+    """
+
+    precision: str
+    targets: str
+    cnn: str
+
+    def __str__(self):
+        return f"{self.precision}, {self.targets} targets, CNN {self.cnn}"
+
+
+class Ours:
+    """Our training, one update at a time, at a depth of choice.
+
+    Args:
+        recipes: folder of the recipe.
+        folder: what make_inputs filled.
+        size: of make_inputs.
+        batch: utterances of an update.
+        device: cpu or cuda.
+        case: a Case.
+    """
+
+    def __init__(self, recipes, folder, size, batch, device, case):
+        cfg = configuration(recipes, folder, size, batch, device, case)
+        self.clock = Clock(torch.device(device))
+        self.task = tasks.setup_task(cfg.task)
+        self.model = self.task.build_model(cfg.model)
+        criterion = self.task.build_criterion(cfg.criterion)
+        self.task.load_dataset("train")
+        self.trainer = Trainer(cfg, self.task, self.model, criterion)
+        epochs = self.trainer.get_train_iterator(epoch=1, load_dataset=False)
+        self.trainer.begin_epoch(1)
+        self.batches = iterators.GroupedIterator(epochs.next_epoch_itr(shuffle=False), 1)
+        self.model.starts = None  # the depth is set by hand
+        self.clock.wrap(self.task, "with_targets", "targets")
+        self.clock.wrap(self.model, "features", "student CNN")
+        self.clock.wrap(criterion, "forward", "student transformer")
+        self.clock.wrap(self.trainer.optimizer, "backward", "backward")
+        for method in ("step", "clip_grad_norm", "zero_grad"):
+            self.clock.wrap(self.trainer.optimizer, method, "optimiser")
+
+    def update(self, depth):
+        """One update with a student of `depth` layers; returns {part: seconds}."""
+        self.model._stage_index = self.model.plan.depths.index(depth)
+        self.model.stage.fill_(self.model._stage_index)
+        self.clock.restart()
+        with self.clock("data"):
+            batch = next(self.batches)
+        self.trainer.train_step(batch)
+        return self.clock.stop()
+
+    def growth(self):
+        """Seconds of the last growth: weights, fp32 masters and moments."""
+        self.model._stage_index = len(self.model.plan.stages) - 2
+        self.clock.restart()
+        self.model.grow_to(self.model.stage_number + 1)
+        copy_optimizer_state(self.trainer.optimizer, self.model.finish_growth(), "copy")
+        return sum(self.clock.stop().values())
+
+
+def fill_store(recipes, folder, size, batch, device, case):
+    """Store the targets that a Case with stored ones reads."""
+    store_targets(configuration(recipes, folder, size, batch, device, case), ["train"])
+
+
+def configuration(recipes, folder, size, batch, device, case):
+    """The recipe of a Case, composed as fairseq-hydra-train does."""
+    shape = student_shape(size)
+    if case.cnn == "shared":
+        shape = {**shape, "conv_feature_layers": teacher_shape(size)["conv_feature_layers"]}
+    fields = {
+        "common.fp16": case.precision == "fp16",
+        "common.bf16": case.precision == "bf16",
+        "common.cpu": device == "cpu",
+        "common.tensorboard_logdir": "",
+        "dataset.batch_size": batch,
+        "dataset.num_workers": 1,
+        "distributed_training.distributed_world_size": 1,
+        "task.data": folder,
+        "task.teacher": folder / TEACHER,
+        "+task.teacher_precision": "bf16",
+        **{f"model.{name}": f'"{value}"' if isinstance(value, str) else value for name, value in shape.items()},
+    }
+    if case.targets == "stored":
+        fields["+task.target_store"] = folder / STORE
+    if case.cnn == "shared":
+        fields.update({"+model.share_teacher_cnn": True, "+model.feature_grad_mult": 0})
+    return compose_recipe(recipes, RECIPE, [f"{name}={value}" for name, value in fields.items()])

@@ -1,0 +1,56 @@
+"""What the fields that describe a HuBERT may be, wherever they come from: a recipe or a checkpoint."""
+
+from fairseq_stack.errors import InputError, check_choice
+
+# Each from 1 to this. More is damage, and would fill the memory before it failed.
+MOST_LAYERS, LARGEST_WIDTH = 1_000, 100_000
+SIZES = {
+    "encoder_layers": MOST_LAYERS,
+    "encoder_embed_dim": LARGEST_WIDTH,
+    "encoder_ffn_embed_dim": LARGEST_WIDTH,
+    "encoder_attention_heads": LARGEST_WIDTH,
+    "conv_pos": LARGEST_WIDTH,
+    "conv_pos_groups": LARGEST_WIDTH,
+    "pos_conv_depth": 100,
+}
+SWITCHES = ("conv_bias", "layer_norm_first", "feature_layer_norm")
+PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "dropout_input")
+CHOICES = {
+    "extractor_mode": ("default", "layer_norm"),
+    "activation_fn": ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear"),
+}
+# Fields that only some models have a choice of.
+DEFAULTS = {"pos_conv_depth": 1, "feature_layer_norm": True}
+
+
+def check_shape(cfg):
+    """Check everything but the CNN's layers, which lengths.parse_conv_layers reads.
+
+    Args:
+        cfg: has the fields above as attributes, in fairseq's names; those of DEFAULTS may be missing.
+
+    Raises:
+        InputError: a field is missing or of another type, a size is not positive or beyond all reason,
+            sizes do not divide, a probability is none, or a name is unknown.
+    """
+
+    def value(name):
+        return getattr(cfg, name, DEFAULTS.get(name))
+
+    for name, largest in SIZES.items():
+        if type(value(name)) is not int or not 1 <= value(name) <= largest:
+            raise InputError(f"model.{name}={value(name)} must be a whole number from 1 to {largest}")
+    for name in ("encoder_attention_heads", "conv_pos_groups"):
+        if cfg.encoder_embed_dim % value(name):
+            raise InputError(
+                f"model.encoder_embed_dim={cfg.encoder_embed_dim} is not divisible by"
+                f" model.{name}={value(name)}; choose a divisor"
+            )
+    for name in SWITCHES:
+        if not isinstance(value(name), bool):
+            raise InputError(f"model.{name}={value(name)} must be true or false")
+    for name in PROBABILITIES:
+        if type(value(name)) not in (int, float) or not 0 <= value(name) <= 1:
+            raise InputError(f"model.{name}={value(name)} must lie between 0 and 1")
+    for name, choices in CHOICES.items():
+        check_choice(f"model.{name}", value(name), choices)

@@ -1,0 +1,160 @@
+"""What was made faster computes what fairseq's modules and torch's compute, forward and backward."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fairseq.models.wav2vec.wav2vec2 import (
+    ConvFeatureExtractionModel,
+    TransformerEncoder,
+    TransformerSentenceEncoderLayer,
+    Wav2Vec2Config,
+)
+
+from fairseq_stack.lengths import frames_from_samples
+from fairseq_stack.models.conv_extractor import ConvExtractor
+from fairseq_stack.models.layer_stack import EncoderLayer
+from fairseq_stack.models.linear import linear
+from fairseq_stack.models.positions import positions, smooth_size
+
+SHAPES = [(16, 10, 5), (16, 3, 2), (24, 3, 2), (24, 2, 2)]
+CNNS = [("default", False), ("default", True), ("layer_norm", True), ("layer_norm", False)]
+
+
+def gradients(output, module):
+    """Gradient of a fixed weighting of `output` with respect to each parameter."""
+    weights = torch.linspace(-1, 1, output.numel()).reshape(output.shape).type_as(output)
+    parameters = dict(module.named_parameters())
+    found = torch.autograd.grad((output * weights).sum(), list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), found)
+    }
+
+
+def assert_same_gradients(found, expected, tolerance=1e-4):
+    assert found.keys() == expected.keys()
+    for name in found:
+        scale = expected[name].abs().max().clamp(min=1e-2).item()
+        torch.testing.assert_close(found[name].to(expected[name]), expected[name], rtol=0, atol=tolerance * scale)
+
+
+def cnns(mode, bias):
+    """The same random CNN as ours in fp32 and as fairseq's in float64."""
+    torch.manual_seed(0)
+    ours = ConvExtractor(SHAPES, mode, bias)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs = ConvFeatureExtractionModel(SHAPES, mode=mode, conv_bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs.double()
+
+
+def in_float64(module):
+    """fairseq's norms compute in fp32 whatever they are given; the reference is to be exact."""
+    for norm in module.modules():
+        if isinstance(norm, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            norm.forward = super(type(norm), norm).forward
+    return module
+
+
+@pytest.mark.parametrize("mode, bias", CNNS)
+def test_the_cnn_gives_fairseqs_features_and_gradients(mode, bias):
+    ours, theirs = cnns(mode, bias)
+    in_float64(theirs)
+    waveforms = torch.randn(3, 1500)
+    features = ours(waveforms, torch.full((3,), 1500))
+    expected = theirs(waveforms.double())
+    torch.testing.assert_close(features.double(), expected, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(gradients(features, ours), gradients(expected, theirs))
+
+
+@pytest.mark.parametrize("mode, bias", CNNS)
+def test_an_utterance_has_the_same_features_and_gradients_alone_and_in_a_padded_batch(mode, bias):
+    ours, _ = cnns(mode, bias)
+    long, short = torch.randn(1500), torch.randn(700)
+    batch = torch.nn.utils.rnn.pad_sequence([long, short], batch_first=True)
+    together = ours(batch, torch.tensor([1500, 700]))[1:, :, : frames_from_samples(700, SHAPES)]
+    alone = ours(short[None], torch.tensor([700]))
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(gradients(together, ours), gradients(alone, ours))
+
+
+def test_the_group_norm_is_exact_where_a_kernel_hears_a_band_without_energy():
+    ours, theirs = cnns("default", False)
+    in_float64(theirs)
+    time = torch.arange(4000) / 16_000
+    hum = torch.sin(2 * torch.pi * 50 * time) + 1e-3 * torch.randn(4000)
+    with torch.no_grad():  # second differences, which take a hum of 50 Hz away almost completely
+        for module in (ours, theirs):
+            module.conv_layers[0][0].weight[0, 0] = torch.tensor([1, -2, 1, 0, 0, 0, 0, 0, 0, 0.0])
+        features = ours(hum[None], torch.tensor([4000]))
+        torch.testing.assert_close(features.double(), theirs(hum[None].double()), rtol=1e-3, atol=1e-3)
+
+
+def test_the_cnn_in_bf16_is_as_near_to_float64_as_fairseqs_in_bf16():
+    ours, exact = cnns("default", False)
+    waveforms = torch.randn(2, 3000).bfloat16()
+    theirs = ConvFeatureExtractionModel(SHAPES, mode="default", conv_bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    expected = in_float64(exact)(waveforms.double())
+    our_error = (ours.bfloat16()(waveforms, torch.full((2,), 3000)).double() - expected).norm()
+    assert our_error < 1.5 * (theirs.bfloat16()(waveforms).double() - expected).norm()
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_layer_gives_fairseqs_output_and_gradients(norm_first, padded):
+    torch.manual_seed(0)
+    shape = dict(embedding_dim=24, ffn_embedding_dim=48, num_attention_heads=4, dropout=0.0, attention_dropout=0.0,
+                 activation_dropout=0.0, activation_fn="gelu", layer_norm_first=norm_first)  # fmt: skip
+    ours, theirs = EncoderLayer(**shape), TransformerSentenceEncoderLayer(**shape)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 11, 24)
+    padding = torch.arange(11) >= torch.tensor([[11], [7]]) if padded else None
+    output = ours(x, padding)
+    expected = theirs(x.transpose(0, 1), self_attn_padding_mask=padding)[0].transpose(0, 1)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(gradients(output, ours), gradients(expected, theirs))
+
+
+def test_attention_drops_weights_only_in_training():
+    torch.manual_seed(0)
+    layer = EncoderLayer(24, 48, 4, dropout=0.0, attention_dropout=0.5, activation_dropout=0.0, activation_fn="gelu")
+    x = torch.randn(1, 50, 24)
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("depth", [1, 3], ids=["HuBERT", "data2vec"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_positional_convolution_is_fairseqs(depth, trained):
+    torch.manual_seed(0)
+    shape = Wav2Vec2Config(encoder_layers=0, encoder_embed_dim=16, conv_pos=32, conv_pos_groups=4, pos_conv_depth=depth)
+    ours, theirs = TransformerEncoder(shape).pos_conv, TransformerEncoder(shape).pos_conv
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 45, 16)
+    expected = theirs(x.transpose(1, 2)).transpose(1, 2)
+    if trained:
+        output = positions(ours, x, None)
+        assert_same_gradients(gradients(output, ours), gradients(expected, theirs))
+    else:
+        output = positions(ours.requires_grad_(False), x, None)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_of_fourier_transforms_are_products_of_small_primes():
+    assert [smooth_size(size) for size in (1, 7, 11, 25, 31, 527, 907)] == [1, 8, 12, 25, 32, 540, 960]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_map_is_torchs(bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(12, 20, bias=bias)
+    x = torch.randn(2, 7, 12, requires_grad=True)
+    output, expected = linear(x, layer.weight, layer.bias), F.linear(x.double(), *map(torch.Tensor.double, layer.parameters()))
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(2, 7, 20)
+    found = torch.autograd.grad(output, [x, *layer.parameters()], upstream)
+    wanted = torch.autograd.grad(expected, [x, *layer.parameters()], upstream.double())
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
