@@ -1,6 +1,5 @@
 """Fill a store of targets ahead of the training, with a training's own configuration."""
 
-import copy
 import logging
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -9,6 +8,7 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 from fairseq import utils
+from fairseq.data import data_utils
 from fairseq.dataclass.initialize import add_defaults, hydra_init
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
@@ -91,25 +91,39 @@ def fill(task, splits, loading, rank, processes):
     device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else None
     names = task.store.names()
     for split in splits:
-        dataset = copy.copy(task.dataset(split))
-        bar = tqdm(desc=split, unit=" windows", mininterval=1, disable=rank > 0)
-        for number in range(dataset.window_counts.max()):
-            # The shares do not depend on what is there, which other processes are changing.
-            share = np.flatnonzero(dataset.window_counts > number)[rank::processes]
-            share = [index for index in share if dataset.entry(index, number).name not in names]
-            if not share:
-                continue
-            dataset.fixed_window = number
-            share = np.array(sorted(share, key=dataset.num_tokens))
-            batches = dataset.batch_by_size(share, loading.max_tokens, loading.batch_size, required_batch_size_multiple=1)
-            batches = DataLoader(
-                dataset, batch_sampler=batches, collate_fn=dataset.collater, num_workers=loading.num_workers
-            )
+        dataset = task.dataset(split)
+        counts = dataset.window_counts.tolist()
+        windows = [(index, number) for index, count in enumerate(counts) for number in range(count)]
+        # The shares do not depend on what is there, which other processes are changing.
+        windows = [window for window in windows[rank::processes] if dataset.entry(*window).name not in names]
+        windows.sort(key=lambda window: dataset.sizes[window[0]])
+        sizes = dataset.sizes[[index for index, _ in windows]]
+        batches = data_utils.batch_by_size(
+            np.arange(len(windows)), sizes.__getitem__, sizes, loading.max_tokens, loading.batch_size
+        )
+        batches = DataLoader(
+            _Windows(dataset),
+            batch_sampler=[[windows[position] for position in batch] for batch in batches],
+            collate_fn=dataset.collater,
+            num_workers=loading.num_workers,
+            # In a spawned process workers would be spawned too, and import everything anew.
+            multiprocessing_context="fork" if loading.num_workers else None,
+        )
+        with tqdm(total=len(windows), desc=split, unit=" windows", mininterval=1, disable=rank > 0) as bar:
             for batch in batches:
                 task.bad_audio[split].report(batch["problems"])
                 task.from_store(batch if device is None else utils.move_to_cuda(batch, device))
                 bar.update(len(batch["utterances"]))
-        bar.close()
+
+
+class _Windows(torch.utils.data.Dataset):
+    """A SpeechDataset by pairs of index and number of the window."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, window):
+        return self.dataset.hear(*window)
 
 
 def _set_up_and_fill(cfg, splits, rank, processes):

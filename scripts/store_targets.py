@@ -29,10 +29,15 @@ def main():
     parser.add_argument("--config-dir", required=True, help="folder of the recipe")
     parser.add_argument("--config-name", required=True, help="the recipe")
     parser.add_argument(
-        "--splits", nargs="+", metavar="SPLIT", help="manifests to store (default: those that the recipe trains and validates on)"
+        "--splits", nargs="+", metavar="SPLIT",
+        help="manifests to store (default: those that the recipe trains and validates on)",
     )
-    parser.add_argument("--processes", type=int, default=1, help="one for each GPU, say (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="field=value", help="what the training's command line changes")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="such as one for each GPU (default: %(default)s)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="what the training's command line changes"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("fairseq_stack").setLevel(logging.INFO)

@@ -17,8 +17,9 @@ from fairseq_stack.preemption import obey_parent_alone
 class SpeechDataset(FairseqDataset):
     """Waveforms for distillation, with what the teacher makes of them where that is stored.
 
-    A recording that is too long is heard in one of its windows (windows.py). Crops and the order depend on (seed, epoch, utterance) alone: a resumed run sees what the
-    uninterrupted one would have seen, with any number of workers.
+    A recording that is too long is heard in one of its windows (windows.py). Which one, and the order,
+    depend on (seed, epoch, utterance) alone: a resumed run sees what the uninterrupted one would have
+    seen, with any number of workers.
 
     Args:
         manifest: a Manifest.
@@ -39,10 +40,10 @@ class SpeechDataset(FairseqDataset):
         self.seed = seed
         self.random_crop = random_crop
         self.store = store
-        self.fixed_window = None  # of every recording, instead of one drawn for the epoch
         self.sizes = np.minimum(manifest.samples, max_samples)
         # How many windows of each recording can be asked for.
-        self.window_counts = count_windows(manifest.samples, max_samples) if random_crop else np.ones_like(self.sizes)
+        counts = count_windows(manifest.samples, max_samples)
+        self.window_counts = counts if random_crop else np.ones_like(counts)
         self.epoch = 1
 
     def set_epoch(self, epoch):
@@ -68,8 +69,6 @@ class SpeechDataset(FairseqDataset):
 
     def window_number(self, index):
         """Which window of the recording is heard in this epoch, counted from 0."""
-        if self.fixed_window is not None:
-            return self.fixed_window
         count = int(self.window_counts[index])
         return int(self._random(self.manifest.paths[index]).integers(count)) if count > 1 else 0
 
@@ -82,19 +81,22 @@ class SpeechDataset(FairseqDataset):
         return self.store.entry(self.manifest.paths[index], self.start(index, number), int(self.sizes[index]))
 
     def __getitem__(self, index):
-        """One cropped waveform, or the reason why there is none.
+        """`hear` the recording's window of this epoch."""
+        return self.hear(index, self.window_number(index))
+
+    def hear(self, index, number):
+        """One window of a recording, or the reason why there is none.
 
         An exception in a worker process would reach the user wrapped in two tracebacks; the reason
         travels with the batch instead and the task reports it.
         """
         if torch.utils.data.get_worker_info():
             obey_parent_alone()
-        sample = {"index": index, "utterance": self.manifest.paths[index]}
-        return {**sample, **(self._stored(index) if self.store else self._waveform(index))}
+        sample = {"index": index, "window": number, "utterance": self.manifest.paths[index]}
+        return {**sample, **(self._stored(index, number) if self.store else self._waveform(index, number))}
 
-    def _waveform(self, index):
-        size = int(self.sizes[index])
-        start = self.start(index, self.window_number(index))
+    def _waveform(self, index, number):
+        start, size = self.start(index, number), int(self.sizes[index])
         try:
             waveform = read_audio(self.manifest.path(index), start, start + size)
             if len(waveform) != size:
@@ -106,16 +108,16 @@ class SpeechDataset(FairseqDataset):
             return {"problem": str(error)}
         return {"waveform": torch.from_numpy(waveform)}
 
-    def _stored(self, index):
+    def _stored(self, index, number):
         """The stored targets or the Entry that is to hold them, and the waveform where somebody needs it."""
-        entry = self.entry(index, self.window_number(index))
+        entry = self.entry(index, number)
         try:
             entry = replace(entry, source=file_source(self.manifest.path(index)))
             if CNN in self.store.wanted and (stored := self.store.read(entry)):
                 return {"stored": stored}
         except (OSError, UnusableEntry):
             pass  # whoever reads the audio tells more
-        heard = self._waveform(index)
+        heard = self._waveform(index, number)
         if "problem" in heard:
             return heard
         entry = replace(entry, digest=waveform_digest(heard["waveform"]))
@@ -137,20 +139,25 @@ class SpeechDataset(FairseqDataset):
             must each run the model on something.
 
             With a store also `stored`, {array: {part: [B', T, ...]}} of the B' utterances in
-            `stored_rows`, and `entries`, {row: Entry} of those that are to be stored. Where the CNN's features
-            are all there, nobody needs waveforms, and they are None.
+            `stored_rows`, and `entries`, {row: Entry} of those that are to be stored. Where the CNN's
+            features are all there, nobody needs waveforms, and they are None.
         """
         if not samples:
             return {}
         if any("entry" in sample for sample in samples):  # the teacher is to hear the whole batch
-            samples = [sample if "waveform" in sample else {**sample, **self._waveform(sample["index"])} for sample in samples]
+            samples = [
+                {**self._waveform(sample["index"], sample["window"]), **sample}
+                if "stored" in sample and "waveform" not in sample
+                else sample
+                for sample in samples
+            ]
         problems = {sample["utterance"]: sample["problem"] for sample in samples if "problem" in sample}
         silence = torch.zeros(self.num_tokens(samples[0]["index"]))
         samples = [sample for sample in samples if "problem" not in sample]
         waveforms = [sample["waveform"] for sample in samples if "waveform" in sample]
+        lengths = [self.num_tokens(sample["index"]) for sample in samples]
         if not samples:
             waveforms = [silence]
-        lengths = [self.num_tokens(sample["index"]) for sample in samples]
         batch = {
             "split": self.split,
             "id": torch.tensor([sample["index"] for sample in samples]),
@@ -162,8 +169,9 @@ class SpeechDataset(FairseqDataset):
             "problems": problems,
         }
         if self.store:
-            batch["entries"] = {row: sample["entry"] for row, sample in enumerate(samples) if "entry" in sample}
-            batch["stored_rows"] = [row for row, sample in enumerate(samples) if "stored" in sample]
+            rows = range(len(samples))
+            batch["entries"] = {row: samples[row]["entry"] for row in rows if "entry" in samples[row]}
+            batch["stored_rows"] = [row for row in rows if "stored" in samples[row]]
             stored = [samples[row]["stored"] for row in batch["stored_rows"]]
             batch["stored"] = {
                 array: {part: _padded([each[array][part] for each in stored]) for part in parts}

@@ -19,6 +19,7 @@ import time
 import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,23 +136,20 @@ class TargetStore:
         Raises:
             InputError: the disk is full, nothing can be written, or a value is not finite in this format.
         """
-        arrays = {name: {part: values.cpu() for part, values in parts.items()} for name, parts in arrays.items()}
+        batch = {f"{name}.{part}": values.cpu() for name in arrays for part, values in arrays[name].items()}
 
         def write(row):
-            values = {
-                f"{name}.{part}": value[row, : entries[row].frames].numpy()
-                for name, parts in arrays.items()
-                for part, value in parts.items()
-            }
-            self._write(entries[row], values)
+            entry = entries[row]
+            self._write(entry, {name: values[row, : entry.frames].numpy() for name, values in batch.items()})
 
         with ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(write, entries))
 
     def names(self):
         """The names of all entries that are there, whole or damaged."""
-        folders = [name for name in _names(self.folder) if name != UNFINISHED]
-        return {start + rest.removesuffix(".npz") for start in folders for rest in _names(os.path.join(self.folder, start))}
+        starts = [name for name in _names(self.folder) if name != UNFINISHED]
+        paths = {start: os.path.join(self.folder, start) for start in starts}
+        return {start + rest.removesuffix(".npz") for start in starts for rest in _names(paths[start])}
 
     def plan(self, dataset):
         """What storing all that a SpeechDataset may ask for takes.
@@ -176,8 +174,8 @@ class TargetStore:
         free = shutil.disk_usage(self.folder).free
         if missing_bytes > free:
             raise InputError(
-                f"task.target_store={self.folder} needs {size_text(missing_bytes)} more for {what}, but the disk has"
-                f" {size_text(free)} free; choose a larger one, fewer layers or task.target_format=int8"
+                f"task.target_store={self.folder} needs {size_text(missing_bytes)} more for {what}, but the disk"
+                f" has {size_text(free)} free; choose a larger one, fewer layers or task.target_format=int8"
             )
         return free
 
@@ -214,14 +212,15 @@ class TargetStore:
 
     def _failure(self, error):
         return InputError(
-            f"task.target_store={self.folder} cannot be written ({error.strerror}); what it holds stays good: make"
-            " room or choose another folder, and start again"
+            f"task.target_store={self.folder} cannot be written ({error.strerror}); what it holds stays good:"
+            " make room or choose another folder, and start again"
         )
 
     def _remove_abandoned(self):
         for file in os.scandir(os.path.join(self.folder, UNFINISHED)):
-            if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
-                os.remove(file.path)
+            with suppress(FileNotFoundError):  # another process has finished it, or removed it
+                if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
+                    os.remove(file.path)
 
 
 class UnusableEntry(Exception):
@@ -252,7 +251,7 @@ def _supersets(folder, wanted, form):
     """The arrays of those stores in a teacher's folder that hold all that are wanted, in this format."""
     for name in _names(folder):
         arrays, _, ending = name.rpartition(".")
-        arrays = [array if array == CNN else int(array) for array in arrays.split("+") if array == CNN or array.isdigit()]
+        arrays = [int(array) if array.isdigit() else array for array in arrays.split("+")]
         if ending == form and set(wanted) <= set(arrays):
             yield arrays
 

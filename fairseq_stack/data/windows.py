@@ -7,7 +7,7 @@ teacher makes of each can be kept (target_store.py).
 
 
 def count_windows(samples, longest):
-    """How many windows of at most `longest` samples a recording of `samples` samples has (ints, or integer arrays)."""
+    """How many windows of at most `longest` samples a recording has (ints, or integer arrays)."""
     return -(-samples // longest)
 
 

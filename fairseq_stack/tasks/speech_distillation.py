@@ -75,13 +75,13 @@ class SpeechDistillationConfig(FairseqDataclass):
     target_store: Optional[str] = field(
         default=None,
         metadata={
-            "help": "folder for the teacher's targets: what is not there yet is computed and stored, and the teacher is"
-            " loaded only for that (default: the teacher runs for every batch)"
+            "help": "folder for the teacher's targets: what is not there yet is computed and stored, and the"
+            " teacher is loaded only for that (default: the teacher runs for every batch)"
         },
     )
     target_format: str = field(
         default="fp16",
-        metadata={"help": "how targets are stored: fp16, or int8 with a scale for each frame, which takes half the space"},
+        metadata={"help": "how targets are stored: fp16, or int8 with a scale for each frame, half the size"},
     )
     seed: int = II("common.seed")
     save_dir: str = II("checkpoint.save_dir")
@@ -168,8 +168,8 @@ class SpeechDistillation(FairseqTask):
             windows, missing, missing_bytes = self.store.plan(self.datasets[split])
             free = self.store.check_space(missing_bytes, path)
             logger.info(
-                f"target store | {self.store.folder} | {split}: {windows - missing} of {windows} windows are stored, the"
-                f" rest takes {size_text(missing_bytes)} of {size_text(free)} free"
+                f"target store | {self.store.folder} | {split}: {windows - missing} of {windows} windows are"
+                f" stored, the rest takes {size_text(missing_bytes)} of {size_text(free)} free"
             )
 
     def get_batch_iterator(self, *args, **kwargs):
@@ -262,18 +262,20 @@ class SpeechDistillation(FairseqTask):
         return {**sample, "waveforms": waveforms, "features": features, "targets": arrays}
 
     def computed(self, sample, layers, cnn):
-        """{layer: [B, T, D]} from the teacher and, with `cnn`, the features of its CNN as {CNN: [B, T, C]}."""
+        """{layer: [B, T, D]} from the teacher, with `cnn` also {CNN: [B, T, C]}, the features of its CNN."""
         waveforms, lengths = sample["waveforms"], sample["lengths"]
         if not cnn:
             return self.teacher.hidden_states(waveforms, lengths, layers)
         features = self.teacher.cnn_features(waveforms, lengths)
-        return {**self.teacher.hidden_states(waveforms, lengths, layers, features), CNN: features.transpose(1, 2)}
+        targets = self.teacher.hidden_states(waveforms, lengths, layers, features)
+        return {**targets, CNN: features.transpose(1, 2)}
 
     def from_store(self, sample):
-        """The batch's targets as the store keeps them, {array: {part: [B, T, ...]}}; the teacher fills what is missing.
+        """The batch's targets as the store keeps them, {array: {part: [B, T, ...]}}.
 
-        The student learns from rounded targets in the first epoch too, and from what is stored wherever
-        there is something: so it makes no difference to a run how much a run before it has stored.
+        The teacher fills what is missing. The student learns from rounded targets in the first epoch
+        too, and from what is stored wherever there is something: so it makes no difference to a run how
+        much has been stored before it.
         """
         rows, entries, stored = sample["stored_rows"], sample["entries"], sample["stored"]
         if rows and not entries:

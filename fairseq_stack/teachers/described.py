@@ -81,7 +81,9 @@ def described_teacher(path, store, **options):
         beside.write_text(json.dumps({**fields, "sum": _sum(fields)}, indent=2), encoding="utf-8")
         os.replace(beside, folder / DESCRIPTION)
     except OSError as error:
-        raise InputError(f"task.target_store={store} cannot be written ({error.strerror}); choose another folder") from None
+        raise InputError(
+            f"task.target_store={store} cannot be written ({error.strerror}); choose another folder"
+        ) from None
     described = DescribedTeacher(path, options, fields)
     described.loaded = teacher
     return described, folder
@@ -95,7 +97,7 @@ def fingerprint(path, **options):
     """
     path = Path(path)
     # In a folder of Hugging Face's format nothing else is read of a teacher.
-    files = sorted(f for ending in ("json", "safetensors") for f in path.glob(f"*.{ending}")) if path.is_dir() else [path]
+    files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
     whole = hashlib.sha256(json.dumps([VERSION, options], sort_keys=True).encode())
     for each in files:
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What a store gives back is what was put in, for the audio and the arrays that were asked for, or nothing."""
+"""What a store gives back is what was put in, for the audio and arrays that were asked for, or nothing."""
 
 import multiprocessing
 import os
@@ -125,8 +125,9 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_no_half_entry(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     message = str(caught.value)
-    assert message.startswith(f"task.target_store={made.folder} cannot be written (File too large)") and "\n" not in message
-    assert len(list(tmp_path.glob("*/*/*"))) == 1 and made.read(entry(made)) and made.read(entry(made, "b.wav")) is None
+    assert message.startswith(f"task.target_store={made.folder} cannot be written (File too large)")
+    assert "\n" not in message and len(list(tmp_path.glob("*/*/*"))) == 1
+    assert made.read(entry(made)) and made.read(entry(made, "b.wav")) is None
 
 
 def dataset(samples, longest, made, random_crop=True):
@@ -155,7 +156,7 @@ def test_the_plan_counts_the_windows_that_may_be_asked_for_and_the_size_that_the
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_path):
     made = store(tmp_path)
     plan = made.plan(dataset([10**15], 10**15, made))
-    with pytest.raises(InputError, match="needs 200 TB more for train.tsv, but the disk has .* free") as caught:
+    with pytest.raises(InputError, match="needs 200 TB more for train.tsv, but the disk has") as caught:
         made.check_space(plan[2], "train.tsv")
     assert "\n" not in str(caught.value)
 
@@ -187,7 +188,8 @@ def test_processes_that_fill_a_store_together_do_not_harm_each_other(tmp_path):
 
 def test_fp16_keeps_eleven_bits_and_int8_seven_of_the_largest_value_in_the_frame():
     torch.manual_seed(0)
-    values = torch.randn(50, 768, dtype=torch.float64) * torch.logspace(-3, 3, 50, dtype=torch.float64)[:, None]
+    sizes = torch.logspace(-3, 3, 50, dtype=torch.float64)[:, None]
+    values = torch.randn(50, 768, dtype=torch.float64) * sizes
     values[0] = 0
     half, byte = (decode(encode(values.float(), form)).double() for form in ("fp16", "int8"))
     assert ((half - values).abs() <= 2**-11 * values.abs() + 2.0**-25).all()
@@ -200,7 +202,7 @@ def test_fp16_keeps_eleven_bits_and_int8_seven_of_the_largest_value_in_the_frame
 def test_a_value_beyond_fp16_is_refused_and_int8_takes_it(tmp_path):
     made = store(tmp_path, layers=[7])
     huge = torch.full((1, 12, WIDTH), 1e5)
-    with pytest.raises(InputError, match="the teacher's layer 7 for a.wav is not finite in task.target_format=fp16"):
+    with pytest.raises(InputError, match="the teacher's layer 7 for a.wav is not finite in task.target_format"):
         made.write({0: entry(made)}, {7: encode(huge, "fp16")})
     assert made.read(entry(made)) is None
     made = store(tmp_path, layers=[7], form="int8")
