@@ -1,6 +1,7 @@
 """The dataset: recordings of a manifest, cropped and padded into batches."""
 
 import zlib
+from multiprocessing.util import register_after_fork
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class SpeechDataset(FairseqDataset):
         self.random_crop = random_crop
         self.sizes = np.minimum(manifest.samples, max_samples)
         self.epoch = 1
+        # At a worker's birth: torch gives it a handler that dies of any SIGTERM before it reads its first recording.
+        register_after_fork(self, lambda _: obey_parent_alone())
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -64,8 +67,6 @@ class SpeechDataset(FairseqDataset):
         An exception in a worker process would reach the user wrapped in two tracebacks; the reason
         travels with the batch instead and the task reports it.
         """
-        if torch.utils.data.get_worker_info():
-            obey_parent_alone()
         utterance = self.manifest.paths[index]
         size, spare = int(self.sizes[index]), int(self.manifest.samples[index] - self.sizes[index])
         start = int(self._random(utterance).integers(spare + 1)) if self.random_crop and spare else 0
