@@ -29,16 +29,10 @@ def obey_parent_alone():
     """In a worker that loads data: die of a SIGTERM from the training, and of no one else's.
 
     A cluster sends it to every process of a job, and the training needs its batches up to the
-    checkpoint. Can be called often.
+    checkpoint.
     """
-    global _obeying
-    if _obeying != os.getpid():
-        _obeying = os.getpid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-_obeying = None  # the process that has called obey_parent_alone; workers are forks of others
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
 def _wait_for_parent():

@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import replace
+from multiprocessing.util import register_after_fork
 
 import numpy as np
 import torch
@@ -45,6 +46,8 @@ class SpeechDataset(FairseqDataset):
         counts = count_windows(manifest.samples, max_samples)
         self.window_counts = counts if random_crop else np.ones_like(counts)
         self.epoch = 1
+        # At a worker's birth: torch gives it a handler that dies of any SIGTERM before it reads its first recording.
+        register_after_fork(self, lambda _: obey_parent_alone())
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -90,8 +93,6 @@ class SpeechDataset(FairseqDataset):
         An exception in a worker process would reach the user wrapped in two tracebacks; the reason
         travels with the batch instead and the task reports it.
         """
-        if torch.utils.data.get_worker_info():
-            obey_parent_alone()
         sample = {"index": index, "window": number, "utterance": self.manifest.paths[index]}
         return {**sample, **(self._stored(index, number) if self.store else self._waveform(index, number))}
 
