@@ -15,9 +15,11 @@ find_python() {
 
 wanted=$(cat setup.py constraints.txt | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-  python=$(find_python) || exit 1
-  echo "== Installing into .venv with $("$python" --version)"
-  "$python" -m venv .venv
+  if ! [ -x .venv/bin/pip ]; then
+    python=$(find_python) || exit 1
+    "$python" -m venv .venv
+  fi
+  echo "== Installing into .venv with $(.venv/bin/python --version)"
   .venv/bin/pip install --quiet --progress-bar off --constraint constraints.txt --editable '.[test]'
   echo "$wanted" > .venv/installed
 fi

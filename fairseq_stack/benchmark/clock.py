@@ -13,9 +13,11 @@ class Clock:
 
     Args:
         device: a GPU is waited for whenever a part begins or ends.
+        now: seconds since some beginning.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, now=time.perf_counter):
+        self.now = now
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.spent = {}
         self.parts = [REST]
@@ -50,7 +52,7 @@ class Clock:
 
     def _charge(self):
         self.wait()
-        now = time.perf_counter()
+        now = self.now()
         if self.since is not None:
             self.spent[self.parts[-1]] = self.spent.get(self.parts[-1], 0.0) + now - self.since
         self.since = now

@@ -57,7 +57,8 @@ class Ours:
         epochs = self.trainer.get_train_iterator(epoch=1, load_dataset=False)
         self.trainer.begin_epoch(1)
         self.batches = iterators.GroupedIterator(epochs.next_epoch_itr(shuffle=False), 1)
-        self.model.starts = None  # the depth is set by hand
+        later = len(self.model.plan.stages) - 1
+        self.model.starts = (0, *[cfg.optimization.max_update] * later)  # the depth is set by hand
         self.clock.wrap(self.task, "with_targets", "targets")
         self.clock.wrap(self.model, "features", "student CNN")
         self.clock.wrap(criterion, "forward", "student transformer")

@@ -1,42 +1,137 @@
 """The benchmark measures what it says; how fast a machine is, no test says."""
 
-import json
-import sys
-
 import pytest
-from training import ROOT
+import torch
+from training import EXAMPLES
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import benchmark  # noqa: E402
+from fairseq_stack.benchmark.clock import REST, Clock
+from fairseq_stack.benchmark.inputs import TEACHER, make_inputs
+from fairseq_stack.benchmark.measure import growing, with_first_epoch
+from fairseq_stack.benchmark.ours import Case, Ours, fill_store
+from fairseq_stack.benchmark.peers import FairseqModules, S3prlDistiller
+from fairseq_stack.benchmark.tables import tables
+from fairseq_stack.benchmark.workers import workers
+from fairseq_stack.teachers import load_teacher
 
-
-def test_speed_ups_are_shares_of_the_updates_at_the_cost_of_their_stage():
-    proportional = benchmark.speed_ups({3: 3.0, 6: 6.0, 9: 9.0, 12: 12.0})
-    assert proportional["prop"] == pytest.approx((4 / 3, 4 / 3)) and proportional["equal"] == pytest.approx((1.6, 1.6))
-    # Half of an update at full depth is spent on what does not shrink.
-    measured, _ = benchmark.speed_ups({3: 15.0, 6: 18.0, 9: 21.0, 12: 24.0})["prop"]
-    assert measured == pytest.approx(24 / (0.1 * 15 + 0.2 * 18 + 0.3 * 21 + 0.4 * 24))
-
-
-def test_every_stage_and_part_is_measured_and_written(monkeypatch, tmp_path, capsys):
-    arguments = ["--size", "demo", "--batch", "1", "--seconds", "1", "--rounds", "1", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--output", str(tmp_path / "figures.json")])
-    benchmark.main()
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert list(figures["stages"]) == ["3", "6", "9", "12"] and figures["weights"] == "random"
-    for parts in figures["stages"].values():
-        assert list(parts) == list(benchmark.PARTS) and all(seconds > 0 for seconds in parts.values())
-    assert "| 12 |" in capsys.readouterr().out
+RECIPES = EXAMPLES / "interleaved"
+BATCH, SECONDS, UPDATES = 2, 1.0, 5
 
 
-def test_going_back_to_the_first_stage_gives_the_student_of_that_depth():
-    arguments = benchmark.argparse.Namespace(size="demo", batch=1, seconds=1.0, precision="fp32", device="cpu")
-    run = benchmark.Run(arguments)
-    for _ in range(2):
-        depths = [run.student.depth]
-        while run.student.depth < 12:
-            run.update()
-            run.grow()
-            depths.append(run.student.depth)
-        assert depths == [3, 6, 9, 12]
-        run.student.shrink()
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    make_inputs(folder, "demo", SECONDS, BATCH * UPDATES)
+    return folder
+
+
+def test_growing_costs_the_mean_over_the_schedules_shares():
+    linear = {3: 3.0, 6: 6.0, 9: 9.0, 12: 12.0}
+    assert growing(linear, "prop") == pytest.approx(9.0) and growing(linear, "equal") == pytest.approx(7.5)
+    fixed = {3: 15.0, 6: 18.0, 9: 21.0, 12: 24.0}
+    assert growing(fixed, "prop") == pytest.approx(0.1 * 15 + 0.2 * 18 + 0.3 * 21 + 0.4 * 24)
+
+
+def test_the_first_of_75_epochs_is_live_and_lies_in_the_first_stage():
+    stored, live = {3: 1.0, 6: 1.0, 9: 1.0, 12: 1.0}, {3: 2.5, 6: 9.0, 9: 9.0, 12: 9.0}
+    assert with_first_epoch(stored, live) == pytest.approx((74 * 1.0 + 2.5) / 75)
+
+
+def test_a_clock_counts_a_part_within_a_part_once():
+    now = [0.0]
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    clock = Clock(torch.device("cpu"), now=lambda: now[0])
+    clock.restart()
+    pass_time(1)
+    with clock("outer"):
+        pass_time(2)
+        with clock("inner"):
+            pass_time(4)
+        pass_time(8)
+    assert clock.stop() == {REST: 1, "outer": 10, "inner": 4}
+
+
+@pytest.mark.parametrize("cnn", ["trained", "shared"])
+def test_with_stored_targets_neither_the_teacher_nor_a_shared_cnn_runs(inputs, cnn):
+    case = Case("fp32", "stored", cnn)
+    given = RECIPES, inputs, "demo", BATCH, "cpu"
+    fill_store(*given, case)
+    ours = Ours(*given, case)
+    ran = []
+    if cnn == "shared":  # which starts from the teacher's
+        ours.task.teacher.loaded.model.register_forward_hook(lambda *_: ran.append("teacher"))
+        ours.task.teacher.loaded.model.feature_extractor.register_forward_hook(lambda *_: ran.append("teacher's CNN"))
+    ours.model.feature_extractor.register_forward_hook(lambda *_: ran.append("CNN"))
+    for depth in (3, 12, 6):
+        layers = []
+        hooks = [layer.register_forward_hook(lambda *_: layers.append(1)) for layer in ours.model.encoder.layers]
+        parts = ours.update(depth)
+        assert len(layers) == depth == ours.model.depth
+        assert {"data", "targets", "student transformer", "backward", "optimiser", REST} <= set(parts)
+        for hook in hooks:
+            hook.remove()
+    assert ran == (["CNN"] * 3 if cnn == "trained" else [])
+    assert "loaded" in vars(ours.task.teacher) or cnn == "trained"
+    assert ours.growth() > 0 and ours.model.depth == 12
+
+
+@pytest.mark.parametrize("peer", [pytest.param(S3prlDistiller, marks=pytest.mark.s3prl), FairseqModules])
+def test_a_peer_has_the_same_teacher_and_learns(inputs, peer):
+    training = peer(inputs, "demo", BATCH, SECONDS, "cpu")
+    waveforms = training.waveforms
+    lengths = torch.full((BATCH,), waveforms.size(1))
+    expected = load_teacher(inputs / TEACHER).hidden_states(waveforms, lengths, [4, 8, 12])
+    with torch.no_grad():
+        targets = training.targets()
+    if peer is S3prlDistiller:
+        targets = targets.unbind(1)
+    else:
+        targets = [state.transpose(0, 1) for state in targets]
+    for state, layer in zip(targets, (4, 8, 12)):
+        frames = expected[layer].size(1)  # fairseq pads to an even number
+        torch.testing.assert_close(state[:, :frames], expected[layer], rtol=1e-3, atol=1e-4)
+    before = [parameter.clone() for parameter in training.parameters()]
+    assert set(training.update(12)) == {"targets", "student", "backward", "optimiser", REST}
+    changed = [not torch.equal(old, new) for old, new in zip(before, training.parameters())]
+    assert sum(changed) > 0.9 * len(changed)
+
+
+class Counter:
+    """Something that runs in another process."""
+
+    def __init__(self, start):
+        if start < 0:
+            raise ValueError("too small")
+        self.count = start
+
+    def update(self, step):
+        self.count += step
+        return self.count
+
+
+def test_workers_keep_their_own_state_and_pass_on_what_fails():
+    with workers(1, {"a": (Counter, 1), "b": (Counter, 10)}) as running:
+        assert [running[name].call("update", 2) for name in ("a", "b", "a")] == [3, 12, 5]
+        assert running["a"].call("peak_memory") > 2**20
+        with pytest.raises(RuntimeError, match="TypeError"):
+            running["b"].call("update", "x")
+    with pytest.raises(RuntimeError, match="too small"):
+        with workers(1, {"a": (Counter, -1)}):
+            pass
+
+
+def test_the_tables_hold_ratios():
+    def figures(seconds):
+        update = {str(depth): seconds * depth for depth in (3, 6, 9, 12)}
+        parts = {depth: {"data": value} for depth, value in update.items()}
+        return {"update": update, "parts": parts, "peak_memory": 2**30, "growth": 0.01}
+
+    peer = {"update": {"12": 48.0}, "parts": {"12": {"data": 48.0}}, "peak_memory": 2**31}
+    cases = {"bf16, live targets, CNN trained": figures(2.0), "bf16, stored targets, CNN trained": figures(1.0)}
+    text = tables({"cases": {**cases, "s3prl": peer}, "peers": ["s3prl"]})
+    assert "| bf16, live targets, CNN trained | 1.60x | 1.33x | 0.010 |" in text
+    assert "| bf16, live targets, CNN trained | 2.00x |  | 0.50x |" in text
+    # 48 / (9 + 3 / 75)
+    assert "| bf16, stored targets, CNN trained | 4.00x | 5.31x | 0.50x |" in text
