@@ -43,6 +43,6 @@ setup(
         "onnx": ONNX,
         "slurm": SUBMITIT,
         "superb": SUPERB,
-        "test": ["pytest", *ONNX, *SUBMITIT, *SUPERB],
+        "test": ["pytest", "pytest-xdist", *ONNX, *SUBMITIT, *SUPERB],
     },
 )

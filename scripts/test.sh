@@ -5,4 +5,5 @@
 set -euo pipefail
 if [ "${1:-}" = --help ]; then sed -n '2,/^set/s/^# \?//p' "$0"; exit; fi
 source "$(dirname "$0")/environment.sh"
-exec python -m pytest "$@"
+# Files of tests run side by side, as many as there are cores, up to four; none needs more than one core.
+OMP_NUM_THREADS=1 exec python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
