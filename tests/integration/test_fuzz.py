@@ -172,7 +172,7 @@ def test_manifests(recordings, tmp_path):
 VALUES = [
     "-1", "0", "1", "2", "3", "7", "13", "0.5", "-0.5", "1e400", "nan", "inf", "-inf", "null", "true", "''", "'a b'",
     "[]", "[0]", "[1,2,3]", "[a]", "[[1]]", "{}", "{a: 1}", "abc", "'[(8,10,5)]'", "'[(0,0,0)]'", "'[(8,10,5)] * 99'",
-    "'__import__(\"os\")'", "'[(8,10,5)'", "/", "../..", "'\u2028'", "'a\\nb'", "equal", "none", "gstack", "plateau",
+    "'__import__(\"os\")'", "'[(8,10,5)'", "/dev/null", "../..", "'\u2028'", "'a\\nb'", "equal", "none", "gstack", "plateau",
     "temporal_gram", "prediction", "layer_norm", "reset", "skip",
 ]  # fmt: skip
 
@@ -202,7 +202,7 @@ def resolved(cfg):
     return cfg
 
 
-def test_configurations(recipe):
+def test_configurations(recipe, tmp_path, monkeypatch):
     from fairseq import optim, tasks
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
@@ -214,6 +214,8 @@ def test_configurations(recipe):
     nodes = {"task": SpeechDistillationConfig, "criterion": LayerDistillationConfig, "model": StackedHubertConfig}
     names = [f"{node}.{field.name}" for node, kind in nodes.items() for field in fields(kind) if field.name[0] != "_"]
     parser = OverridesParser.create()
+    (tmp_path / "some/where").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "some/where")  # a field may be a folder to write to
 
     def use(number, chosen):
         cfg = copy.deepcopy(recipe)
