@@ -3,10 +3,10 @@ from setuptools import find_packages, setup
 ONNX = ["onnx", "onnxruntime"]
 # Starts jobs on a SLURM cluster; its version for fairseq 0.12.2's hydra is another.
 SUBMITIT = ['hydra-submitit-launcher>=1.2; python_version >= "3.11"']
-# What s3prl's problems import and espnet-s3prl does not ask for. There is no s3prl below Python 3.11, see below.
+# What s3prl's problems import and espnet-s3prl does not ask for; dcase_util imports setuptools' old pkg_resources. There is no s3prl below Python 3.11, see below.
 SUPERB = [
     f'{package}; python_version >= "3.11"'
-    for package in ("pandas", "librosa", "editdistance", "sed_eval", "dcase_util", "more-itertools")
+    for package in ("pandas", "librosa", "editdistance", "sed_eval", "dcase_util", "more-itertools", "setuptools<81")
 ]
 
 setup(

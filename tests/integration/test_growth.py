@@ -82,6 +82,7 @@ def test_a_plateau_wakes_layers_early_and_a_resumed_run_does_so_at_the_same_upda
             "optimization.lr": "[0.2]",  # far too much, so that the loss soon rises
             "optimization.max_update": 14,
             "checkpoint.save_interval_updates": 1,
+            "common.seed": 3,
         }
         train("librispeech_base", tiny(speech, teacher_file, tmp_path / folder, **fields))
         return torch.load(tmp_path / folder / "checkpoints/checkpoint_last.pt", weights_only=True)["model"]

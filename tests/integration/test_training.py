@@ -117,7 +117,9 @@ def test_recipes_work_from_any_folder_with_an_absolute_user_dir(speech, teacher_
 
 
 def test_data_workers_end_with_their_epoch(speech, teacher_file, tmp_path):
+    before = set(multiprocessing.active_children())
     train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{"dataset.num_workers": 2, "checkpoint.no_save": True}))
-    for worker in multiprocessing.active_children():
+    workers = set(multiprocessing.active_children()) - before
+    for worker in workers:
         worker.join(timeout=5)
-    assert not multiprocessing.active_children()
+    assert not any(worker.is_alive() for worker in workers)
