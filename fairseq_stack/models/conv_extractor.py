@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from fairseq.models.wav2vec.wav2vec2 import ConvFeatureExtractionModel
 
 from fairseq_stack.lengths import frames_from_samples
-from fairseq_stack.models.linear import linear
 
 
 class ConvExtractor(ConvFeatureExtractionModel):
@@ -150,7 +149,7 @@ class ChannelsLastConvolution(torch.autograd.Function):
 
 def weight_gradient(gradient, inputs):
     """[B, T, C'] and [B, T, C] to [C', C], the sum over utterances and frames of their outer products."""
-    return torch.stack([linear(ours.t(), theirs.t()) for ours, theirs in zip(gradient, inputs)]).sum(0)
+    return torch.stack([ours.t() @ theirs for ours, theirs in zip(gradient, inputs)]).sum(0)
 
 
 def as_image(x):

@@ -17,7 +17,6 @@ from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import frames_from_samples, parse_conv_layers
 from fairseq_stack.models.conv_extractor import ConvExtractor
 from fairseq_stack.models.layer_stack import LayerStack
-from fairseq_stack.models.linear import Linear
 
 
 class HubertEncoder(BaseFairseqModel):
@@ -51,7 +50,7 @@ class HubertEncoder(BaseFairseqModel):
         # HuBERT has a norm between the CNN and the projection, DistilHuBERT has none.
         self.layer_norm = LayerNorm(channels) if getattr(cfg, "feature_layer_norm", True) else nn.Identity()
         self.post_extract_proj = (
-            Linear(channels, cfg.encoder_embed_dim) if channels != cfg.encoder_embed_dim else None
+            nn.Linear(channels, cfg.encoder_embed_dim) if channels != cfg.encoder_embed_dim else None
         )
         self.dropout_input = nn.Dropout(cfg.dropout_input)
         self.encoder = LayerStack(

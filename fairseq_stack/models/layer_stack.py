@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from fairseq.models.wav2vec.wav2vec2 import TransformerEncoder, TransformerSentenceEncoderLayer
 
-from fairseq_stack.models.linear import linear
 from fairseq_stack.models.positions import positions
 
 
@@ -64,17 +63,17 @@ class EncoderLayer(TransformerSentenceEncoderLayer):
         return self.final_layer_norm(x + self.dropout3(self.feed_forward(x)))
 
     def feed_forward(self, x):
-        x = self.dropout2(self.activation_fn(linear(x, self.fc1.weight, self.fc1.bias)))
-        return linear(x, self.fc2.weight, self.fc2.bias)
+        x = self.dropout2(self.activation_fn(self.fc1(x)))
+        return self.fc2(x)
 
     def attend(self, x, padding):
         module = self.self_attn
         projections = module.q_proj, module.k_proj, module.v_proj
         weight, bias = (torch.cat([getattr(part, name) for part in projections]) for name in ("weight", "bias"))
-        heads = linear(x, weight, bias).unflatten(2, (3, module.num_heads, module.head_dim))
+        heads = F.linear(x, weight, bias).unflatten(2, (3, module.num_heads, module.head_dim))
         dropout = module.dropout_module.p if self.training else 0.0
         x = attention(*heads.permute(2, 0, 3, 1, 4), padding, dropout)
-        return linear(x.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
+        return module.out_proj(x.transpose(1, 2).flatten(2))
 
 
 def attention(query, key, value, padding, dropout):

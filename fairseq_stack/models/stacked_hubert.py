@@ -16,7 +16,6 @@ from fairseq_stack.growth.plan import plan_growth
 from fairseq_stack.growth.schedule import Plateau, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder
-from fairseq_stack.models.linear import Linear
 from fairseq_stack.models.student_start import start_cnn, start_layers
 from fairseq_stack.supervision import check_supervision, student_position, taught_layers
 
@@ -381,5 +380,5 @@ class StackedHubert(HubertEncoder):
 def prediction_head(width, inner, teacher_width):
     """[B, T, width] to [B, T, teacher_width], linear or with a hidden layer of `inner` features."""
     if not inner:
-        return Linear(width, teacher_width)
-    return nn.Sequential(Linear(width, inner), nn.GELU(), Linear(inner, teacher_width))
+        return nn.Linear(width, teacher_width)
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, teacher_width))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from fairseq.models.wav2vec.wav2vec2 import (
     ConvFeatureExtractionModel,
     TransformerEncoder,
@@ -13,7 +12,6 @@ from fairseq.models.wav2vec.wav2vec2 import (
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.conv_extractor import ConvExtractor
 from fairseq_stack.models.layer_stack import EncoderLayer
-from fairseq_stack.models.linear import linear
 from fairseq_stack.models.positions import positions, smooth_size
 
 SHAPES = [(16, 10, 5), (16, 3, 2), (24, 3, 2), (24, 2, 2)]
@@ -144,17 +142,3 @@ def test_the_positional_convolution_is_fairseqs(depth, trained):
 
 def test_sizes_of_fourier_transforms_are_products_of_small_primes():
     assert [smooth_size(size) for size in (1, 7, 11, 25, 31, 527, 907)] == [1, 8, 12, 25, 32, 540, 960]
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_map_is_torchs(bias):
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(12, 20, bias=bias)
-    x = torch.randn(2, 7, 12, requires_grad=True)
-    output, expected = linear(x, layer.weight, layer.bias), F.linear(x.double(), *map(torch.Tensor.double, layer.parameters()))
-    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
-    upstream = torch.randn(2, 7, 20)
-    found = torch.autograd.grad(output, [x, *layer.parameters()], upstream)
-    wanted = torch.autograd.grad(expected, [x, *layer.parameters()], upstream.double())
-    for ours, theirs in zip(found, wanted):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
