@@ -7,6 +7,7 @@ from fairseq_stack.checkpoint import load_checkpoint
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.losses import normalize_targets
 from fairseq_stack.teachers import load_teacher
 
 LONGEST_SECONDS = 10  # of an utterance; attention over a whole minute would cost more than it tells
@@ -36,13 +37,15 @@ def explained_by_checkpoint(checkpoint, speech, teacher=None, seconds=120.0):
     student = StackedHubert.from_checkpoint(state, checkpoint)
     torch.manual_seed(1)
     fresh = student.at_initialisation()
+    normalization = state["cfg"]["criterion"]["target_normalization"]
     return tuple(
-        explained_by_layer(model, teacher, manifest, task["normalize"], seconds) for model in (student, fresh)
+        explained_by_layer(model, teacher, manifest, task["normalize"], normalization, seconds)
+        for model in (student, fresh)
     )
 
 
 @torch.no_grad()
-def explained_by_layer(student, teacher, manifest, normalize, seconds=120.0):
+def explained_by_layer(student, teacher, manifest, normalize, normalization="none", seconds=120.0):
     """Share of the teacher's variance that the student's heads explain, for each head.
 
     Utterances pass one by one in the manifest's order, each up to LONGEST_SECONDS.
@@ -52,6 +55,7 @@ def explained_by_layer(student, teacher, manifest, normalize, seconds=120.0):
         teacher: its Teacher.
         manifest: a Manifest of held-out speech.
         normalize: whether the student wants normalised waveforms.
+        normalization: of the targets that the student has learned, see normalize_targets.
         seconds: how much speech to use.
 
     Returns:
@@ -74,7 +78,9 @@ def explained_by_layer(student, teacher, manifest, normalize, seconds=120.0):
         given = student(normalize_waveforms(waveform, length) if normalize else waveform, length)["predictions"]
         for layer in layers:
             predictions[layer].append(given[layer][0])
-            targets[layer].append(wanted[layer][0])
+            target = wanted[layer]
+            target = normalize_targets(target, torch.ones(target.shape[:2], dtype=torch.bool), normalization)
+            targets[layer].append(target[0])
     return {
         layer: explained_variance(torch.cat(predictions[layer]).numpy(), torch.cat(targets[layer]).numpy())
         for layer in layers

@@ -9,7 +9,7 @@ GREY = "#666666"
 PARTS = (("output_loss", "output", COLOURS[0]), ("intermediate_loss", "intermediate", COLOURS[1]))
 
 # A figure has to be read on a phone, where it is shrunk to a third.
-_STYLE = {
+STYLE = {
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.spines.top": False,
@@ -36,7 +36,7 @@ def draw_losses(runs, by="updates"):
         a matplotlib Figure.
     """
     parts = [part for part in PARTS if len(runs) == 1 and part[0] in runs[0].train]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.5, 7.5 if parts else 4.6))
         axes = figure.subplots(2 if parts else 1, 1, sharex=True, squeeze=False)[:, 0]
         for number, run in enumerate(runs):
@@ -175,7 +175,7 @@ def draw_layer_weights(weights):
         a matplotlib Figure, one row of bars for each upstream.
     """
     tasks = list(dict.fromkeys(task for of_tasks in weights.values() for task in of_tasks))
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.5, 0.8 + 2.5 * len(weights)))
         axes = figure.subplots(len(weights), 1, squeeze=False, sharey=True)[:, 0]
         for axis, (upstream, of_tasks) in zip(axes, weights.items()):
@@ -192,7 +192,7 @@ def draw_layer_weights(weights):
     return figure
 
 
-_MATRIX_STYLE = {**_STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
+_MATRIX_STYLE = {**STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
 
 
 def _lowest(matrices):

@@ -12,6 +12,8 @@ from multiprocessing import get_context
 
 import torch
 
+from fairseq_stack.errors import InputError
+
 
 class Worker:
     """A training in another process; its methods are called by name.
@@ -23,6 +25,7 @@ class Worker:
 
     Raises:
         RuntimeError: something failed there; the message is its traceback.
+        InputError: the other process was killed.
     """
 
     def __init__(self, make, threads, *arguments):
@@ -41,7 +44,13 @@ class Worker:
         self.process.join()
 
     def _receive(self):
-        failed, value = self.connection.recv()
+        try:
+            failed, value = self.connection.recv()
+        except EOFError:
+            raise InputError(
+                "a training of the benchmark was killed, most likely because memory ran out: measure fewer at a time, as"
+                " --precision fp32 does"
+            ) from None
         if failed:
             raise RuntimeError(value)
         return value

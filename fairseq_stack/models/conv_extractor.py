@@ -8,7 +8,7 @@ The parameters and the mathematics are those of fairseq's ConvFeatureExtractionM
   windows, ten by ten numbers. So nothing passes over the largest tensor of the whole model for the norm's sake.
 - The statistics are those of an utterance's own frames. fairseq, transformers and s3prl let the norm run over the
   padding too, so that features depend on what else is in the batch. Without padding all agree.
-- The first layer's input to GELU is computed again in the backward pass instead of being kept.
+- GELU belongs to the convolution behind it: kept is its input alone, and its output is computed again in the backward pass.
 """
 
 import torch
@@ -34,25 +34,26 @@ class ConvExtractor(ConvFeatureExtractionModel):
 
     def forward(self, waveforms, lengths):
         """[B, S] samples and [B] lengths to [B, C, T] features."""
+        first, *others = self.conv_layers
         if self.has_group_norm:
-            conv, _, norm, _ = self.conv_layers[0]
             frames = frames_from_samples(lengths, self.shapes[:1])
-            x = normed_convolution(waveforms, frames, conv, norm)
+            x = normed_convolution(waveforms, frames, first[0], first[2])
+            for block in others:
+                x = convolution(x, block[0], after_gelu=True)
         else:
-            x = self.layer_normed(self.conv_layers[0], waveforms[:, :, None])
-        for block in self.conv_layers[1:]:
-            x = F.gelu(convolution(x, block[0])) if self.has_group_norm else self.layer_normed(block, x)
-        return x.transpose(1, 2)
+            x = layer_norm(first)(convolution(waveforms[:, :, None], first[0]))
+            for block in others:
+                x = layer_norm(block)(convolution(x, block[0], after_gelu=True))
+        return F.gelu(x).transpose(1, 2)
 
-    @staticmethod
-    def layer_normed(block, x):
-        """One layer of the `layer_norm` mode, [B, T, C] to [B, T', C']."""
-        conv, _, (_, norm, _), _ = block
-        return F.gelu(norm(convolution(x, conv)))
+
+def layer_norm(block):
+    """The norm over the channels in a layer of fairseq's `layer_norm` mode, which stands between transpositions."""
+    return block[2][1]
 
 
 def normed_convolution(waveforms, frames, conv, norm):
-    """GELU of the group norm of a convolution of waveforms.
+    """The group norm of a convolution of waveforms.
 
     Args:
         waveforms: [B, S], samples.
@@ -67,7 +68,7 @@ def normed_convolution(waveforms, frames, conv, norm):
     windows = waveforms.unfold(1, conv.kernel_size[0], conv.stride[0])
     kernels, bias = normed_kernels(windows, frames, conv.weight[:, 0], norm)
     dtype = autocast_dtype(waveforms, conv.weight.dtype)
-    return WindowsToFeatures.apply(windows.to(dtype), kernels.to(dtype), bias.to(dtype))
+    return torch.baddbmm(bias[:, None].to(dtype), windows.to(dtype), kernels.transpose(1, 2).to(dtype))
 
 
 def normed_kernels(windows, frames, weight, norm):
@@ -95,61 +96,53 @@ def normed_kernels(windows, frames, weight, norm):
     return kernels, norm.bias.double() - (kernels * mean).sum(2)
 
 
-class WindowsToFeatures(torch.autograd.Function):
-    """gelu(windows [B, T, K] @ kernels [B, C, K] + bias [B, C]), which keeps nothing of the size of its output."""
-
-    @staticmethod
-    def forward(ctx, windows, kernels, bias):
-        ctx.save_for_backward(windows, kernels, bias)
-        return F.gelu(torch.baddbmm(bias[:, None], windows, kernels.transpose(1, 2)))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        windows, kernels, bias = ctx.saved_tensors
-        before = torch.baddbmm(bias[:, None], windows, kernels.transpose(1, 2))
-        gradient = torch.ops.aten.gelu_backward(gradient, before)
-        return None, gradient.transpose(1, 2) @ windows, gradient.sum(1)
-
-
-def convolution(x, conv):
-    """[B, T, C] to [B, T', C'], a convolution without padding."""
+def convolution(x, conv, after_gelu=False):
+    """[B, T, C] to [B, T', C'], a convolution without padding, of GELU(x) if it comes after one."""
     dtype = autocast_dtype(x, conv.weight.dtype)
     bias = None if conv.bias is None else conv.bias.to(dtype)
-    return ChannelsLastConvolution.apply(x.to(dtype), conv.weight.to(dtype), bias, conv.stride[0])
+    return ChannelsLastConvolution.apply(x.to(dtype), conv.weight.to(dtype), bias, conv.stride[0], after_gelu)
 
 
 class ChannelsLastConvolution(torch.autograd.Function):
-    """A convolution of [B, T, C] whose weight's gradient is a matrix product.
+    """A convolution of [B, T, C] whose weight's gradient is a matrix product, and which keeps no output of a GELU.
 
     On a CPU oneDNN takes up to six times as long for the gradient of the weight in this layout.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride):
+    def forward(ctx, x, weight, bias, stride, after_gelu):
         ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.has_bias = stride, bias is not None
-        return F.conv2d(as_image(x), as_image_kernel(weight), bias, (1, stride)).squeeze(2).transpose(1, 2)
+        ctx.stride, ctx.has_bias, ctx.after_gelu = stride, bias is not None, after_gelu
+        image = as_image(F.gelu(x) if after_gelu else x)
+        return F.conv2d(image, as_image_kernel(weight), bias, (1, stride)).squeeze(2).transpose(1, 2)
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        frames, taps = gradient.size(1), weight.size(2)
         to_x = to_weight = to_bias = None
-        if ctx.needs_input_grad[0]:
-            image = as_image(x)
-            to_x = torch.nn.grad.conv2d_input(image.shape, as_image_kernel(weight), as_image(gradient), (1, ctx.stride))
-            to_x = to_x.squeeze(2).transpose(1, 2)
         if ctx.needs_input_grad[1]:
-            seen = [x[:, tap :: ctx.stride][:, :frames] for tap in range(taps)]
-            to_weight = torch.stack([weight_gradient(gradient, inputs) for inputs in seen], dim=2)
+            to_weight = weight_gradient(gradient, x, weight.size(2), ctx.stride, ctx.after_gelu)
         if ctx.has_bias:
             to_bias = gradient.sum((0, 1))
-        return to_x, to_weight, to_bias, None
+        if ctx.needs_input_grad[0]:
+            # torch.nn.grad.conv2d_input would not see the layout of x, and copy twice.
+            to_x, _, _ = torch.ops.aten.convolution_backward(
+                as_image(gradient), as_image(x), as_image_kernel(weight), None, (1, ctx.stride), (0, 0), (1, 1), False,
+                (0, 0), 1, (True, False, False),
+            )  # fmt: skip
+            to_x = to_x.squeeze(2).transpose(1, 2)
+            if ctx.after_gelu:
+                torch.ops.aten.gelu_backward(to_x, x, grad_input=to_x)  # in place
+        return to_x, to_weight, to_bias, None, None
 
 
-def weight_gradient(gradient, inputs):
-    """[B, T, C'] and [B, T, C] to [C', C], the sum over utterances and frames of their outer products."""
-    return torch.stack([ours.t() @ theirs for ours, theirs in zip(gradient, inputs)]).sum(0)
+def weight_gradient(gradient, x, taps, stride, after_gelu):
+    """[B, T', C'] and the convolution's input [B, T, C] to [C', C, K], one utterance at a time to save memory."""
+    found = []
+    for ours, theirs in zip(gradient, x):
+        heard = F.gelu(theirs) if after_gelu else theirs
+        found.append(torch.stack([ours.t() @ heard[tap::stride][: len(ours)] for tap in range(taps)], dim=2))
+    return torch.stack(found).sum(0)
 
 
 def as_image(x):

@@ -106,7 +106,7 @@ class HuggingFaceTeacher(Teacher):
         if isinstance(norm, torch.nn.GroupNorm):
             first = blocks.pop(0)
             frames = frames_from_samples(lengths, self.conv_layers[:1])
-            x = normed_convolution(waveforms, frames, first.conv, norm).transpose(1, 2)
+            x = first.activation(normed_convolution(waveforms, frames, first.conv, norm)).transpose(1, 2)
         for block in blocks:
             x = block(x)
         return x

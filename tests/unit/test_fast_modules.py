@@ -11,7 +11,8 @@ from fairseq.models.wav2vec.wav2vec2 import (
 
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.conv_extractor import ConvExtractor
-from fairseq_stack.models.layer_stack import EncoderLayer
+from fairseq_stack.models.dropout import dropout, kept
+from fairseq_stack.models.layer_stack import EncoderLayer, attention
 from fairseq_stack.models.positions import positions, smooth_size
 
 SHAPES = [(16, 10, 5), (16, 3, 2), (24, 3, 2), (24, 2, 2)]
@@ -142,3 +143,42 @@ def test_the_positional_convolution_is_fairseqs(depth, trained):
 
 def test_sizes_of_fourier_transforms_are_products_of_small_primes():
     assert [smooth_size(size) for size in (1, 7, 11, 25, 31, 527, 907)] == [1, 8, 12, 25, 32, 540, 960]
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.999])
+def test_dropout_drops_its_share_and_keeps_the_mean(probability):
+    torch.manual_seed(0)
+    x = torch.ones(101, 1003, requires_grad=True)
+    output = dropout(x, probability, training=True)
+    dropped = (output == 0).float()
+    # Five standard deviations of a share; neighbours, which come from one random number, are independent too.
+    sure = 5 * (probability * (1 - probability) / x.numel()) ** 0.5
+    assert abs(dropped.mean().item() - probability) < sure
+    assert abs((dropped[:, 1:] * dropped[:, :-1]).mean().item() - probability**2) < sure
+    torch.testing.assert_close(output.max().item(), 1 / (1 - probability), rtol=1e-2, atol=0)
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    assert torch.equal(gradient, output)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, probability, training=True), output)
+    assert dropout(x, probability, training=False) is x and dropout(x, 0.0, training=True) is x
+    assert torch.equal(dropout(x, 1.0, training=True), torch.zeros_like(x))
+
+
+def test_attention_with_dropout_is_that_of_its_mask():
+    shape = (2, 3, 7, 4)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    padding = torch.arange(7) >= torch.tensor([[7], [5]])
+    torch.manual_seed(1)
+    output = attention(query, key, value, padding, 0.3)
+    torch.manual_seed(1)
+    keep, scale = kept((2, 3, 7, 7), 0.3)
+    q, k, v = (tensor.detach().double().requires_grad_() for tensor in (query, key, value))
+    scores = (q @ k.transpose(2, 3) / 2).masked_fill(padding[:, None, None], float("-inf"))
+    expected = (scores.softmax(3) * keep * scale) @ v
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(shape)
+    found = torch.autograd.grad(output, (query, key, value), upstream)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, (q, k, v), upstream.double())):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    assert keep.float().mean() > 0.5

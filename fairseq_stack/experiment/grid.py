@@ -1,0 +1,77 @@
+"""Which students an experiment compares: a file that names a recipe and what each student changes of it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Tuple
+
+import yaml
+
+from fairseq_stack.errors import InputError
+
+# These fields decide what is trained and when, not what a layer costs.
+_SAME_COST = ("model.stack_", "criterion.", "optimization.", "optimizer.", "lr_scheduler.")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An experiment.
+
+    Attributes:
+        recipe: path of a recipe, such as examples/interleaved/demo.yaml.
+        fields: what all students change of it, as on fairseq-hydra-train's command line.
+        students: {name: what this student changes}.
+        reference: the student that the others are compared with.
+        seeds: numbers; every student is trained with each.
+    """
+
+    recipe: Path
+    fields: Tuple[str, ...]
+    students: Dict[str, Tuple[str, ...]]
+    reference: str
+    seeds: Tuple[int, ...]
+
+    def cost_group(self, student):
+        """Equal for students of which a layer costs the same, so that their times can be pooled."""
+        return tuple(sorted(field for field in self.students[student] if not field.lstrip("+").startswith(_SAME_COST)))
+
+
+def read_grid(path):
+    """Read an experiment's file, a YAML of the fields of Grid; `recipe` is relative to the file.
+
+    Raises:
+        InputError: the file cannot be read, or a field of it is missing, unknown or of the wrong kind.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {(str(error).splitlines() or [''])[0]}") from None
+    names = ("recipe", "fields", "students", "reference", "seeds")
+    if not isinstance(content, dict) or sorted(content) != sorted(names):
+        raise InputError(f"{path} must have the fields {', '.join(names)}, and no others")
+    recipe, students, seeds = path.parent / str(content["recipe"]), content["students"], content["seeds"]
+    if not recipe.is_file():
+        raise InputError(f"{path}: recipe={content['recipe']} does not exist; give a path relative to {path.parent}")
+    if not isinstance(students, dict) or not students:
+        raise InputError(f"{path}: students must map names to lists of fields")
+    for name in students:
+        if not re.fullmatch(r"[a-z0-9_]+", str(name)):
+            raise InputError(f"{path}: students.{name} must be a name of a-z, 0-9 and _, because it names a folder")
+    if content["reference"] not in students:
+        raise InputError(f"{path}: reference={content['reference']} is none of the students {', '.join(students)}")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise InputError(f"{path}: seeds={seeds} must be a list of whole numbers")
+    return Grid(
+        recipe.resolve(),
+        _fields(path, "fields", content["fields"]),
+        {name: _fields(path, f"students.{name}", fields) for name, fields in students.items()},
+        content["reference"],
+        tuple(seeds),
+    )
+
+
+def _fields(path, name, fields):
+    if not isinstance(fields, list) or not all(isinstance(field, str) and "=" in field for field in fields):
+        raise InputError(f"{path}: {name} must be a list of FIELD=VALUE, as fairseq-hydra-train takes them")
+    return tuple(fields)

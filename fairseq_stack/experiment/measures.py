@@ -1,0 +1,155 @@
+"""What came of the trainings of an experiment: losses, variance explained, probes, and time."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from fairseq_stack.analysis.held_out import explained_by_checkpoint
+from fairseq_stack.analysis.runs import read_run
+from fairseq_stack.errors import InputError
+from fairseq_stack.experiment.training import MEASURED
+
+LOSS = "output_loss"  # the same whatever a student's intermediate loss is
+
+
+def is_measured(training, probes=False):
+    """Whether a training is finished and measured, if need be with probes."""
+    file = training.folder / MEASURED
+    return file.exists() and (not probes or bool(json.loads(file.read_text())["probes"]))
+
+
+def measure(training, speech, probes):
+    """Measure a finished training and keep the numbers in its folder.
+
+    Args:
+        training: a Training.
+        speech: folder with test.tsv and, for probes, labels.
+        probes: whether to train the probes of scripts/evaluate.py, one seed each.
+
+    Raises:
+        InputError: the training has validated no output loss.
+    """
+    checkpoint = training.folder / "checkpoints" / "checkpoint_last.pt"
+    run = read_run(training.folder, f"{training.student} {training.seed}")
+    if LOSS not in run.valid:
+        raise InputError(f"{training.folder} has no held-out {LOSS}; set dataset.validate_interval_updates and a frame loss")
+    loss = run.valid[LOSS]
+    explained, _ = explained_by_checkpoint(checkpoint, Path(speech) / "test.tsv")
+    found = {
+        "updates": loss.updates.tolist(),
+        "loss": loss.values.tolist(),
+        "stages": [[stage.depth, stage.begin, stage.end] for stage in run.stages],
+        "seconds_per_update": run.costs,
+        "explained": {str(layer): share for layer, share in explained.items()},
+        "probes": _probes(training, checkpoint, speech) if probes else {},
+    }
+    _write(training.folder / MEASURED, found)
+
+
+def _probes(training, checkpoint, speech):
+    """{task: test result} of one probe each."""
+    from fairseq_stack.evaluation.results import run
+    from fairseq_stack.evaluation.upstreams import fingerprint, load_export
+    from fairseq_stack.export.command import export
+
+    student = training.folder / "student"
+    export(checkpoint, "huggingface", student, Path(speech) / "test.tsv", force=True)
+    rows = {"student": (fingerprint(student), lambda: load_export(student))}
+    results = run(rows, speech, [1], training.folder / "probes.json")
+    return {task: seeds["1"]["test"] for task, seeds in results["upstreams"]["student"]["tasks"].items()}
+
+
+def collect(grid, trainings, command):
+    """Everything that an experiment found, as plain values.
+
+    What a student's update costs at a depth is the median over all trainings of its cost group: other work on the
+    machine meets trainings unequally, and a layer costs the same whoever it is copied from.
+
+    Args:
+        grid: a Grid.
+        trainings: list of Training; those that are not measured yet are left out.
+        command: the command line, to be kept with the results.
+    """
+    found = {}
+    for training in filter(is_measured, trainings):
+        of_student = found.setdefault(training.student, {})
+        of_student[training.seed] = json.loads((training.folder / MEASURED).read_text())
+    costs = {}
+    for student, seeds in found.items():
+        for measured in seeds.values():
+            for (depth, _, _), seconds in zip(measured["stages"], measured["seconds_per_update"]):
+                if seconds == seconds:  # not nan, as of a stage shorter than two log entries
+                    costs.setdefault((grid.cost_group(student), depth), []).append(seconds)
+    for student, seeds in found.items():
+        for measured in seeds.values():
+            stages = [
+                (begin, end, median(costs.get((grid.cost_group(student), depth), [float("nan")])))
+                for depth, begin, end in measured["stages"]
+            ]
+            measured["seconds"] = [_seconds(update, stages) for update in measured["updates"]]
+    return {
+        "command": command,
+        "recipe": grid.recipe.name,
+        "fields": list(grid.fields),
+        "reference": grid.reference,
+        "environment": environment(),
+        "students": {
+            student: {
+                "fields": list(grid.students[student]),
+                "seeds": {str(seed): found[student][seed] for seed in sorted(found[student])},
+            }
+            for student in grid.students
+            if student in found
+        },
+    }
+
+
+def _seconds(update, stages):
+    """Of training up to an update."""
+    return sum(max(0, min(update, end) - begin) * cost for begin, end, cost in stages)
+
+
+def time_to_reach(measured, loss):
+    """Seconds of training after which the held-out loss is at `loss`, between validations in proportion; else None."""
+    seconds, losses = measured["seconds"], measured["loss"]
+    for number, value in enumerate(losses):
+        if value <= loss:
+            if not number:
+                return seconds[0]
+            return float(np.interp(-loss, [-losses[number - 1], -value], seconds[number - 1 : number + 1]))
+    return None
+
+
+def environment():
+    """What the numbers depend on, besides the command."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def write_results(results, folder):
+    """Write results.json into the experiment's folder."""
+    _write(Path(folder) / "results.json", results)
+
+
+def _write(path, content):
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

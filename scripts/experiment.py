@@ -1,0 +1,77 @@
+"""Train a grid of students with several seeds each and compare them in one table and one set of figures.
+
+An experiment is a file of examples/experiments. Each of its trainings runs through fairseq-hydra-train, as many at a
+time as --processes says. Stopped and started again, the command goes on: what is finished is not done again.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.experiment.grid import read_grid
+from fairseq_stack.experiment.measures import collect, is_measured, measure, write_results
+from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
+from fairseq_stack.experiment.training import train, trainings
+from fairseq_stack.store_targets import compose_recipe, store_targets
+
+
+@one_line_errors
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("grid", type=Path, metavar="FILE", help="the experiment, such as examples/experiments/methods.yaml")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for everything that it makes")
+    parser.add_argument("--speech", type=Path, required=True, metavar="DIR",
+                        help="folder that scripts/prepare_speech.py made; test.tsv of it is for measuring")  # fmt: skip
+    parser.add_argument("--teacher", type=Path, required=True, metavar="PATH", help="file or folder of the teacher")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N",
+                        help="trainings at a time, which share the cores (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--probes", action="store_true", help="probe every student as scripts/evaluate.py does")
+    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="fields of all trainings to change")
+    args = parser.parse_args()
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes}: give 1 or more")
+    if not (args.speech / "test.tsv").is_file():
+        raise InputError(f"--speech {args.speech} has no test.tsv; make it with scripts/prepare_speech.py")
+    # What the libraries say while they load a model is not about the experiment.
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    disable_progress_bar()
+
+    grid = read_grid(args.grid)
+    everywhere = [f"task.data={args.speech}", f"task.teacher={args.teacher}", *args.overrides]
+    planned = trainings(grid, args.output, everywhere)
+    due = [training for training in planned if not is_measured(training, args.probes)]
+    for training in due:
+        fill_store(grid, training)
+    with tqdm(total=len(planned), initial=len(planned) - len(due), desc="trainings", unit="") as bar:
+        for training in train(grid, due, args.processes):
+            measure(training, args.speech, args.probes)
+            bar.update()
+
+    results = collect(grid, planned, shlex.join(["python", *sys.argv]))
+    write_results(results, args.output)
+    figures = {"by_updates": draw_curves(results, "updates"), "by_time": draw_curves(results, "minutes")}
+    for name, figure in {**figures, "loss_and_time": draw_loss_and_time(results)}.items():
+        figure.savefig(args.output / f"{name}.png")
+    table = summary_table(results)
+    (args.output / "summary.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
+def fill_store(grid, training):
+    """Compute the targets that a training with a store will ask for, so that all trainings find them there."""
+    cfg = compose_recipe(grid.recipe.parent, grid.recipe.stem, training.fields)
+    if cfg.task.get("target_store"):
+        store_targets(cfg, [cfg.dataset.train_subset, *cfg.dataset.valid_subset.split(",")])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""An experiment trains every student with every seed, and says how they compare."""
+
+import json
+import shutil
+
+import pytest
+from training import EXAMPLES, ROOT, command, tiny
+
+from fairseq_stack.errors import InputError
+from fairseq_stack.experiment.grid import read_grid
+from fairseq_stack.experiment.measures import collect, time_to_reach
+from fairseq_stack.experiment.summary import summary_table
+from fairseq_stack.experiment.training import MEASURED, trainings
+
+GRID = f"""
+recipe: {EXAMPLES}/interleaved/librispeech_base.yaml
+reference: full
+seeds: [1, 2]
+fields: [optimization.max_update=6, dataset.validate_interval_updates=3]
+students:
+  full: [model.stack_method=none, model.stack_stages=1]
+  grown: []
+"""
+
+
+@pytest.fixture(scope="module")
+def speech_with_test(speech, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("manifests")
+    for split in ("train", "valid"):
+        shutil.copy(speech / f"{split}.tsv", folder)
+    shutil.copy(speech / "valid.tsv", folder / "test.tsv")
+    return folder
+
+
+@pytest.fixture
+def grid_file(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text(GRID)
+    return file
+
+
+@pytest.fixture
+def start(grid_file, speech_with_test, teacher_file, tmp_path):
+    """The command, to be started more than once."""
+    changed = {"optimization.max_update", "task.data", "task.teacher", "checkpoint.save_dir", "common.tensorboard_logdir"}
+    fields = [field for field in tiny("", "", "") if field.split("=")[0] not in changed]
+
+    def started(*more):
+        process = command(
+            "python", ROOT / "scripts" / "experiment.py", grid_file, "--output", tmp_path / "out", "--speech",
+            speech_with_test, "--teacher", teacher_file, "--processes", 2, *fields, *more,
+        )  # fmt: skip
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    return started
+
+
+def test_two_students_and_two_seeds_give_one_table_and_are_not_trained_twice(start, tmp_path):
+    out = tmp_path / "out"
+    code, output = start(f"+task.target_store={tmp_path}/store")
+    assert code == 0, output
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["students"]) == ["full", "grown"]
+    for student, depths in (("full", [12]), ("grown", [3, 6, 9, 12])):
+        seeds = results["students"][student]["seeds"]
+        assert list(seeds) == ["1", "2"] and seeds["1"]["loss"] != seeds["2"]["loss"]
+        for measured in seeds.values():
+            assert measured["updates"] == [3, 6] and measured["loss"][1] < measured["loss"][0]
+            assert [depth for depth, _, _ in measured["stages"]] == depths
+            assert set(measured["explained"]) == {"4", "8", "12"}
+    assert results["environment"]["torch"] and "experiment.py" in results["command"]
+    for name in ("by_updates", "by_time", "loss_and_time"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
+    assert (out / "summary.md").read_text().strip() in output
+
+    # One training is lost, the others stay as they are.
+    logs = {log: log.read_text() for log in sorted(out.glob("runs/*/*/output.log"))}
+    (out / "runs" / "grown" / "2" / MEASURED).unlink()
+    shutil.rmtree(out / "runs" / "grown" / "2" / "checkpoints")
+    code, output = start(f"+task.target_store={tmp_path}/store")
+    assert code == 0, output
+    again = json.loads((out / "results.json").read_text())
+    assert again["students"]["grown"]["seeds"]["2"]["loss"] == results["students"]["grown"]["seeds"]["2"]["loss"]
+    changed = [log.parent for log, text in logs.items() if log.read_text() != text]
+    assert changed == [out / "runs" / "grown" / "2"]
+
+    code, output = start("optimization.lr=[0.1]")
+    assert code == 1 and output.strip().splitlines()[-1].startswith("error: ") and "other fields" in output
+
+
+def test_a_training_that_fails_is_named_and_the_others_are_finished(start, grid_file, tmp_path):
+    grid_file.write_text(GRID.replace("grown: []", "grown: [model.stack_method=nonsense]"))
+    code, output = start()
+    assert code == 1 and "2 trainings failed" in output.strip().splitlines()[-1] and "Traceback" not in output
+    assert len(list((tmp_path / "out").glob(f"runs/full/*/{MEASURED}"))) == 2
+
+
+def test_the_time_to_reach_a_loss_lies_between_two_validations():
+    measured = {"seconds": [10.0, 20.0, 40.0], "loss": [3.0, 2.0, 1.0]}
+    assert time_to_reach(measured, 3.5) == 10.0
+    assert time_to_reach(measured, 1.25) == pytest.approx(35.0)
+    assert time_to_reach(measured, 0.9) is None
+
+
+def written(grid, folder, student, seed, loss, costs, stages):
+    training = next(made for made in trainings(grid, folder) if (made.student, made.seed) == (student, seed))
+    training.folder.mkdir(parents=True)
+    measured = {
+        "updates": [3, 6], "loss": loss, "stages": stages, "seconds_per_update": costs, "explained": {"12": 0.5},
+        "probes": {},
+    }  # fmt: skip
+    (training.folder / MEASURED).write_text(json.dumps(measured))
+
+
+def test_the_table_compares_seed_by_seed_and_takes_the_median_cost_of_a_depth(grid_file, tmp_path):
+    grid = read_grid(grid_file)
+    # At depth 12 an update took 1, 1 and 7 s: the last one met other work on the machine.
+    written(grid, tmp_path, "full", 1, [4.0, 2.0], [1.0], [[12, 0, 6]])
+    written(grid, tmp_path, "full", 2, [6.0, 4.0], [7.0], [[12, 0, 6]])
+    written(grid, tmp_path, "grown", 1, [5.0, 1.0], [0.25, 1.0], [[3, 0, 4], [12, 4, 6]])
+    results = collect(grid, trainings(grid, tmp_path), "command")
+    assert results["students"]["full"]["seeds"]["2"]["seconds"] == [3.0, 6.0]
+    assert results["students"]["grown"]["seeds"]["1"]["seconds"] == [0.75, 3.0]
+    header, _, full, grown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary_table(results).splitlines()]
+    # Full ends at a mean of 3, which the other passes half-way from 5 to 1, after 0.75 + 1.125 of 6 s.
+    assert grown == ["grown", "1", "1.0000", "-50.0", "50.0", "2.00x", "31 (1 of 1 seeds)"]
+    assert full[:2] == ["full", "2"] and full[2].startswith("3.0000 ± 12.7") and full[3] == "" and full[5] == "1.00x"
+    assert len(header) == len(full)
+
+
+def test_students_that_cost_something_else_are_timed_apart(grid_file):
+    students = "full: [model.dropout=0.1]\n  grown: [+criterion.loss=l1, model.stack_stages=2]\n  narrow: [model.encoder_embed_dim=8]"
+    grid_file.write_text(GRID.split("students:")[0] + f"students:\n  {students}\n")
+    grid = read_grid(grid_file)
+    assert grid.cost_group("grown") == () and grid.cost_group("narrow") != grid.cost_group("full") != ()
+
+
+@pytest.mark.parametrize(
+    "old, new, says",
+    [
+        ("reference: full", "reference: other", "reference=other"),
+        ("seeds: [1, 2]", "seeds: [a]", r"seeds=\['a'\]"),
+        ("seeds: [1, 2]", "", "must have the fields"),
+        ("grown: []", "../grown: []", r"students.../grown"),
+        ("grown: []", "grown: [stack_stages]", "students.grown"),
+        ("librispeech_base.yaml", "no.yaml", "does not exist"),
+        ("students:", "students: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_grid_that_cannot_be_says_which_field(grid_file, old, new, says):
+    grid_file.write_text(GRID.replace(old, new))
+    with pytest.raises(InputError, match=says) as raised:
+        read_grid(grid_file)
+    assert "\n" not in str(raised.value) and str(grid_file) in str(raised.value)
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "experiments").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_experiments_that_come_along_can_be_composed(file):
+    from fairseq_stack.store_targets import compose_recipe
+
+    grid = read_grid(file)
+    for fields in grid.students.values():
+        cfg = compose_recipe(grid.recipe.parent, grid.recipe.stem, [*grid.fields, *fields, "task.data=x", "task.teacher=y"])
+        assert cfg.model._name == "stacked_hubert"
