@@ -35,7 +35,7 @@ def main():
                         help="trainings at a time, which share the cores (default: %(default)s)")  # fmt: skip
     parser.add_argument("--probes", action="store_true", help="probe every student as scripts/evaluate.py does")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="fields of all trainings to change")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # the fields may stand behind the options
     if args.processes < 1:
         parser.error(f"--processes {args.processes}: give 1 or more")
     if not (args.speech / "test.tsv").is_file():

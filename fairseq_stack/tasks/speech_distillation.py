@@ -172,17 +172,6 @@ class SpeechDistillation(FairseqTask):
                 f" stored, the rest takes {size_text(missing_bytes)} of {size_text(free)} free"
             )
 
-    def get_batch_iterator(self, *args, **kwargs):
-        """As every fairseq task's, but data workers end with their epoch or validation.
-
-        fairseq lets them wait for a next epoch, which gets an iterator and workers of its own. The waiting ones are
-        left to Python's garbage collector, which stops the training for 5 s for each of them: it takes their queues
-        apart before they have heard that it is over.
-        """
-        iterator = super().get_batch_iterator(*args, **kwargs)
-        iterator.persistent_workers = False
-        return iterator
-
     @one_line_errors
     def build_model(self, cfg, *args):
         check_links(cfg, "task", self.cfg, ("mask_prob", "normalize"))

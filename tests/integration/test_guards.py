@@ -1,11 +1,13 @@
 """What fairseq_guards.py promises, against the real fairseq: these tests fail if fairseq changes under it."""
 
+import multiprocessing
 import pickle
 import re
 import sys
 
 import pytest
 import torch
+from fairseq.data import iterators
 from training import tiny, train
 
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
@@ -178,3 +180,18 @@ def test_a_loss_scale_at_its_minimum_is_explained(speech, teacher_file, tmp_path
     assert re.match(PLACE, message)[3] == "gradient in fp16 at every loss scale"
     assert "lower optimization.lr" in message
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_data_workers_end_with_their_epoch():
+    # Those that wait for a next epoch are found by the garbage collector, which takes 5 s for each.
+    epochs = iterators.EpochBatchIterator(Numbers(), collate_fn=list, batch_sampler=[[0, 1], [2]], num_workers=2)
+    epoch = epochs.next_epoch_itr(shuffle=False)
+    assert next(epoch) == [0, 1]
+    workers = set(multiprocessing.active_children())
+    assert len(workers) >= 2 and list(epoch) == [[2]]
+    assert not workers & set(multiprocessing.active_children())
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return index

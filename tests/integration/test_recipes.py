@@ -9,7 +9,7 @@ from training import EXAMPLES, composed, tiny, train
 from transformers import WavLMConfig, WavLMModel
 
 RECIPES = sorted(
-    path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name != "demo_teacher"
+    path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name not in ("demo_teacher", "experiments")
 )
 GROWN = {"librispeech_base", "librispeech_base_equal", "librispeech_base_star", "hubert_large", "wavlm_base", "demo",
          "gradstack_equal", "gradstack_prop", "midas_equal", "midas_prop"}  # fmt: skip
