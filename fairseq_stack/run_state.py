@@ -4,7 +4,7 @@ This module is where the package reaches into fairseq. `save_whole_state` puts w
 where fairseq's trainer looks it up:
 
 - optimisers that save their fp32 masters and the counters of their loss scaler. fairseq saves the
-  half-precision weights alone, and a resumed run would go on from rounded masters;
+  half-precision weights alone, and a resumed run would go on from rounded masters. Idle layers cost them nothing;
 - a moving average that grows with the student in fp32 too, and steps at the same updates after a resume;
 - loading a checkpoint in every process of a job, and what fairseq loses at the end of an epoch.
 """
@@ -55,6 +55,14 @@ class FP16Optimizer(_ScalerSaved, optim.FP16Optimizer):
         if "masters" in state_dict:  # not in a checkpoint from elsewhere
             for master, saved in zip(self.masters, state_dict["masters"]):
                 master.data.copy_(saved)
+
+    def _sync_fp16_grads_to_fp32(self):
+        super()._sync_fp16_grads_to_fp32()
+        if not self.has_flat_params:
+            # fairseq gives the masters of idle layers a gradient of zeros, which Adam works through as any other.
+            for half, master in zip(self.fp16_params, self.fp32_params):
+                if half.grad is None:
+                    master.grad = None
 
 
 class MemoryEfficientFP16Optimizer(_ScalerSaved, optim.MemoryEfficientFP16Optimizer):

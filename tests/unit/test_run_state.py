@@ -74,3 +74,15 @@ def test_the_counters_are_all_that_fairseqs_loss_scaler_changes_beside_its_scale
             pass
     assert {name for name, value in vars(scaler).items() if value != before[name]} <= {"loss_scale", *run_state._COUNTERS}
     assert set(run_state._COUNTERS) <= before.keys()
+
+
+def test_masters_of_idle_layers_are_left_alone_until_they_wake():
+    layers = torch.nn.ModuleList(make_layer("bf16", seed) for seed in (0, 1))
+    optimizer = make_optimizer("bf16", layers)
+    asleep = [master.data.clone() for master in optimizer.masters[2:]]
+    step(layers[0], optimizer, 1)
+    for master, before in zip(optimizer.masters[2:], asleep):
+        assert torch.equal(master, before) and master not in optimizer.optimizer.state
+    step(layers[1], optimizer, 1)
+    assert all(optimizer.optimizer.state[master]["exp_avg"].any() for master in optimizer.masters[2:])
+    assert not torch.equal(layers[1].weight.float(), asleep[0])
