@@ -51,6 +51,10 @@ class Training:
             *self.fields,
         ]
 
+    def keep_fields(self, recipe):
+        """Write down what makes it."""
+        (self.folder / FIELDS).write_text(json.dumps([recipe.name, *self.fields], indent=1) + "\n")
+
 
 def trainings(grid, folder, fields=()):
     """All trainings of a grid, seed by seed, so that an experiment cut short compares all students with fewer seeds.
@@ -91,7 +95,7 @@ def train(grid, due, processes):
 
     def run(training):
         training.folder.mkdir(parents=True, exist_ok=True)
-        (training.folder / FIELDS).write_text(json.dumps([grid.recipe.name, *training.fields], indent=1) + "\n")
+        training.keep_fields(grid.recipe)
         with open(training.folder / "output.log", "a", encoding="utf-8") as output:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
             process = subprocess.Popen(
@@ -118,4 +122,4 @@ def train(grid, due, processes):
         signal.signal(signal.SIGTERM, before)
     if failed:
         first = failed[0].folder / "output.log"
-        raise InputError(f"{len(failed)} trainings failed, the last lines of {first} say why; start again to go on")
+        raise InputError(f"{len(failed)} trainings failed; the last lines of {first} say why; start again to go on")
