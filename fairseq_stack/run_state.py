@@ -57,12 +57,19 @@ class FP16Optimizer(_ScalerSaved, optim.FP16Optimizer):
                 master.data.copy_(saved)
 
     def _sync_fp16_grads_to_fp32(self):
-        super()._sync_fp16_grads_to_fp32()
-        if not self.has_flat_params:
+        if self.has_flat_params:
+            super()._sync_fp16_grads_to_fp32()
+        elif self._needs_sync:
             # fairseq gives the masters of idle layers a gradient of zeros, which Adam works through as any other.
             for half, master in zip(self.fp16_params, self.fp32_params):
-                if half.grad is None:
-                    master.grad = None
+                master.grad = None if half.grad is None else half.grad.float()
+            self._needs_sync = False
+
+    def zero_grad(self):
+        if not self.has_flat_params:
+            for master in self.fp32_params:
+                master.grad = None  # fairseq would fill it with zeros
+        super().zero_grad()
 
 
 class MemoryEfficientFP16Optimizer(_ScalerSaved, optim.MemoryEfficientFP16Optimizer):
