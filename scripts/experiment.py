@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -51,6 +52,7 @@ def main():
     due = [training for training in planned if not is_measured(training, args.probes)]
     for training in due:
         fill_store(grid, training)
+    torch.set_num_threads(max(1, os.cpu_count() // args.processes))  # for measuring beside the trainings
     with tqdm(total=len(planned), initial=len(planned) - len(due), desc="trainings", unit="") as bar:
         for training in train(grid, due, args.processes):
             measure(training, args.speech, args.probes)
