@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fairseq.models.wav2vec.wav2vec2 import (
     ConvFeatureExtractionModel,
     TransformerEncoder,
@@ -182,3 +183,17 @@ def test_attention_with_dropout_is_that_of_its_mask():
     for ours, theirs in zip(found, torch.autograd.grad(expected, (q, k, v), upstream.double())):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
     assert keep.float().mean() > 0.5
+
+
+@pytest.mark.parametrize("width", [64, 128, 384])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_positional_convolution_is_right_in_bf16(width, trained):
+    torch.manual_seed(0)
+    shape = Wav2Vec2Config(encoder_layers=0, encoder_embed_dim=width, conv_pos=128, conv_pos_groups=16)
+    module = TransformerEncoder(shape).pos_conv.bfloat16().requires_grad_(trained)
+    x = torch.randn(2, 99, width).bfloat16()
+    conv = module[0]
+    weight = torch._weight_norm(conv.weight_v.double(), conv.weight_g.double(), 2)
+    expected = F.conv1d(x.double().transpose(1, 2), weight, conv.bias.double(), 1, 64, 1, 16)[..., :99]
+    error = positions(module, x, None).double() - F.gelu(expected).transpose(1, 2)
+    assert error.square().mean() < 1e-3 * F.gelu(expected).var()
