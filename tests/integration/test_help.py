@@ -32,7 +32,13 @@ def test_there_are_scripts():
     assert {"report.py", "export_student.py", "prepare_speech.py"} <= SCRIPTS.keys() and "demo.sh" in SHELL_SCRIPTS
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "fairseq-stack-export", "fairseq_stack", "fairseq_stack doctor"])
+PROGRAMS = [
+    pytest.param(name, marks=pytest.mark.s3prl) if name == "evaluate.py" else name
+    for name in (*SCRIPTS, "fairseq-stack-export", "fairseq_stack", "fairseq_stack doctor")
+]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_python_commands_explain_themselves_and_each_option(name, parsers, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*name.split(), "--help"])
     with pytest.raises(SystemExit) as ended:
