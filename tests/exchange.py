@@ -64,7 +64,7 @@ def compare(folder):
     for name, (_, formats) in STUDENTS.items():
         state = load_checkpoint(folder / f"{name}.pt")
         student = student_from_checkpoint(state)
-        reference = training_model(state, student)[1]
+        reference = training_model(state, student, "the exported checkpoint")[1]
         for path in sorted(folder / made / format for made in made_by(folder) for format in formats):
             weights_alone(path)
             if path.name.startswith("s3prl") and not S3PRL_FITS:
