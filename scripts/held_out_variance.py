@@ -15,14 +15,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=120.0, help="speech to use (default: %(default)s)")
     arguments = parser.parse_args()
 
-    shares = explained_by_checkpoint(
-        arguments.checkpoint, arguments.speech, arguments.teacher, arguments.seconds
-    )
+    of = arguments.checkpoint, arguments.speech, arguments.teacher, arguments.seconds
+    trained, fresh = explained_by_checkpoint(*of), explained_by_checkpoint(*of, at_initialisation=True)
     print("share of the held-out teacher variance explained (1 is all, 0 is none)")
     print("| teacher layer | trained student | same student at its initialisation |")
     print("| ---: | ---: | ---: |")
-    for layer in shares[0]:
-        print(f"| {layer} | {shares[0][layer]:.3f} | {shares[1][layer]:.3f} |")
+    for layer in trained:
+        print(f"| {layer} | {trained[layer]:.3f} | {fresh[layer]:.3f} |")
 
 
 if __name__ == "__main__":

@@ -13,17 +13,18 @@ from fairseq_stack.teachers import load_teacher
 LONGEST_SECONDS = 10  # of an utterance; attention over a whole minute would cost more than it tells
 
 
-def explained_by_checkpoint(checkpoint, speech, teacher=None, seconds=120.0):
-    """What the student of a fairseq checkpoint explains, and what it explained at its initialisation.
+def explained_by_checkpoint(checkpoint, speech, teacher=None, seconds=120.0, at_initialisation=False):
+    """What the student of a fairseq checkpoint explains.
 
     Args:
         checkpoint: the file. To run the training model, fairseq has to be installed.
         speech: manifest of held-out speech.
         teacher: see load_teacher; None for the one that the student was trained with.
         seconds: how much speech to use.
+        at_initialisation: ask a student of the same shape and depth with new random weights instead.
 
     Returns:
-        two of the results of explained_by_layer.
+        see explained_by_layer.
 
     Raises:
         InputError: something of it cannot be read.
@@ -35,13 +36,11 @@ def explained_by_checkpoint(checkpoint, speech, teacher=None, seconds=120.0):
     task = state["cfg"]["task"]
     teacher = load_teacher(teacher or task["teacher"], task.get("whisper_pad", False))
     student = StackedHubert.from_checkpoint(state, checkpoint)
-    torch.manual_seed(1)
-    fresh = student.at_initialisation()
+    if at_initialisation:
+        torch.manual_seed(1)
+        student = student.at_initialisation()
     normalization = state["cfg"]["criterion"]["target_normalization"]
-    return tuple(
-        explained_by_layer(model, teacher, manifest, task["normalize"], normalization, seconds)
-        for model in (student, fresh)
-    )
+    return explained_by_layer(student, teacher, manifest, task["normalize"], normalization, seconds)
 
 
 @torch.no_grad()

@@ -167,7 +167,8 @@ def add_held_out(file, checkpoint, speech, teacher=None):
     of = f"{fingerprint(checkpoint)} {fingerprint(teacher) if teacher else ''}"
     held_out = results.get("held_out_variance")
     if not held_out or held_out["of"] != of:
-        trained, fresh = explained_by_checkpoint(checkpoint, Path(speech, "test.tsv"), teacher)
+        asked = checkpoint, Path(speech, "test.tsv"), teacher
+        trained, fresh = explained_by_checkpoint(*asked), explained_by_checkpoint(*asked, at_initialisation=True)
         held_out = {
             "of": of,
             "checkpoint": str(checkpoint),

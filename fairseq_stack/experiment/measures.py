@@ -39,7 +39,7 @@ def measure(training, speech, probes):
     if LOSS not in run.valid:
         raise InputError(f"{training.folder} has no held-out {LOSS}; set dataset.validate_interval_updates and a frame loss")
     loss = run.valid[LOSS]
-    explained, _ = explained_by_checkpoint(checkpoint, Path(speech) / "test.tsv")
+    explained = explained_by_checkpoint(checkpoint, Path(speech) / "test.tsv")
     found = {
         "updates": loss.updates.tolist(),
         "loss": loss.values.tolist(),
