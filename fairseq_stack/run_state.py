@@ -11,6 +11,7 @@ where fairseq's trainer looks it up:
 
 import functools
 
+import torch
 from fairseq import optim, trainer
 from fairseq.logging import metrics
 from fairseq.models.ema import EMA
@@ -98,11 +99,27 @@ class MovingAverage(EMA):
         # Neither the stage nor the state of the plateau schedule has an average: they follow the student.
         super().__init__(model, config, device, skip_keys={"stage", "plateau"})
         self.model.moving_average = self
+        if self.fp32_params:  # a shared head has several names in the state dict, and one average
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                self.fp32_params[name] = self.fp32_params[names[parameter]]
 
     def step(self, new_model, updates=None):
         # fairseq counts the updates since the last step and does not save the count.
         self.update_freq_counter = (updates - 1) % self.config.ema_update_freq
         super().step(new_model, updates)
+
+    @torch.no_grad()
+    def _step_internal(self, new_model, updates=None):
+        # fairseq loads a state dict at each step. Loading reads the stage, for which the CPU has to wait for the GPU.
+        averages = self.fp32_params or dict(self.model.named_parameters())
+        parameters = dict(new_model.named_parameters())
+        averaged = [averages[name] for name in parameters]
+        torch._foreach_mul_(averaged, self.decay)
+        new = [parameter.to(average.dtype) for parameter, average in zip(parameters.values(), averaged)]
+        torch._foreach_add_(averaged, new, alpha=1 - self.decay)
+        for name, parameter in self.model.named_parameters() if self.fp32_params else ():
+            parameter.copy_(self.fp32_params[name])
 
     def grow_to(self, stage):
         """Wake the averaged student's layers until `stage` (from 1), in the fp32 copy of ema.ema_fp32 too."""

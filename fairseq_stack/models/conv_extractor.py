@@ -41,15 +41,21 @@ class ConvExtractor(ConvFeatureExtractionModel):
             for block in others:
                 x = convolution(x, block[0], after_gelu=True)
         else:
-            x = layer_norm(first)(convolution(waveforms[:, :, None], first[0]))
+            x = layer_norm(convolution(waveforms[:, :, None], first[0]), first)
             for block in others:
-                x = layer_norm(block)(convolution(x, block[0], after_gelu=True))
+                x = layer_norm(convolution(x, block[0], after_gelu=True), block)
         return F.gelu(x).transpose(1, 2)
 
 
-def layer_norm(block):
-    """The norm over the channels in a layer of fairseq's `layer_norm` mode, which stands between transpositions."""
-    return block[2][1]
+def layer_norm(x, block):
+    """[B, T, C] through the norm over the channels in a layer of fairseq's `layer_norm` mode.
+
+    fairseq copies x to fp32 and keeps the copy for the backward pass. torch's kernels compute in fp32 inside, whatever
+    the precision of x is. Autocast would make the copy too.
+    """
+    norm = block[2][1]  # it stands between two transpositions
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 def normed_convolution(waveforms, frames, conv, norm):

@@ -48,7 +48,10 @@ class SpeechDistillationConfig(FairseqDataclass):
     )
     teacher_precision: str = field(
         default="fp32",
-        metadata={"help": "precision in which the teacher computes: fp32, or fp16 or bf16, which is faster"},
+        metadata={
+            "help": "precision in which the teacher computes: fp32 (on a GPU without TF32), or fp16 or bf16, which is"
+            " faster"
+        },
     )
     max_sample_size: int = field(
         default=250_000, metadata={"help": "crop longer recordings to this many samples (at 16 kHz)"}

@@ -1,6 +1,7 @@
 """What the rest of the package knows of a teacher."""
 
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 
 import torch
 
@@ -57,6 +58,24 @@ class Teacher(ABC):
         Raises:
             InputError: the teacher cannot take that many.
         """
+
+
+@contextmanager
+def exact_fp32():
+    """Compute fp32 on a GPU in fp32, inside a `with` block or a decorated function.
+
+    torch's own choice is TF32 for convolutions, which keeps 10 bits of the mantissa's 23, and fp32 for matrix products.
+    A teacher that is to be faster than fp32 has task.teacher_precision=bf16 or fp16.
+    """
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
 
 
 def load_weights(model, weights, name):

@@ -9,7 +9,7 @@ from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.hubert_encoder import HubertEncoder
-from fairseq_stack.teachers.base import Teacher, load_weights
+from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
 
 # What the pre-training loss needs and feature extraction does not, for each `cfg.model._name`.
 PRETRAINING_ONLY = {
@@ -68,6 +68,7 @@ class FairseqTeacher(Teacher):
         self.conv_layers = self.model.conv_layers
 
     @torch.no_grad()
+    @exact_fp32()
     def cnn_features(self, waveforms, lengths):
         """[B, S] samples and [B] lengths to the CNN's features [B, C, T], for a student that shares the CNN."""
         self.model.to(waveforms.device)
@@ -77,6 +78,7 @@ class FairseqTeacher(Teacher):
         return self.model.features(waveforms, lengths)
 
     @torch.no_grad()
+    @exact_fp32()
     def hidden_states(self, waveforms, lengths, layers, features=None):
         """See Teacher; `features` are those of `cnn_features`, if they are at hand."""
         if features is None:

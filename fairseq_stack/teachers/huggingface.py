@@ -16,7 +16,7 @@ from fairseq_stack.encoder_shape import MOST_LAYERS
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.conv_extractor import normed_convolution
-from fairseq_stack.teachers.base import Teacher, load_weights
+from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
 from fairseq_stack.teachers.whisper import WhisperTeacher
 
 # For each `model_type` the encoder, and where models with a head or a decoder keep it.
@@ -71,6 +71,7 @@ class HuggingFaceTeacher(Teacher):
         return frames_from_samples(samples, self.conv_layers)
 
     @torch.no_grad()
+    @exact_fp32()
     def hidden_states(self, waveforms, lengths, layers):
         self.model.encoder.layers = self.layers[: max(layers)]
         self.model.to(waveforms.device)

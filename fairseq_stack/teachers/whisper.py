@@ -8,7 +8,7 @@ from transformers import WhisperFeatureExtractor
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import frames_from_samples, parse_conv_layers
-from fairseq_stack.teachers.base import Teacher
+from fairseq_stack.teachers.base import Teacher, exact_fp32
 
 WINDOW, HOP = 400, 160  # samples, of every Whisper
 # Frames are counted as HuBERT counts them, so that a student of the usual strides fits.
@@ -55,6 +55,7 @@ class WhisperTeacher(Teacher):
         return frames_from_samples(samples, self.conv_layers)
 
     @torch.no_grad()
+    @exact_fp32()
     def hidden_states(self, waveforms, lengths, layers):
         count = self.frames(waveforms.size(1))
         self.model.to(waveforms.device)

@@ -101,6 +101,25 @@ def test_the_cnn_in_bf16_is_as_near_to_float64_as_fairseqs_in_bf16():
     assert our_error < 1.5 * (theirs.bfloat16()(waveforms).double() - expected).norm()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_layer_norms_of_the_cnn_in_bf16_keep_no_copy_in_fp32_and_are_as_exact_as_fairseqs(autocast):
+    ours, exact = cnns("layer_norm", True)
+    waveforms = torch.randn(2, 3000)
+    expected = in_float64(exact)(waveforms.double())
+    theirs = ConvFeatureExtractionModel(SHAPES, mode="layer_norm", conv_bias=True)
+    theirs.load_state_dict(ours.state_dict())
+    if not autocast:
+        ours, theirs, waveforms = ours.bfloat16(), theirs.bfloat16(), waveforms.bfloat16()
+    kept = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            output = ours(waveforms, torch.full((2,), 3000))
+        reference = theirs(waveforms)
+    last = output.numel()  # the smallest of the features; a norm's mean and deviation are smaller
+    assert not [tensor.shape for tensor in kept if tensor.dtype == torch.float32 and tensor.numel() >= last]
+    assert (output.double() - expected).norm() < 1.5 * (reference.double() - expected).norm()
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_layer_gives_fairseqs_output_and_gradients(norm_first, padded):

@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
-from fairseq.dataclass.configs import FairseqConfig
+from conftest import LINKED, TINY
+from fairseq.dataclass.configs import EMAConfig, FairseqConfig
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_stack import run_state
+from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 
 KINDS = {
     "flat fp16": (run_state.FP16Optimizer, {"fp16": True}),
@@ -86,3 +89,36 @@ def test_masters_of_idle_layers_are_left_alone_until_they_wake():
     step(layers[1], optimizer, 1)
     assert all(optimizer.optimizer.state[master]["exp_avg"].any() for master in optimizer.masters[2:])
     assert not torch.equal(layers[1].weight.float(), asleep[0])
+
+
+@pytest.mark.parametrize("in_fp32", [False, True])
+def test_a_step_of_the_moving_average_is_fairseqs_but_reads_no_number(in_fp32):
+    """Reading a number of a tensor on a GPU makes the CPU wait for it."""
+    cfg = OmegaConf.structured(StackedHubertConfig(**{**TINY, **LINKED, "head_shared": True}))
+    torch.manual_seed(0)
+    model = StackedHubert(cfg, {4: 8, 12: 8}, teacher_depth=12)
+    settings = OmegaConf.structured(EMAConfig(store_ema=True, ema_decay=0.9, ema_fp32=in_fp32))
+    average = run_state.MovingAverage(model, settings)
+    expected = {name: value.double() for name, value in average.model.named_parameters()}
+    for update in (1, 2):
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+        with NumbersRead() as read:
+            average.step(model, update)
+        assert read.count == 0
+        for name, parameter in model.named_parameters():
+            expected[name] = 0.9 * expected[name] + 0.1 * parameter.data.double()
+    for name, value in average.model.named_parameters():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+    for name in average.fp32_params.keys() - {"stage"}:
+        assert torch.equal(average.fp32_params[name], average.model.state_dict()[name])
+
+
+class NumbersRead(TorchDispatchMode):
+    """Counts how often a number of a tensor is read."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))

@@ -216,16 +216,37 @@ def test_half_precision_shards_and_a_head_change_nothing_but_rounding(tmp_path):
     torch.testing.assert_close(ctc, plain)
 
 
+def path_of(kind, whisper, folder):
+    """A file or folder of one of the kinds."""
+    if kind == "whisper":
+        return whisper[0]
+    if kind in FAIRSEQ:
+        return fairseq_checkpoint(folder, kind)[1]
+    save_folder(folder, kind)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2 base", "hubert large", "wavlm base", "whisper"])
+def test_a_teacher_in_fp32_lets_no_gpu_round_to_tf32(kind, whisper, tmp_path):
+    teacher = load_teacher(path_of(kind, whisper, tmp_path))
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    seen = []
+    for module in teacher.model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Linear)):
+            module.register_forward_pre_hook(lambda *_: seen.extend(backend.allow_tf32 for backend in backends))
+    waveforms, lengths = torch.randn(1, 16_000), torch.tensor([16_000])
+    teacher.hidden_states(waveforms, lengths, LAYERS)
+    if hasattr(teacher, "cnn_features"):
+        teacher.cnn_features(waveforms, lengths)
+    assert seen and not any(seen)
+    assert [backend.allow_tf32 for backend in backends] == before and before[0]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("kind", ["wav2vec2 base", "wav2vec2 large", "hubert base", "hubert large", "wavlm base", "whisper"])
 def test_a_teacher_in_half_precision_says_nearly_the_same(precision, kind, whisper, tmp_path):
-    if kind == "whisper":
-        path = whisper[0]
-    elif kind in FAIRSEQ:
-        path = fairseq_checkpoint(tmp_path, kind)[1]
-    else:
-        save_folder(tmp_path, kind)
-        path = tmp_path
+    path = path_of(kind, whisper, tmp_path)
     waveforms = waveforms_of([16_000, 9000])
     given = nn.utils.rnn.pad_sequence(waveforms, batch_first=True), torch.tensor([16_000, 9000]), LAYERS
     exact = load_teacher(path).hidden_states(*given)
