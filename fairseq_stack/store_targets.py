@@ -89,6 +89,8 @@ def fill(task, splits, loading, rank, processes):
         rank, processes: which share, and of how many.
     """
     device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else None
+    if device is not None:
+        torch.cuda.set_device(device)  # for what goes to the current one, as kernels of libraries do
     names = task.store.names()
     for split in splits:
         dataset = task.dataset(split)
@@ -106,10 +108,12 @@ def fill(task, splits, loading, rank, processes):
             batch_sampler=[[windows[position] for position in batch] for batch in batches],
             collate_fn=dataset.collater,
             num_workers=loading.num_workers,
+            pin_memory=device is not None,
             # In a spawned process workers would be spawned too, and import everything anew.
             multiprocessing_context="fork" if loading.num_workers else None,
         )
-        with tqdm(total=len(windows), desc=split, unit=" windows", mininterval=1, disable=rank > 0) as bar:
+        bar = tqdm(total=len(windows), desc=split, unit=" windows", mininterval=1, disable=rank > 0)
+        with bar, task.store.writing_beside():
             for batch in batches:
                 task.bad_audio[split].report(batch["problems"])
                 task.from_store(batch if device is None else utils.move_to_cuda(batch, device))

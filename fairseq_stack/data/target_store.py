@@ -19,7 +19,7 @@ import time
 import uuid
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +85,7 @@ class TargetStore:
         self.form = form
         self.conv_layers = conv_layers
         self.width = width
+        self._beside = self._writing = None  # a thread that writes, and the batch that it is writing
         self.arrays = min(_supersets(folder, self.wanted, form), key=len, default=self.wanted)
         self.folder = os.path.join(folder, f"{'+'.join(map(str, self.arrays))}.{form}")
         try:
@@ -136,6 +137,30 @@ class TargetStore:
         Raises:
             InputError: the disk is full, nothing can be written, or a value is not finite in this format.
         """
+        if self._beside is None:
+            return self._write_batch(entries, arrays)
+        self._finish_writing()
+        self._writing = self._beside.submit(self._write_batch, entries, arrays)
+
+    @contextmanager
+    def writing_beside(self):
+        """Inside a `with` block, `write` returns at once: a batch is written while the next one is computed.
+
+        What could not be written is raised by the next `write`, or at the end of the block, where all is written.
+        """
+        with ThreadPoolExecutor(1) as self._beside:
+            try:
+                yield
+                self._finish_writing()
+            finally:
+                self._beside = self._writing = None
+
+    def _finish_writing(self):
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write_batch(self, entries, arrays):
         batch = {f"{name}.{part}": values.cpu() for name in arrays for part, values in arrays[name].items()}
 
         def write(row):

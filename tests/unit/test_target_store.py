@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +53,37 @@ def test_an_entry_comes_back_as_it_was_stored_without_the_padding(tmp_path, form
         assert list(read) == [2, 3, *[CNN] * cnn] and equal(read, targets, row)
         assert all(len(parts["values"]) == entries[row].frames for parts in read.values())
     assert made.read(entry(made, "c.wav")) is None
+
+
+class OnItsWay(torch.Tensor):
+    """A tensor that comes from its device when it is let go."""
+
+    let_go = threading.Event()
+
+    def cpu(self):
+        assert self.let_go.wait(timeout=60)
+        return self.as_subclass(torch.Tensor)
+
+
+def test_the_next_batch_is_computed_while_one_is_written_and_an_error_reaches_whoever_writes_next(tmp_path):
+    made = store(tmp_path)
+    slow, broken = arrays(made), arrays(made)
+    slow[2]["values"] = slow[2]["values"].as_subclass(OnItsWay)
+    broken[2]["values"][0, 0, 0] = torch.nan
+    with made.writing_beside():
+        made.write({0: entry(made, "a.wav")}, slow)
+        assert made.read(entry(made, "a.wav")) is None  # the write is under way
+        OnItsWay.let_go.set()
+        made.write({0: entry(made, "b.wav")}, broken)
+        with pytest.raises(InputError, match="b.wav is not finite"):
+            made.write({0: entry(made, "c.wav")}, arrays(made))
+    with pytest.raises(InputError, match="b.wav is not finite"), made.writing_beside():
+        made.write({0: entry(made, "b.wav")}, broken)
+    with made.writing_beside():
+        made.write({0: entry(made, "d.wav")}, arrays(made))
+    assert made.read(entry(made, "a.wav")) and made.read(entry(made, "d.wav"))
+    made.write({0: entry(made, "e.wav")}, arrays(made))
+    assert made.read(entry(made, "e.wav"))
 
 
 def test_an_entry_is_for_one_recording_window_and_audio(tmp_path):
