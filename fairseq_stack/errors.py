@@ -2,8 +2,10 @@
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -36,6 +38,29 @@ def check_weight(field, value):
     """Raise an InputError unless the configuration field is a finite number of 0 or more."""
     if not 0 <= value < math.inf:
         raise InputError(f"{field}={value} must be 0 or more, and finite")
+
+
+def check_positive(option, value):
+    """Raise an InputError unless the value of a command's option is a finite number above 0."""
+    if not 0 < value < math.inf:
+        raise InputError(f"{option} {value} must be more than 0, and finite")
+
+
+def check_output(option, path, folder=False):
+    """Raise an InputError unless a command can write its output to a path: a file or a folder, which need not exist.
+
+    What lies above it is looked at too, so that no work is lost for want of a place.
+    """
+    path = Path(path)
+    if path.exists() and path.is_dir() is not folder:
+        raise InputError(f"{option} {path} is a {'file' if folder else 'folder'}; give a {'folder' if folder else 'file'}")
+    place = next(above for above in (path, *path.absolute().parents) if above.exists())
+    if not folder and place == path:
+        place = path.absolute().parent
+    if not place.is_dir():
+        raise InputError(f"{option} {path}: {place} is a file and no folder; choose another place")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"{option} {path}: {place} cannot be written; choose another place")
 
 
 @contextmanager

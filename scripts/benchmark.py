@@ -1,22 +1,26 @@
 """Measure where the time of an update goes, what growing saves of it, and what else there is takes for the same.
 
-Every case is a real training by fairseq's trainer, in a process of its own. They take turns, update by update, and
-medians are compared, because one run's seconds say little. Weights and waveforms are random: that does not change the
-time. The teacher runs in bf16; the peers' in fp32, as s3prl's distiller has it.
+Every case is a real training by fairseq's trainer, in a process of its own. On a CPU they take turns, update by update,
+and on a GPU they come one after another, so that each has all of its memory. Medians are compared, because one run's
+seconds say little. A case that does not fit into memory is named, and its cells stay empty. Weights and waveforms are
+random: that does not change the time. The teacher runs in bf16; the peers' in fp32, as s3prl's distiller has it.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 from pathlib import Path
 
 import torch
 
-from fairseq_stack.benchmark.inputs import SIZES
+from fairseq_stack.benchmark.inputs import SIZES, teacher_shape
 from fairseq_stack.benchmark.measure import measure
 from fairseq_stack.benchmark.peers import PEERS
 from fairseq_stack.benchmark.tables import tables
-from fairseq_stack.errors import one_line_errors
+from fairseq_stack.data.audio import SAMPLE_RATE
+from fairseq_stack.errors import InputError, check_output, check_positive, one_line_errors
+from fairseq_stack.lengths import parse_conv_layers, receptive_field
 
 RECIPES = Path(__file__).resolve().parent.parent / "examples" / "interleaved"
 
@@ -31,15 +35,35 @@ def main():
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"],
                         help="of the student")  # fmt: skip
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=[], help="what to compare with")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to train")  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each training, on a CPU")
     parser.add_argument("--output", help="write the figures to this JSON file too")
     arguments = vars(parser.parse_args())
+    check(**arguments)
     output, arguments["peers"], arguments["precisions"] = (arguments.pop(name) for name in ("output", "peer", "precision"))
     result = {**measure(RECIPES, **arguments), "torch": torch.__version__, "machine": platform.machine(), **arguments}
     if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(result, indent=2), encoding="utf-8")
     print(tables(result))
+
+
+def check(batch, seconds, rounds, precision, peer, device, threads, output, size):
+    """Raise an InputError unless the options' values can be measured."""
+    for option, value in (("--batch", batch), ("--seconds", seconds), ("--rounds", rounds), ("--threads", threads)):
+        check_positive(option, value)
+    frame = receptive_field(parse_conv_layers(teacher_shape(size)["conv_feature_layers"]))
+    if round(seconds * SAMPLE_RATE) < frame:
+        raise InputError(f"--seconds {seconds} is shorter than a frame; give {frame / SAMPLE_RATE} or more")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU that it can use; give --device cpu")
+    if device == "cpu" and "fp16" in precision:
+        raise InputError("--precision fp16 needs a GPU; give fp32 or bf16")
+    if "s3prl" in peer and importlib.util.find_spec("s3prl") is None:
+        raise InputError("--peer s3prl: s3prl is not installed; leave it out, or install what constraints.txt names")
+    if output:
+        check_output("--output", output)
 
 
 if __name__ == "__main__":

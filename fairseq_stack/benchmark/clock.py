@@ -27,9 +27,11 @@ class Clock:
     def __call__(self, part):
         self._charge()
         self.parts.append(part)
-        yield
-        self._charge()
-        self.parts.pop()
+        try:
+            yield
+            self._charge()
+        finally:  # whoever has run out of memory may go on with less
+            self.parts.pop()
 
     def wrap(self, owner, method, part):
         """Let a method of an object count for a part."""

@@ -1,4 +1,8 @@
-"""Measure all cases in turn, round after round, and take medians, so that what the machine does meanwhile meets all."""
+"""Measure all cases and take medians.
+
+On a CPU they take turns, update by update, so that what else the machine does meanwhile meets all. On a GPU, whose
+memory would not hold all, they come one after another.
+"""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +13,7 @@ from tqdm import tqdm
 from fairseq_stack.benchmark.inputs import make_inputs
 from fairseq_stack.benchmark.ours import Case, Ours, fill_store
 from fairseq_stack.benchmark.peers import PEERS
-from fairseq_stack.benchmark.workers import in_another_process, workers
+from fairseq_stack.benchmark.workers import Killed, OutOfMemory, in_another_process, workers
 from fairseq_stack.growth.schedule import stage_starts
 
 DEPTHS = (3, 6, 9, 12)
@@ -44,41 +48,86 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, peers, th
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_inputs(folder, size, seconds, utterances=batch * (rounds + 1) * len(DEPTHS))
-        for cnn in ("trained", "shared"):
-            case = Case(precisions[0], "stored", cnn)
-            in_another_process(threads, fill_store, recipes, folder, size, batch, device, case)
         makers = {name: (Ours, recipes, folder, size, batch, device, case) for name, case in cases.items()}
         makers.update({name: (PEERS[name], folder, size, batch, seconds, device) for name in peers})
-        with workers(threads, makers) as running:
-            return _measured(running, cases, peers, rounds)
-
-
-def _measured(running, cases, peers, rounds):
-    depths = {name: DEPTHS if name in cases else DEPTHS[-1:] for name in running}
-    spent = {name: {depth: [] for depth in depths[name]} for name in running}
-    growths = {name: [] for name in cases}
-    for number in tqdm(range(rounds + 1), desc="rounds"):
-        for depth in DEPTHS:
-            for name, worker in running.items():
-                if depth in depths[name]:
-                    parts = worker.call("update", depth)
-                    if number:
-                        spent[name][depth].append(parts)
-        if number:
-            for name in cases:
-                growths[name].append(running[name].call("growth"))
+        for cnn in ("trained", "shared"):
+            case = Case(precisions[0], "stored", cnn)
+            try:
+                in_another_process(threads, fill_store, recipes, folder, size, batch, device, case)
+            except OutOfMemory:  # of the teacher
+                makers = {name: maker for name, maker in makers.items() if not _needs_store(cases.get(name), cnn)}
+        names = [*cases, *peers]
+        depths = {name: DEPTHS if name in cases else DEPTHS[-1:] for name in names}
+        measured = measure_each(threads, makers, depths, rounds, one_by_one=device == "cuda")
+    nothing = {"update": {}, "parts": {}}
+    found = {name: measured.get(name, nothing) for name in names}
     return {
-        "cases": {
-            name: {
-                "update": {depth: median(sum(parts.values()) for parts in spent[name][depth]) for depth in depths[name]},
-                "parts": {depth: _medians(spent[name][depth]) for depth in depths[name]},
-                "peak_memory": running[name].call("peak_memory"),
-                **({"growth": median(growths[name])} if name in cases else {}),
-            }
-            for name in running
-        },
+        "cases": found,
+        "did_not_fit": {name: [depth for depth in depths[name] if depth not in found[name]["update"]] for name in names},
         "peers": list(peers),
         "rounds": rounds,
+    }
+
+
+def _needs_store(case, cnn):
+    return case is not None and (case.targets, case.cnn) == ("stored", cnn)
+
+
+def measure_each(threads, makers, depths, rounds, one_by_one):
+    """Measure trainings in processes of their own, of which one computes at any time.
+
+    Where memory runs out at a depth, nothing is kept of this depth of the training, and it is not asked for it or a
+    deeper one again.
+
+    Args:
+        threads: of each.
+        makers: {name: (make, *arguments)}; `make` gives something with the methods of Ours, without `growth` for one
+            that has a single depth.
+        depths: {name: ascending depths}.
+        rounds: see `measure`.
+        one_by_one: finish a training and end its process before the next one starts, so that it has the memory to
+            itself; else they take turns, update by update.
+
+    Returns:
+        {name: {"update": {depth: seconds}, "parts": {depth: {part: seconds}}, "peak_memory": bytes, "growth": seconds}},
+        of what fits, medians over the rounds.
+    """
+    if one_by_one:
+        alone = [measure_each(threads, {name: makers[name]}, depths, rounds, one_by_one=False) for name in makers]
+        return {name: figures for measured in alone for name, figures in measured.items()}
+    spent = {name: {depth: [] for depth in depths[name]} for name in makers}
+    growths = {name: [] for name in makers}
+    with workers(threads, makers) as (running, without):
+
+        def ask(name, depth, *call):
+            try:
+                return running[name].call(*call)
+            except OutOfMemory as error:
+                spent[name] = {other: kept for other, kept in spent[name].items() if other < depth}
+                if isinstance(error, Killed):
+                    del running[name]
+
+        for name in without:
+            spent[name] = {}
+        for number in tqdm(range(rounds + 1), desc=" ".join(makers) if len(makers) == 1 else "rounds"):
+            for depth in sorted({depth for name in makers for depth in depths[name]}):
+                for name in [name for name in running if depth in spent[name]]:
+                    parts = ask(name, depth, "update", depth)
+                    if number and parts is not None:
+                        spent[name][depth].append(parts)
+            for name in list(running) if number else ():
+                deepest = depths[name][-1]
+                if len(depths[name]) > 1 and deepest in spent[name]:
+                    growths[name].append(ask(name, deepest, "growth"))
+        memory = {name: running[name].call("peak_memory") for name in running}
+    return {
+        name: {
+            "update": {depth: median(sum(parts.values()) for parts in found) for depth, found in spent[name].items() if found},
+            "parts": {depth: _medians(found) for depth, found in spent[name].items() if found},
+            **({"peak_memory": memory[name]} if name in memory else {}),
+            **({"growth": median(growths[name])} if growths[name] and depths[name][-1] in spent[name] else {}),
+        }
+        for name in makers
     }
 
 

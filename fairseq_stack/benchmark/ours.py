@@ -54,6 +54,7 @@ class Ours:
         criterion = self.task.build_criterion(cfg.criterion)
         self.task.load_dataset("train")
         self.trainer = Trainer(cfg, self.task, self.model, criterion)
+        self.trainer.cuda_env = None  # with it, every update would forget the peak of the GPU's memory
         epochs = self.trainer.get_train_iterator(epoch=1, load_dataset=False)
         self.trainer.begin_epoch(1)
         self.batches = iterators.GroupedIterator(epochs.next_epoch_itr(shuffle=False), 1)
@@ -67,14 +68,21 @@ class Ours:
             self.clock.wrap(self.trainer.optimizer, method, "optimiser")
 
     def update(self, depth):
-        """One update with a student of `depth` layers; returns {part: seconds}."""
+        """One update with a student of `depth` layers; returns {part: seconds}.
+
+        Raises:
+            RuntimeError: memory ran out; without raise_oom fairseq would skip the batch, and be fast.
+        """
         self.model._stage_index = self.model.plan.depths.index(depth)
         self.model.stage.fill_(self.model._stage_index)
         self.clock.restart()
         with self.clock("data"):
             batch = next(self.batches)
-        self.trainer.train_step(batch)
-        return self.clock.stop()
+        loading, done = self.clock.stop(), self.trainer.get_num_updates()
+        while self.trainer.get_num_updates() == done:  # in fp16 an overflow lowers the scale and skips the step
+            self.clock.restart()
+            self.trainer.train_step(batch, raise_oom=True)
+        return {**loading, **self.clock.stop()}
 
     def growth(self):
         """Seconds of the last growth: weights, fp32 masters and moments."""
@@ -104,6 +112,7 @@ def configuration(recipes, folder, size, batch, device, case):
         "dataset.num_workers": 1,
         "distributed_training.distributed_world_size": 1,
         "task.data": folder,
+        "task.max_sample_size": 1_000_000_000,  # whole utterances, as the peers hear them
         "task.teacher": folder / TEACHER,
         "+task.teacher_precision": "bf16",
         **{f"model.{name}": f'"{value}"' if isinstance(value, str) else value for name, value in shape.items()},

@@ -14,6 +14,19 @@ import torch
 
 from fairseq_stack.errors import InputError
 
+# What torch, CUDA and their libraries say where memory runs out.
+SIGNS = (
+    "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "killed by signal: Killed",
+)  # fmt: skip
+
+
+class OutOfMemory(Exception):
+    """A training needs more memory than there is."""
+
+
+class Killed(OutOfMemory):
+    """Its process is gone with it, as Linux ends one when memory runs out."""
+
 
 class Worker:
     """A training in another process; its methods are called by name.
@@ -24,8 +37,10 @@ class Worker:
         arguments: for `make`.
 
     Raises:
-        RuntimeError: something failed there; the message is its traceback.
-        InputError: the other process was killed.
+        OutOfMemory: there was not enough memory for what was asked. Unless the process was Killed, the training can
+            be called again.
+        InputError: what was asked cannot be done.
+        RuntimeError: something else failed there; the message is its traceback.
     """
 
     def __init__(self, make, threads, *arguments):
@@ -33,10 +48,18 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make, threads, arguments))
         self.process.start()
-        self._receive()
+        theirs.close()  # so that the end of the process is the end of the connection
+        try:
+            self._receive()
+        except Exception:
+            self.close()
+            raise
 
     def call(self, method, *arguments):
-        self.connection.send((method, arguments))
+        try:
+            self.connection.send((method, arguments))
+        except OSError:
+            raise Killed("its process was killed") from None
         return self._receive()
 
     def close(self):
@@ -45,25 +68,25 @@ class Worker:
 
     def _receive(self):
         try:
-            failed, value = self.connection.recv()
-        except EOFError:
-            raise InputError(
-                "a training of the benchmark was killed, most likely because memory ran out: measure fewer at a time, as"
-                " --precision fp32 does"
-            ) from None
-        if failed:
-            raise RuntimeError(value)
+            error, value = self.connection.recv()
+        except (EOFError, OSError):
+            raise Killed("its process was killed") from None
+        if error is not None:
+            raise error(value)
         return value
 
 
 @contextmanager
 def workers(threads, makers):
-    """{name: Worker} of {name: (make, *arguments)}; they end with the block."""
-    running = {}
+    """{name: Worker} of {name: (make, *arguments)}, and the names of those that do not fit; they end with the block."""
+    running, without = {}, []
     try:
         for name, (make, *arguments) in makers.items():
-            running[name] = Worker(make, threads, *arguments)
-        yield running
+            try:
+                running[name] = Worker(make, threads, *arguments)
+            except OutOfMemory:
+                without.append(name)
+        yield running, without
     finally:
         for worker in running.values():
             worker.close()
@@ -80,16 +103,31 @@ class _call:
 
 
 def _serve(connection, make, threads, arguments):
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)  # fairseq has a page to say about memory
     torch.set_num_threads(threads)
+    made = []
+    function, given = (lambda: made.append(make(*arguments))), ()
+    while True:
+        answer = _attempt(function, given)
+        if answer[0] is OutOfMemory and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        connection.send(answer)
+        if not made:
+            return
+        method, given = connection.recv()
+        function = peak_memory if method == "peak_memory" else getattr(made[0], method)
+
+
+def _attempt(function, given):
+    """(None, what a function returns), or the class and the message of an error."""
     try:
-        training = make(*arguments)
-        connection.send((False, None))
-        while True:
-            method, given = connection.recv()
-            connection.send((False, peak_memory() if method == "peak_memory" else getattr(training, method)(*given)))
-    except Exception:
-        connection.send((True, traceback.format_exc()))
+        return None, function(*given)
+    except (InputError, SystemExit) as error:  # of a task, to which fairseq is the shell
+        return InputError, str(error).removeprefix("error: ")
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS):
+            return OutOfMemory, str(error)
+        return RuntimeError, traceback.format_exc()
 
 
 def peak_memory():

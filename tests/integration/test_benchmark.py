@@ -1,12 +1,17 @@
 """The benchmark measures what it says; how fast a machine is, no test says."""
 
+import json
+import runpy
+import sys
+
 import pytest
 import torch
-from training import EXAMPLES
+from hungry import Counter, Doomed, Hungry
+from training import EXAMPLES, ROOT
 
 from fairseq_stack.benchmark.clock import REST, Clock
 from fairseq_stack.benchmark.inputs import TEACHER, make_inputs
-from fairseq_stack.benchmark.measure import growing, with_first_epoch
+from fairseq_stack.benchmark.measure import growing, measure_each, with_first_epoch
 from fairseq_stack.benchmark.ours import Case, Ours, fill_store
 from fairseq_stack.benchmark.peers import FairseqModules, S3prlDistiller
 from fairseq_stack.benchmark.tables import tables
@@ -98,21 +103,8 @@ def test_a_peer_has_the_same_teacher_and_learns(inputs, peer):
     assert sum(changed) > 0.9 * len(changed)
 
 
-class Counter:
-    """Something that runs in another process."""
-
-    def __init__(self, start):
-        if start < 0:
-            raise ValueError("too small")
-        self.count = start
-
-    def update(self, step):
-        self.count += step
-        return self.count
-
-
 def test_workers_keep_their_own_state_and_pass_on_what_fails():
-    with workers(1, {"a": (Counter, 1), "b": (Counter, 10)}) as running:
+    with workers(1, {"a": (Counter, 1), "b": (Counter, 10)}) as (running, _):
         assert [running[name].call("update", 2) for name in ("a", "b", "a")] == [3, 12, 5]
         assert running["a"].call("peak_memory") > 2**20
         with pytest.raises(RuntimeError, match="TypeError"):
@@ -120,6 +112,69 @@ def test_workers_keep_their_own_state_and_pass_on_what_fails():
     with pytest.raises(RuntimeError, match="too small"):
         with workers(1, {"a": (Counter, -1)}):
             pass
+
+
+def measured(makers, notes, one_by_one):
+    """What measure_each finds, and what the trainings noted: (name, note)."""
+    notes.touch()
+    makers = {name: (kind, notes, name, fits) for name, (kind, fits) in makers.items()}
+    found = measure_each(1, makers, {name: (3, 6, 12) for name in makers}, rounds=2, one_by_one=one_by_one)
+    return found, [tuple(line.split(maxsplit=2)[1:]) for line in notes.read_text().splitlines()]
+
+
+def test_trainings_that_do_not_fit_leave_cells_empty_and_the_others_take_turns(tmp_path):
+    found, noted = measured({"none": (Hungry, 0), "half": (Hungry, 6), "all": (Hungry, 12)}, tmp_path / "notes", False)
+    assert {name: figures["update"] for name, figures in found.items()} == {
+        "none": {}, "half": {3: 3.0, 6: 6.0}, "all": {3: 3.0, 6: 6.0, 12: 12.0},
+    }  # fmt: skip
+    assert found["all"]["growth"] == 1.0 and "growth" not in found["half"] and found["half"]["peak_memory"] > 2**20
+    turns = [("half", "3"), ("all", "3"), ("half", "6"), ("all", "6"), ("half", "12"), ("all", "12")]
+    later = [turn for turn in turns if turn != ("half", "12")]  # it is not asked again for what does not fit
+    assert [note for note in noted if note[1].isdigit()] == turns + 2 * later
+
+
+def test_one_by_one_each_has_the_memory_to_itself_and_a_killed_one_ends_nothing(tmp_path):
+    found, noted = measured({"half": (Hungry, 6), "killed": (Doomed, 3), "all": (Hungry, 12)}, tmp_path / "notes", True)
+    assert [note for note in noted if not note[1].isdigit()] == [("half", "alone"), ("killed", "alone"), ("all", "alone")]
+    assert list(found["half"]["update"]) == [3, 6] and list(found["all"]["update"]) == [3, 6, 12]
+    assert found["killed"] == {"update": {}, "parts": {}}  # in the round that warms up
+
+
+def test_an_update_that_runs_out_of_memory_has_no_time(inputs):
+    """As on a GPU, where fairseq knows the error by its words, and on a CPU, where it does not."""
+    case = Case("fp32", "live", "trained")
+    ours = Ours(RECIPES, inputs, "demo", BATCH, "cpu", case)
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    hook = ours.model.encoder.layers[0].register_forward_hook(fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.update(3)
+    hook.remove()
+    assert {"data", "backward"} <= set(ours.update(3)) and ours.clock.parts == [REST]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--batch", "0"], "--batch 0"),
+        (["--seconds", "-1"], "--seconds -1"),
+        (["--seconds", "nan"], "--seconds nan"),
+        (["--seconds", "0.01"], "--seconds 0.01 is shorter than a frame"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--threads", "0"], "--threads 0"),
+        (["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--output", str(ROOT)], "is a folder; give a file"),
+        (["--output", f"{ROOT}/setup.py/figures.json"], "setup.py is a file and no folder"),
+        pytest.param(["--device", "cuda"], "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
+    ],
+)
+def test_options_that_cannot_be_measured_are_refused_in_a_line(options, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts/benchmark.py"), run_name="__main__")
+    assert str(ended.value.code).startswith("error: ") and says in ended.value.code and "\n" not in ended.value.code
 
 
 def test_the_tables_hold_ratios():
@@ -130,8 +185,23 @@ def test_the_tables_hold_ratios():
 
     peer = {"update": {"12": 48.0}, "parts": {"12": {"data": 48.0}}, "peak_memory": 2**31}
     cases = {"bf16, live targets, CNN trained": figures(2.0), "bf16, stored targets, CNN trained": figures(1.0)}
-    text = tables({"cases": {**cases, "s3prl": peer}, "peers": ["s3prl"]})
+    result = {"cases": {**cases, "s3prl": peer}, "peers": ["s3prl"], "did_not_fit": {name: [] for name in (*cases, "s3prl")}}
+    text = tables(json.loads(json.dumps(result)))
     assert "| bf16, live targets, CNN trained | 1.60x | 1.33x | 0.010 |" in text
     assert "| bf16, live targets, CNN trained | 2.00x |  | 0.50x |" in text
     # 48 / (9 + 3 / 75)
     assert "| bf16, stored targets, CNN trained | 4.00x | 5.31x | 0.50x |" in text
+    assert "fit" not in text
+
+    live = result["cases"]["bf16, live targets, CNN trained"]
+    for depth in ("9", "12"):
+        del live["update"][depth], live["parts"][depth]
+    del live["growth"], peer["peak_memory"]
+    peer.update(update={}, parts={})
+    result["did_not_fit"].update({"bf16, live targets, CNN trained": [9, 12], "s3prl": [12]})
+    text = tables(json.loads(json.dumps(result)))
+    assert "| bf16, live targets, CNN trained | 12 |  |  |  |" in text
+    assert "| bf16, live targets, CNN trained |  |  |  |" in text
+    assert "| bf16, stored targets, CNN trained | 1.60x | 1.33x | 0.010 |" in text
+    assert text.endswith("bf16, live targets, CNN trained: 9 and 12 layers did not fit into memory\n"
+                         "s3prl: 12 layers did not fit into memory")  # fmt: skip
