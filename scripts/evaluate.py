@@ -1,11 +1,14 @@
 """Probe how good exported students are, by SUPERB's protocol in small, and print a table."""
 
 import argparse
+import sys
 import warnings
+from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from fairseq_stack.errors import one_line_errors
+from fairseq_stack.analysis.held_out import NoHeads, read_held_out
+from fairseq_stack.errors import check_output, one_line_errors
 from fairseq_stack.evaluation.results import (
     add_held_out,
     held_out_table,
@@ -53,16 +56,27 @@ def main():
     warnings.filterwarnings("ignore")
     disable_progress_bar()
 
+    # The probes take long: what is wrong is said before.
+    check_output("--output", arguments.output)
     seeds = range(1, arguments.seeds + 1)
     rows = upstreams(arguments.exports, arguments.teacher)
+    held_out, without = None, None
+    if arguments.checkpoint:
+        try:
+            held_out = read_held_out(arguments.checkpoint, Path(arguments.speech, "test.tsv"), arguments.teacher)
+        except NoHeads as error:
+            without = f"no held-out variance: {error}"
+            print(f"note: {without}", file=sys.stderr)
     results = run(rows, arguments.speech, seeds, arguments.output)
     print(table(results, seeds))
     for task, reason in results["without"].items():
         print(f"no {task}: {reason}")
-    if arguments.checkpoint:
-        held_out = add_held_out(arguments.output, arguments.checkpoint, arguments.speech, arguments.teacher)
+    if without:
+        print(without)
+    if held_out:
+        entry = add_held_out(arguments.output, held_out, arguments.checkpoint, arguments.speech)
         print("\nshare of the held-out teacher variance explained (1 is all, 0 is none)\n")
-        print(held_out_table(held_out))
+        print(held_out_table(entry))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 import argparse
 
-from fairseq_stack.analysis.held_out import explained_by_checkpoint
-from fairseq_stack.errors import one_line_errors
+from fairseq_stack.analysis.held_out import explained_before_and_after, read_held_out
+from fairseq_stack.errors import check_positive, one_line_errors
 
 
 @one_line_errors
@@ -15,8 +15,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=120.0, help="speech to use (default: %(default)s)")
     arguments = parser.parse_args()
 
-    of = arguments.checkpoint, arguments.speech, arguments.teacher, arguments.seconds
-    trained, fresh = explained_by_checkpoint(*of), explained_by_checkpoint(*of, at_initialisation=True)
+    check_positive("--seconds", arguments.seconds)
+    held_out = read_held_out(arguments.checkpoint, arguments.speech, arguments.teacher)
+    trained, fresh = explained_before_and_after(held_out, arguments.seconds)
     print("share of the held-out teacher variance explained (1 is all, 0 is none)")
     print("| teacher layer | trained student | same student at its initialisation |")
     print("| ---: | ---: | ---: |")

@@ -1,16 +1,16 @@
 """Report trainings: losses, time per stage, speed-up, similarity of the layers, and what probes use of them."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from fairseq_stack.analysis.hidden_states import hidden_states_of
 from fairseq_stack.analysis.probes import read_layer_weights
 from fairseq_stack.analysis.report import write_report
 from fairseq_stack.analysis.runs import read_runs
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import check_output, check_positive, one_line_errors
 
 
+@one_line_errors
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -28,13 +28,12 @@ def main():
     if (args.student is None) != (args.speech is None):
         parser.error("--student and --speech belong together")
 
-    try:
-        runs, reference = read_runs(args.runs, args.reference)
-        states = hidden_states_of(args.student, args.speech, args.seconds) if args.student else None
-        weights = read_layer_weights(args.probes) if args.probes else None
-        print(write_report(runs, args.output, reference, states, weights), end="")
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    check_positive("--seconds", args.seconds)
+    check_output("--output", args.output, folder=True)
+    runs, reference = read_runs(args.runs, args.reference)
+    states = hidden_states_of(args.student, args.speech, args.seconds) if args.student else None
+    weights = read_layer_weights(args.probes) if args.probes else None
+    print(write_report(runs, args.output, reference, states, weights), end="")
     print(f"report: {args.output / 'index.html'}")
 
 

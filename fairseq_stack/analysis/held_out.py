@@ -1,46 +1,115 @@
 """How much of the teacher a student predicts on speech that it has not heard."""
 
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
 
 from fairseq_stack.analysis.similarity import explained_variance
-from fairseq_stack.checkpoint import load_checkpoint
+from fairseq_stack.checkpoint import configurations, load_checkpoint
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
-from fairseq_stack.data.manifest import read_manifest
+from fairseq_stack.data.manifest import Manifest, read_manifest
 from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.losses import normalize_targets
+from fairseq_stack.supervision import student_position
 from fairseq_stack.teachers import load_teacher
+from fairseq_stack.teachers.base import Teacher
 
 LONGEST_SECONDS = 10  # of an utterance; attention over a whole minute would cost more than it tells
 
 
-def explained_by_checkpoint(checkpoint, speech, teacher=None, seconds=120.0, at_initialisation=False):
-    """What the student of a fairseq checkpoint explains.
+class NoHeads(InputError):
+    """The student has nothing that predicts the teacher's hidden states."""
+
+
+class HeldOut(NamedTuple):
+    """A student, its teacher, and speech to compare them on.
+
+    Attributes:
+        student: a StackedHubert in eval mode.
+        teacher: its Teacher.
+        manifest: a Manifest of held-out speech.
+        normalize: whether the student wants normalised waveforms.
+        normalization: of the targets that the student has learned, see normalize_targets.
+    """
+
+    student: Any
+    teacher: Teacher
+    manifest: Manifest
+    normalize: bool
+    normalization: str
+
+
+def has_heads(criterion):
+    """Whether a student of this configuration of the criterion (a mapping) predicts the teacher by heads."""
+    return criterion.get("loss") != "temporal_gram"
+
+
+def read_held_out(checkpoint, speech, teacher=None):
+    """Read and check all that is needed to tell what a checkpoint's student explains.
 
     Args:
         checkpoint: the file. To run the training model, fairseq has to be installed.
         speech: manifest of held-out speech.
         teacher: see load_teacher; None for the one that the student was trained with.
-        seconds: how much speech to use.
-        at_initialisation: ask a student of the same shape and depth with new random weights instead.
 
     Returns:
-        see explained_by_layer.
+        a HeldOut.
 
     Raises:
-        InputError: something of it cannot be read.
+        NoHeads: the student has none.
+        InputError: something of it cannot be read, or the teacher is not the student's.
     """
-    from fairseq_stack.models.stacked_hubert import StackedHubert
+    try:
+        from fairseq_stack.models.stacked_hubert import StackedHubert
+        from fairseq_stack.tasks.speech_distillation import check_frames
+    except ModuleNotFoundError as error:
+        raise InputError(f"{checkpoint}: the training model needs {error.name}, which is not installed") from None
 
     state = load_checkpoint(checkpoint)
+    config, task = configurations(state)
+    if config is None or config.get("_name") != "stacked_hubert":
+        raise InputError(f"{checkpoint} is no checkpoint of a distillation; give RUN/checkpoints/checkpoint_last.pt")
+    criterion = state["cfg"].get("criterion") or {}
+    if not has_heads(criterion):
+        raise NoHeads(
+            f"{checkpoint} was trained with criterion.loss={criterion['loss']}, which has no heads: it predicts no hidden"
+            " states of the teacher, so there is no variance explained; compare such students by probes (scripts/evaluate.py)"
+        )
     manifest = read_manifest(speech)
-    task = state["cfg"]["task"]
+    if teacher is None and not Path(task.get("teacher") or "").exists():
+        raise InputError(
+            f"{checkpoint} was trained with task.teacher={task.get('teacher')}, which is not there; give it with --teacher"
+        )
     teacher = load_teacher(teacher or task["teacher"], task.get("whisper_pad", False))
-    student = StackedHubert.from_checkpoint(state, checkpoint)
-    if at_initialisation:
-        torch.manual_seed(1)
-        student = student.at_initialisation()
-    normalization = state["cfg"]["criterion"]["target_normalization"]
-    return explained_by_layer(student, teacher, manifest, task["normalize"], normalization, seconds)
+    student = StackedHubert.from_checkpoint(state, checkpoint, teacher.depth)
+    if not student.head_widths:
+        raise NoHeads(f"{checkpoint} has no heads: it predicts no hidden states of the teacher")
+    try:
+        deepest = max(student.head_widths)
+        if deepest > teacher.depth or config["output_weight"] and deepest != teacher.depth:
+            raise InputError(f"it has {teacher.depth} layers, and the student has learned from layer {deepest}")
+        for layer, width in student.head_widths.items():
+            student_position(layer, teacher.depth, student.depth, config["intermediate_style"])
+            if width != teacher.width:
+                raise InputError(f"its hidden states have {teacher.width} features, and the student predicts {width}")
+        check_frames(student, teacher, LONGEST_SECONDS * SAMPLE_RATE)
+    except InputError as error:
+        raise InputError(f"{teacher.name} is not the teacher of {checkpoint} ({error}); give the one it was trained with") from None
+    return HeldOut(student, teacher, manifest, task["normalize"], criterion.get("target_normalization", "none"))
+
+
+def explained_before_and_after(held_out, seconds=120.0):
+    """explained_by_layer of a student, and of one of its shape and depth with new random weights.
+
+    Args:
+        held_out: of read_held_out.
+        seconds: how much speech to use.
+    """
+    torch.manual_seed(1)
+    fresh = held_out._replace(student=held_out.student.at_initialisation())
+    return explained_by_layer(*held_out, seconds), explained_by_layer(*fresh, seconds)
 
 
 @torch.no_grad()
@@ -62,7 +131,7 @@ def explained_by_layer(student, teacher, manifest, normalize, normalization="non
         below 0 is worse.
 
     Raises:
-        InputError: a recording cannot be read.
+        InputError: a recording cannot be read, or the teacher's features do not vary.
     """
     layers = [int(layer) for layer in student.heads]
     predictions, targets = {layer: [] for layer in layers}, {layer: [] for layer in layers}
@@ -71,6 +140,8 @@ def explained_by_layer(student, teacher, manifest, normalize, normalization="non
         if left <= 0:
             break
         samples = min(int(manifest.samples[index]), LONGEST_SECONDS * SAMPLE_RATE)
+        if teacher.frames(samples) < 1:
+            continue
         left -= samples
         waveform, length = torch.from_numpy(read_audio(manifest.path(index), 0, samples))[None], torch.tensor([samples])
         wanted = teacher.hidden_states(waveform, length, layers)
@@ -80,7 +151,10 @@ def explained_by_layer(student, teacher, manifest, normalize, normalization="non
             target = wanted[layer]
             target = normalize_targets(target, torch.ones(target.shape[:2], dtype=torch.bool), normalization)
             targets[layer].append(target[0])
-    return {
-        layer: explained_variance(torch.cat(predictions[layer]).numpy(), torch.cat(targets[layer]).numpy())
-        for layer in layers
-    }
+    if not all(predictions.values()):
+        raise InputError(f"{manifest.root}: no recording of the manifest is as long as a frame; give other speech")
+    with input_errors(f"{manifest.root}: the manifest's speech cannot be used"):
+        return {
+            layer: explained_variance(torch.cat(predictions[layer]).numpy(), torch.cat(targets[layer]).numpy())
+            for layer in layers
+        }

@@ -23,29 +23,36 @@ STYLE = {
 }
 
 
-def draw_losses(runs, by="updates"):
+def draw_losses(runs, by="updates", kinds=None):
     """Training and validation loss, by updates or by time, with every growth marked.
 
-    Of one run the parts of the loss too, and how deep each stage is; of several the loss, one colour each.
+    Of one run the parts of the loss too, and how deep each stage is; of several the loss, one colour each. Runs with
+    different losses get axes of their own.
 
     Args:
         runs: list of Run.
         by: "updates", or wall-clock time in "hours" or "minutes".
+        kinds: list of Kind, whose members are positions in `runs`; None where all have the same loss.
 
     Returns:
         a matplotlib Figure.
     """
     parts = [part for part in PARTS if len(runs) == 1 and part[0] in runs[0].train]
+    groups = [kind.members for kind in kinds or ()] or [range(len(runs))]
     with rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 7.5 if parts else 4.6))
-        axes = figure.subplots(2 if parts else 1, 1, sharex=True, squeeze=False)[:, 0]
-        for number, run in enumerate(runs):
-            colour, style = COLOURS[number % len(COLOURS)], ("-", ":")[number // len(COLOURS) % 2]
-            _curves(axes[0], run, by, [("loss", run.name if len(runs) > 1 else None, colour)], style)
-            for stage in run.stages[1:]:
-                place = _place(run, stage.begin, by)
-                for axis in axes:
-                    axis.axvline(place, color=GREY if len(runs) == 1 else colour, linestyle="--", linewidth=1)
+        figure = Figure(figsize=(7.5, 7.5 if parts else 1.2 + 3.4 * len(groups)))
+        axes = figure.subplots(2 if parts else len(groups), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, members in zip(axes, groups):
+            for number in members:
+                run, colour, style = runs[number], COLOURS[number % len(COLOURS)], ("-", ":")[number // len(COLOURS) % 2]
+                _curves(axis, run, by, [("loss", run.name if len(runs) > 1 else None, colour)], style)
+                for stage in run.stages[1:]:
+                    place = _place(run, stage.begin, by)
+                    for marked in axes if parts else (axis,):
+                        marked.axvline(place, color=GREY if len(runs) == 1 else colour, linestyle="--", linewidth=1)
+        for axis, kind in zip(axes, kinds or ()):
+            if kind.letter:
+                axis.set_title(f"Loss {kind.letter}", loc="left")
         if parts:
             _curves(axes[1], runs[0], by, parts)
             axes[1].set_title("Parts of the loss", loc="left")
@@ -57,7 +64,8 @@ def draw_losses(runs, by="updates"):
             axis.legend(ncols=max(len(parts), 1) if axis is axes[-1] else 1)
         axes[-1].set_xlabel(by)
         axes[-1].xaxis.set_major_formatter("{x:,.0f}" if by == "updates" else "{x:g}")
-        axes[-1].set_xlim(0, 1.01 * max(line.get_xdata()[-1] for line in axes[0].lines))
+        drawn = [line for axis in axes for line in axis.lines if line.get_linestyle() != "--"]
+        axes[-1].set_xlim(0, 1.01 * max(line.get_xdata()[-1] for line in drawn))
     return figure
 
 
@@ -117,11 +125,18 @@ def _log_if_wide(axis):
         axis.set_yscale("log")
 
 
-def draw_similarity(similarity, block=None):
+def lowest_similarity(matrices):
+    """The lower end of the scale of several matrices: a tenth, and at most 0.9, so that noise does not look like structure."""
+    values = [value for value in (np.nanmin(matrix) for matrix in matrices if np.isfinite(matrix).any())]
+    return min([0.9, *(np.floor(value * 10) / 10 for value in values)])
+
+
+def draw_similarity(similarity, lowest, block=None):
     """The similarity matrix of hidden states 0 to N.
 
     Args:
         similarity: [N + 1, N + 1], linear CKA.
+        lowest: end of the scale of colours, the same for all figures that are to be compared; see lowest_similarity.
         block: layers per block (the copies of one layer of the first stage), marked by lines;
             None where the student has no blocks.
 
@@ -131,7 +146,7 @@ def draw_similarity(similarity, block=None):
     with rc_context(_MATRIX_STYLE):
         figure = Figure(figsize=(7.5, 6.6))
         axis = figure.subplots()
-        image = _matrix(axis, similarity, _lowest([similarity]))
+        image = _matrix(axis, similarity, lowest)
         figure.colorbar(image, label="linear CKA", shrink=0.85)
         for edge in range(0, len(similarity) - 1, block) if block else ():
             # Black on white: seen on the dark and on the light end of the colours.
@@ -144,23 +159,25 @@ def draw_similarity(similarity, block=None):
     return figure
 
 
-def draw_growths(growths):
-    """The similarity matrices right before and right after each growth, side by side, in one scale of colours.
+def draw_growths(growths, lowest):
+    """The similarity matrices right before and right after each growth, side by side.
 
     Args:
         growths: list of GrowthSimilarity.
+        lowest: see draw_similarity.
 
     Returns:
         a matplotlib Figure.
     """
     with rc_context(_MATRIX_STYLE):
-        figure = Figure(figsize=(7.5, 0.3 + 3.4 * len(growths)))
+        figure = Figure(figsize=(7.5, 0.6 + 3.5 * len(growths)))
         axes = figure.subplots(len(growths), 2, squeeze=False)
-        lowest = _lowest([matrix for growth in growths for matrix in (growth.before, growth.after)])
         for row, growth in zip(axes, growths):
             for axis, matrix, when in zip(row, (growth.before, growth.after), ("before", "after")):
                 image = _matrix(axis, matrix, lowest, ticks=7)
                 axis.set_title(f"{when} update {growth.update:,}: {len(matrix) - 1} layers", loc="left", fontsize=11)
+                axis.set_xlabel("hidden state")
+            row[0].set_ylabel("hidden state")
         figure.colorbar(image, ax=axes, label="linear CKA", shrink=min(1.0, 0.3 + 0.6 / len(growths)))
     return figure
 
@@ -193,11 +210,6 @@ def draw_layer_weights(weights):
 
 
 _MATRIX_STYLE = {**STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
-
-
-def _lowest(matrices):
-    """The lower end of the scale: a tenth, and at most 0.9, so that noise does not look like structure."""
-    return min(0.9, min(np.floor(np.nanmin(matrix) * 10) / 10 for matrix in matrices))
 
 
 def _matrix(axis, matrix, lowest, ticks=14):

@@ -9,8 +9,9 @@ import numpy as np
 import yaml
 
 from fairseq_stack.analysis.growth_similarity import GrowthSimilarity, read_growths
+from fairseq_stack.analysis.objective import objective_of, output_objective_of
 from fairseq_stack.analysis.scalars import Series, read_scalars
-from fairseq_stack.analysis.stages import Stage, find_stages, seconds_per_update
+from fairseq_stack.analysis.stages import Stage, dearer_stages, find_stages, seconds_per_update
 from fairseq_stack.checkpoint import load_checkpoint
 from fairseq_stack.errors import InputError
 
@@ -28,9 +29,9 @@ class Run:
     Attributes:
         name: what to call it.
         train: {name: Series} of the training.
-        valid: the same of the validation; may be empty.
+        valid: the same of the validation, on the first of several subsets; may be empty.
         stages: its stages.
-        costs: seconds of an update in each stage, nan where unknown.
+        costs: median seconds of an update in each stage, nan where unknown.
         growths: how alike the layers were around each growth; may be empty.
         config: the resolved configuration, or None where neither a checkpoint nor hydra kept it.
     """
@@ -49,7 +50,7 @@ class Run:
 
     @property
     def seconds(self):
-        """Of training: without validation, growth and pauses; nan where the cost of a stage is unknown."""
+        """Of training at the median times: without validation, growth and pauses; nan where a stage's is unknown."""
         return sum(cost * stage.updates for cost, stage in zip(self.costs, self.stages))
 
     @property
@@ -57,6 +58,21 @@ class Run:
         """Layers that one layer of the first stage has become in an interleaved student; None for others."""
         model = (self.config or {}).get("model") or {}
         return model.get("stack_stages") if model.get("stack_method") == "interleaved" else None
+
+    @property
+    def objective(self):
+        """What its loss depends on; see objective_of."""
+        return objective_of(self.config)
+
+    @property
+    def output_objective(self):
+        """What the loss of the teacher's last layer depends on; see objective_of."""
+        return output_objective_of(self.config)
+
+    @property
+    def steady(self):
+        """Whether no stage's updates took longer than those of a deeper one, so that times can be compared."""
+        return not dearer_stages(self.stages, self.costs)
 
     def hours(self, series):
         """[E] hours of wall-clock time until each entry of a Series of this run.
@@ -110,13 +126,16 @@ def read_run(folder, name):
             raise InputError(
                 f"{folder / 'tensorboard'} has no scalar {scalar!r}; give a training of speech_distillation"
             )
-    valid = read_scalars(folder / "tensorboard" / "valid") if (folder / "tensorboard" / "valid").is_dir() else {}
-    valid = valid if "loss" in valid else {}
-    last_update = max(int(scalars["loss"].updates[-1]) for scalars in (train, valid) if scalars)
+    config = read_config(folder)
+    subsets = str(((config or {}).get("dataset") or {}).get("valid_subset") or "valid").split(",")
+    folders = [folder / "tensorboard" / subset for subset in subsets]
+    valids = [read_scalars(each) for each in folders if each.is_dir()]
+    valids = [scalars for scalars in valids if "loss" in scalars]
+    last_update = max(int(scalars["loss"].updates[-1]) for scalars in (train, *valids))
     stages = find_stages(train["stage"], train["depth"], last_update)
-    costs = seconds_per_update(stages, train["loss"], valid.get("loss"))
+    costs = seconds_per_update(stages, train["loss"], [scalars["loss"] for scalars in valids])
     growths = read_growths(folder / "checkpoints")
-    return Run(name, train, valid, stages, costs, growths, read_config(folder))
+    return Run(name, train, valids[0] if valids else {}, stages, costs, growths, config)
 
 
 def read_config(folder):

@@ -1,6 +1,7 @@
 """The stages of a training and what an update cost in each, from what the training logged."""
 
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -68,36 +69,54 @@ def find_stages(stage, depth, last_update):
     return [Stage(int(n), d, b, e) for n, d, b, e in zip(numbers, depths, begins, ends)]
 
 
-def seconds_per_update(stages, train, valid=None):
-    """Seconds that one update took in each stage, by the clock of the log entries.
+def seconds_per_update(stages, train, valids=()):
+    """Median seconds of an update in each stage, by the clock of the log entries.
 
-    Counted is the time between two entries of the same start and the same stage. A validation at
-    the first of the two updates is taken off; where one falls between them its beginning is
-    unknown, and the pair does not count. What a growth takes and the time between two starts do
-    not count; the writing of checkpoints does.
+    Each two entries of the same start and the same stage give a time. A validation at the first of the two updates
+    is taken off; where one falls between them its beginning is unknown, and the pair does not count. What a growth
+    takes and the time between two starts do not count. Of pairs that other work on the machine or the writing of a
+    checkpoint has made longer, the median takes no notice.
 
     Args:
         stages: list of Stage.
         train: a Series of the training, one entry per log interval.
-        valid: a Series of the validation, one entry per validation; None where there was none.
+        valids: a Series for each validation subset, one entry per validation.
 
     Returns:
         a list of seconds, one per stage; nan for a stage without two entries to compare.
     """
+    clocks = np.concatenate([np.empty(0), *(valid.clock for valid in valids)])
+    updates = np.concatenate([np.empty(0), *(valid.updates for valid in valids)])
     found = []
     for stage in stages:
-        seconds, updates = 0.0, 0
+        seconds = []
         inside = np.flatnonzero((train.updates > stage.begin) & (train.updates <= stage.end))
         for i, j in zip(inside, inside[1:]):
-            if train.starts[i] != train.starts[j]:
+            if train.starts[i] != train.starts[j] or train.updates[i] == train.updates[j]:
                 continue
-            since = train.clock[i]
-            if valid is not None:
-                between = (valid.clock > train.clock[i]) & (valid.clock <= train.clock[j])
-                if (valid.updates[between] != train.updates[i]).any():
-                    continue
-                since = max([since, *valid.clock[between]])
-            seconds += float(train.clock[j] - since)
-            updates += int(train.updates[j] - train.updates[i])
-        found.append(seconds / updates if updates else float("nan"))
+            between = (clocks > train.clock[i]) & (clocks <= train.clock[j])
+            if (updates[between] != train.updates[i]).any():
+                continue
+            since = max([train.clock[i], *clocks[between]])
+            seconds.append(float(train.clock[j] - since) / int(train.updates[j] - train.updates[i]))
+        found.append(median(seconds) if seconds else float("nan"))
+    return found
+
+
+def dearer_stages(stages, costs):
+    """Sentences on stages of which an update took longer than one of a deeper stage: other work has slowed them.
+
+    Args:
+        stages: list of Stage.
+        costs: seconds per update of each stage, nan where unknown.
+    """
+    found = []
+    for shallow, cost in zip(stages, costs):
+        cheaper = [(other, less) for other, less in zip(stages, costs) if other.depth > shallow.depth and less < cost]
+        if cheaper:
+            deep, less = min(cheaper, key=lambda pair: pair[1])
+            found.append(
+                f"stage {shallow.number} took {cost:.3f} s an update with {shallow.depth} layers, and stage {deep.number}"
+                f" {less:.3f} s with {deep.depth}"
+            )
     return found

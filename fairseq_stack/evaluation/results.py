@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fairseq_stack.analysis.held_out import explained_by_checkpoint
+from fairseq_stack.analysis.held_out import explained_before_and_after
 from fairseq_stack.analysis.report import markdown_table
 from fairseq_stack.data.prepare import SPLITS
 from fairseq_stack.errors import InputError
@@ -158,25 +158,28 @@ def _fill(entry, load, tasks, seeds, name):
         yield
 
 
-def add_held_out(file, checkpoint, speech, teacher=None):
+def add_held_out(file, held_out, checkpoint, speech):
     """Add to results.json how much of the teacher a checkpoint's student predicts on test.tsv; return that entry.
 
-    See fairseq_stack.analysis.held_out. This part needs fairseq.
+    Args:
+        file: results.json.
+        held_out: what read_held_out has read of the checkpoint and the test set.
+        checkpoint: the file.
+        speech: folder with test.tsv.
     """
     results = read_results(file)
-    of = f"{fingerprint(checkpoint)} {fingerprint(teacher) if teacher else ''}"
-    held_out = results.get("held_out_variance")
-    if not held_out or held_out["of"] != of:
-        asked = checkpoint, Path(speech, "test.tsv"), teacher
-        trained, fresh = explained_by_checkpoint(*asked), explained_by_checkpoint(*asked, at_initialisation=True)
-        held_out = {
+    of = " ".join(fingerprint(path) for path in (checkpoint, held_out.teacher.name, Path(speech, "test.tsv")))
+    entry = results.get("held_out_variance")
+    if not entry or entry["of"] != of:
+        trained, fresh = explained_before_and_after(held_out)
+        entry = {
             "of": of,
             "checkpoint": str(checkpoint),
             "shares": {str(layer): share for layer, share in trained.items()},
             "at_initialisation": {str(layer): share for layer, share in fresh.items()},
         }
-        write_results(file, {**results, "held_out_variance": held_out})
-    return held_out
+        write_results(file, {**results, "held_out_variance": entry})
+    return entry
 
 
 def _describe(task):

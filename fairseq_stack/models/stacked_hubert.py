@@ -222,32 +222,34 @@ class StackedHubert(HubertEncoder):
         return model
 
     @classmethod
-    def from_checkpoint(cls, state, name="the checkpoint"):
+    def from_checkpoint(cls, state, name="the checkpoint", teacher_depth=None):
         """The student of a fairseq checkpoint's content, in fp32 and eval mode, at the depth it had reached.
 
         Args:
             state: what load_checkpoint returns.
             name: what an error calls the checkpoint, such as its path.
+            teacher_depth: transformer layers of its teacher. Without it, a student that learned layer to layer and
+                not from the teacher's last layer loses its heads, because nothing in a checkpoint tells where in the
+                student they belong.
 
         Raises:
             InputError: the content is not what a training of a `stacked_hubert` saves.
         """
         with input_errors(f"{name} holds no stacked_hubert that can be used"):
-            return cls._from_checkpoint(state)
+            return cls._from_checkpoint(state, teacher_depth)
 
     @classmethod
-    def _from_checkpoint(cls, state):
+    def _from_checkpoint(cls, state, teacher_depth):
         cfg = OmegaConf.merge(OmegaConf.structured(StackedHubertConfig), state["cfg"]["model"])
         weights = state["model"]
-        if cfg.intermediate_style == "layer_to_layer" and not cfg.output_weight:
-            # Without a head for the teacher's last layer nothing tells how deep the others' layers lie.
+        if cfg.intermediate_style == "layer_to_layer" and not cfg.output_weight and teacher_depth is None:
             weights = {name: weight for name, weight in weights.items() if not name.startswith("heads.")}
         heads = {
             int(name.split(".")[1]): weight.size(0)  # the last weight of a head is that of its output
             for name, weight in weights.items()
             if name.startswith("heads.") and name.endswith(".weight")
         }
-        model = cls(cfg, heads, teacher_depth=max(heads, default=0))
+        model = cls(cfg, heads, teacher_depth or max(heads, default=0))
         model.load_state_dict(weights)
         return model.float().eval()
 
