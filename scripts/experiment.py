@@ -16,12 +16,14 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.data.manifest import read_manifest
+from fairseq_stack.errors import InputError, check_output, one_line_errors
 from fairseq_stack.experiment.grid import read_grid
-from fairseq_stack.experiment.measures import collect, is_measured, measure, write_results
+from fairseq_stack.experiment.measures import cannot_measure, collect, is_measured, measure, write_results
 from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
 from fairseq_stack.experiment.training import train, trainings
 from fairseq_stack.store_targets import compose_recipe, store_targets
+from fairseq_stack.teachers import load_teacher
 
 
 @one_line_errors
@@ -39,40 +41,71 @@ def main():
     args = parser.parse_intermixed_args()  # the fields may stand behind the options
     if args.processes < 1:
         parser.error(f"--processes {args.processes}: give 1 or more")
+    check_output("--output", args.output, folder=True)
     if not (args.speech / "test.tsv").is_file():
         raise InputError(f"--speech {args.speech} has no test.tsv; make it with scripts/prepare_speech.py")
+    read_manifest(args.speech / "test.tsv")
     # What the libraries say while they load a model is not about the experiment.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     disable_progress_bar()
+    if args.probes:
+        check_probes(args.speech)
 
     grid = read_grid(args.grid)
     everywhere = [f"task.data={args.speech}", f"task.teacher={args.teacher}", *args.overrides]
     planned = trainings(grid, args.output, everywhere)
     due = [training for training in planned if not is_measured(training, args.probes)]
-    for training in due:
-        fill_store(grid, training)
+    configurations = [compose_recipe(grid.recipe.parent, grid.recipe.stem, training.fields) for training in due]
+    if due:
+        say_what_stays_empty(due, configurations, load_teacher(args.teacher).depth)
+    for cfg in configurations:  # so that all trainings find the targets that they will ask for
+        if cfg.task.get("target_store"):
+            store_targets(cfg, [cfg.dataset.train_subset, *cfg.dataset.valid_subset.split(",")])
     torch.set_num_threads(max(1, os.cpu_count() // args.processes))  # for measuring beside the trainings
+    failed = []
     with tqdm(total=len(planned), initial=len(planned) - len(due), desc="trainings", unit="") as bar:
-        for training in train(grid, due, args.processes):
-            measure(training, args.speech, args.probes)
+        for training, problem in train(grid, due, args.processes):
+            try:
+                if problem is None:
+                    measure(training, args.speech, args.probes)
+            except InputError as error:
+                problem = str(error)
+            if problem is not None:
+                failed.append(problem)
             bar.update()
 
     results = collect(grid, planned, shlex.join(["python", *sys.argv]))
-    write_results(results, args.output)
-    figures = {"by_updates": draw_curves(results, "updates"), "by_time": draw_curves(results, "minutes")}
-    for name, figure in {**figures, "loss_and_time": draw_loss_and_time(results)}.items():
-        figure.savefig(args.output / f"{name}.png")
-    table = summary_table(results)
-    (args.output / "summary.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
+    if results["students"]:
+        write_results(results, args.output)
+        figures = {"by_updates": draw_curves(results, "updates"), "by_time": draw_curves(results, "minutes")}
+        for name, figure in {**figures, "loss_and_time": draw_loss_and_time(results)}.items():
+            figure.savefig(args.output / f"{name}.png")
+        table = summary_table(results)
+        (args.output / "summary.md").write_text(table + "\n", encoding="utf-8")
+        print(table)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(due)} trainings failed, first: {failed[0]}; correct it and start again, what is finished is kept")
 
 
-def fill_store(grid, training):
-    """Compute the targets that a training with a store will ask for, so that all trainings find them there."""
-    cfg = compose_recipe(grid.recipe.parent, grid.recipe.stem, training.fields)
-    if cfg.task.get("target_store"):
-        store_targets(cfg, [cfg.dataset.train_subset, *cfg.dataset.valid_subset.split(",")])
+def check_probes(speech):
+    """Raise an InputError unless probes can be trained on the speech."""
+    try:
+        from fairseq_stack.evaluation.tasks import find_tasks, read_speech
+        from fairseq_stack.evaluation.upstreams import load_export  # noqa: F401, which needs s3prl
+    except ModuleNotFoundError as error:
+        raise InputError(f"--probes needs {error.name}, which is not installed; leave it out") from None
+    tasks, without = find_tasks(read_speech(speech))
+    if not tasks:
+        raise InputError(f"--speech {speech}: its labels allow no task ({'; '.join(f'{k}: {v}' for k, v in without.items())})")
+
+
+def say_what_stays_empty(due, configurations, teacher_depth):
+    """Print a line for each student of which something cannot be measured, before anything is trained."""
+    missing = {training.student: cannot_measure(cfg, teacher_depth) for training, cfg in zip(due, configurations)}
+    for student, reasons in missing.items():
+        for reason in reasons:
+            print(f"note: {student}: {reason}; its cells stay empty", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -333,8 +333,8 @@ def _table(header, rows, name="stages"):
 
 
 def _breakable(text):
-    """Text as HTML whose lines may break behind the signs that join the words of a name, and not within a word."""
-    return re.sub(r"([/_-])", r"\1<wbr>", html.escape(text))
+    """Text as HTML whose lines may break behind the signs that join the words of a name (hyphens let them anyway)."""
+    return re.sub(r"([/_])", r"\1<wbr>", html.escape(text))
 
 
 def _figure(name, title, png):

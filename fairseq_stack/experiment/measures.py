@@ -9,12 +9,30 @@ from statistics import median
 import numpy as np
 import torch
 
-from fairseq_stack.analysis.held_out import explained_by_checkpoint
+from fairseq_stack.analysis.held_out import NoHeads, explained_by_layer, has_heads, read_held_out
+from fairseq_stack.analysis.objective import output_objective_of
 from fairseq_stack.analysis.runs import read_run
-from fairseq_stack.errors import InputError
+from fairseq_stack.supervision import taught_layers
 from fairseq_stack.experiment.training import MEASURED
 
 LOSS = "output_loss"  # the same whatever a student's intermediate loss is
+
+
+def cannot_measure(cfg, teacher_depth):
+    """What a training of this configuration leaves empty in the table, as sentences; empty where nothing is missing.
+
+    Args:
+        cfg: the composed recipe.
+        teacher_depth: transformer layers of its teacher.
+    """
+    missing = []
+    if not has_heads(cfg.criterion):
+        missing.append(f"criterion.loss={cfg.criterion.loss} has no heads, so no variance is explained")
+    if teacher_depth not in taught_layers(cfg.criterion, teacher_depth):
+        missing.append(f"it does not learn the teacher's last layer ({teacher_depth}), so it has no output loss")
+    elif cfg.dataset.disable_validation:
+        missing.append("dataset.disable_validation=true, so it has no held-out loss")
+    return missing
 
 
 def is_measured(training, probes=False):
@@ -24,7 +42,7 @@ def is_measured(training, probes=False):
 
 
 def measure(training, speech, probes):
-    """Measure a finished training and keep the numbers in its folder.
+    """Measure a finished training and keep the numbers in its folder. What a student does not have stays empty.
 
     Args:
         training: a Training.
@@ -32,17 +50,19 @@ def measure(training, speech, probes):
         probes: whether to train the probes of scripts/evaluate.py, one seed each.
 
     Raises:
-        InputError: the training has validated no output loss.
+        InputError: something of it cannot be read.
     """
     checkpoint = training.folder / "checkpoints" / "checkpoint_last.pt"
     run = read_run(training.folder, f"{training.student} {training.seed}")
-    if LOSS not in run.valid:
-        raise InputError(f"{training.folder} has no held-out {LOSS}; set dataset.validate_interval_updates and a frame loss")
-    loss = run.valid[LOSS]
-    explained = explained_by_checkpoint(checkpoint, Path(speech) / "test.tsv")
+    loss = run.valid.get(LOSS)
+    try:
+        explained = explained_by_layer(*read_held_out(checkpoint, Path(speech) / "test.tsv"))
+    except NoHeads:
+        explained = {}
     found = {
-        "updates": loss.updates.tolist(),
-        "loss": loss.values.tolist(),
+        "updates": [] if loss is None else loss.updates.tolist(),
+        "loss": [] if loss is None else loss.values.tolist(),
+        "loss_of": output_objective_of(run.config),
         "stages": [[stage.depth, stage.begin, stage.end] for stage in run.stages],
         "seconds_per_update": run.costs,
         "explained": {str(layer): share for layer, share in explained.items()},
@@ -92,6 +112,7 @@ def collect(grid, trainings, command):
                 for depth, begin, end in measured["stages"]
             ]
             measured["seconds"] = [_seconds(update, stages) for update in measured["updates"]]
+            measured["seconds_of_all"] = _seconds(stages[-1][1], stages)
     return {
         "command": command,
         "recipe": grid.recipe.name,

@@ -1,11 +1,13 @@
 """The results of an experiment as one table and a set of figures."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from fairseq_stack.analysis.objective import kinds_of
 from fairseq_stack.analysis.plots import COLOURS, STYLE
 from fairseq_stack.analysis.report import markdown_table
 from fairseq_stack.evaluation.statistics import mean_and_interval
@@ -15,48 +17,92 @@ from fairseq_stack.experiment.measures import time_to_reach
 def summary_table(results):
     """One row for each student, means with a 95 % interval over the seeds, as Markdown.
 
-    Compared with the reference is seed by seed, so that what a seed does to both drops out.
+    Compared with the reference is seed by seed, so that what a seed does to both drops out. What a student does not
+    have, and what cannot be compared with the reference, is an empty cell; a line below says which losses differ.
     """
-    reference = results["students"][results["reference"]]["seeds"]
-    goal, seconds = _mean_end(reference, "loss"), _mean_end(reference, "seconds")
-    first = next(iter(reference.values()))
-    layers, tasks = list(first["explained"]), list(first["probes"])
-    name = results["reference"]
+    name, students = results["reference"], results["students"]
+    reference = students.get(name, {"seeds": {}})["seeds"]
+    goal, seconds = _mean(_ends(reference)), _mean(_times(reference))
+    measured = [one for content in students.values() for one in content["seeds"].values()]
+    layers = sorted({layer for one in measured for layer in one["explained"]}, key=int)
+    tasks = list(dict.fromkeys(task for one in measured for task in one["probes"]))
     header = ["student", "seeds", "held-out output loss", f"against {name}, %"]
     header += [f"variance explained, layer {layer}, %" for layer in layers]
     header += [f"{task}, %" for task in tasks]
     header += ["speed-up", f"reaches the loss of {name} after, % of its time"]
+    kinds = kinds_of_students(results)
+    alike = next((kind.members for kind in kinds if name in kind.members), [])
     rows = []
-    for student, content in results["students"].items():
+    for student, content in students.items():
         seeds = content["seeds"]
-        both = [seed for seed in seeds if seed in reference]
-        against = [100 * (seeds[seed]["loss"][-1] / reference[seed]["loss"][-1] - 1) for seed in both]
-        reached = [time_to_reach(measured, goal) for measured in seeds.values()]
-        times = [100 * time / seconds for time in reached if time is not None]
+        both = [seed for seed in seeds if seed in reference and seeds[seed]["loss"] and reference[seed]["loss"]]
+        compared = both if student in alike else []
+        against = [100 * (seeds[seed]["loss"][-1] / reference[seed]["loss"][-1] - 1) for seed in compared]
+        letter = next((f" ({kind.letter})" for kind in kinds if kind.letter and student in kind.members), "")
+        loss = _text(_ends(seeds), ".4f")
         rows.append([
             student,
             str(len(seeds)),
-            _text([measured["loss"][-1] for measured in seeds.values()], ".4f"),
+            loss and loss + letter,
             "" if student == name else _text(against, "+.1f"),
-            *(_text([100 * measured["explained"][layer] for measured in seeds.values()], ".1f") for layer in layers),
-            *(_text([100 * measured["probes"][task] for measured in seeds.values()], ".1f") for task in tasks),
-            f"{seconds / _mean_end(seeds, 'seconds'):.2f}x",
-            f"{np.mean(times):.0f} ({len(times)} of {len(reached)} seeds)" if times else "never",
+            *(_text(_shares(seeds, "explained", layer), ".1f") for layer in layers),
+            *(_text(_shares(seeds, "probes", task), ".1f") for task in tasks),
+            _finite(seconds / _mean(_times(seeds)), ".2f", "x"),
+            _reaches(seeds, goal, seconds) if compared else "",
         ])  # fmt: skip
-    return markdown_table(header, rows)
+    table = markdown_table(header, rows)
+    if len(kinds) > 1:
+        losses = "; ".join(f"{kind.letter} of {', '.join(kind.members)} ({kind})" for kind in kinds)
+        table += f"\n\nThe output losses are not all the same and cannot be compared across their letters: {losses}."
+        if any("criterion.target_normalization" in (kind.fields or {}) for kind in kinds):
+            table += " Nor can the variance explained, which is that of the normalised targets."
+    return table
 
 
-def _mean_end(seeds, name):
-    return float(np.mean([measured[name][-1] for measured in seeds.values()]))
+def kinds_of_students(results):
+    """Sort the students that have an output loss by what it measures; a list of Kind with names as members."""
+    having = [student for student, content in results["students"].items() if _ends(content["seeds"])]
+    of = [next(iter(results["students"][student]["seeds"].values())).get("loss_of") for student in having]
+    return [replace(kind, members=[having[number] for number in kind.members]) for kind in kinds_of(of)]
+
+
+def _ends(seeds):
+    return [measured["loss"][-1] for measured in seeds.values() if measured["loss"]]
+
+
+def _times(seeds):
+    return [measured["seconds_of_all"] for measured in seeds.values()]
+
+
+def _shares(seeds, group, name):
+    return [100 * measured[group][name] for measured in seeds.values() if name in measured[group]]
+
+
+def _mean(values):
+    return float(np.mean(values)) if values else math.nan
+
+
+def _finite(value, form, unit):
+    return f"{value:{form}}{unit}" if math.isfinite(value) else ""
+
+
+def _reaches(seeds, goal, seconds):
+    times = [time_to_reach(measured, goal) for measured in seeds.values()]
+    reached = [100 * time / seconds for time in times if time is not None]
+    return f"{np.mean(reached):.0f} ({len(reached)} of {len(times)} seeds)" if reached else "never"
 
 
 def _text(values, form):
+    if not values:
+        return ""
     mean, interval = mean_and_interval(values)
     return format(mean, form) if math.isnan(interval) else f"{mean:{form}} ± {interval:{form.lstrip('+')}}"
 
 
 def draw_curves(results, by):
     """Held-out output loss of every student, mean over the seeds in a band from the lowest to the highest.
+
+    Students whose output losses measure something else have axes of their own.
 
     Args:
         results: of `collect`.
@@ -67,43 +113,54 @@ def draw_curves(results, by):
     """
     name, scale = ("updates", 1) if by == "updates" else ("seconds", 60)
     with rc_context(STYLE):
-        figure = Figure(figsize=(8.5, 6))
-        axis = figure.subplots()
-        highest = 0.0
-        for number, (student, content) in enumerate(results["students"].items()):
-            seeds = list(content["seeds"].values())
-            x = np.mean([measured[name] for measured in seeds], axis=0) / scale
-            losses = np.array([measured["loss"] for measured in seeds])
-            colour, style = _look(number)
-            axis.plot(x, losses.mean(0), style, color=colour, linewidth=1.5, label=student)
-            axis.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
-            # The first quarter falls steeply for all and would flatten what follows.
-            highest = max(highest, float(np.interp(x[-1] / 4, x, losses.mean(0))))
-        axis.set_ylim(top=highest)
-        axis.set_xlabel(by)
-        axis.set_ylabel("held-out output loss")
-        axis.legend(fontsize=10)
+        figure, axes = _axes(results)
+        for axis, members in axes:
+            highest = 0.0
+            for student, (colour, style) in members.items():
+                seeds = [one for one in results["students"][student]["seeds"].values() if one["loss"]]
+                x = np.mean([measured[name] for measured in seeds], axis=0) / scale
+                losses = np.array([measured["loss"] for measured in seeds])
+                axis.plot(x, losses.mean(0), style, color=colour, linewidth=1.5, label=student)
+                axis.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
+                # The first quarter falls steeply for all and would flatten what follows.
+                highest = max(highest, float(np.interp(x[-1] / 4, x, losses.mean(0))))
+            if highest > 0:
+                axis.set_ylim(top=highest)
+            axis.set_xlabel(by)
+            axis.set_ylabel("held-out output loss")
+            axis.legend(fontsize=10)
     return figure
 
 
 def draw_loss_and_time(results):
     """Final held-out output loss against the time of training: every seed a dot, the mean with its 95 % interval."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(8.5, 6))
-        axis = figure.subplots()
-        for number, (student, content) in enumerate(results["students"].items()):
-            seeds = list(content["seeds"].values())
-            minutes, losses = [[measured[name][-1] for measured in seeds] for name in ("seconds", "loss")]
-            minutes = [value / 60 for value in minutes]
-            colour, style = _look(number)
-            mean, interval = mean_and_interval(losses)
-            axis.plot(minutes, losses, ".", color=colour, alpha=0.5)
-            marker = "o" if style == "-" else "s"
-            axis.errorbar(np.mean(minutes), mean, interval, fmt=marker, color=colour, capsize=4, label=student)
-        axis.set_xlabel("minutes of training")
-        axis.set_ylabel("held-out output loss at the end")
-        axis.legend(fontsize=10)
+        figure, axes = _axes(results)
+        for axis, members in axes:
+            for student, (colour, style) in members.items():
+                seeds = [one for one in results["students"][student]["seeds"].values() if one["loss"]]
+                minutes, losses = [[measured[name][-1] for measured in seeds] for name in ("seconds", "loss")]
+                minutes = [value / 60 for value in minutes]
+                mean, interval = mean_and_interval(losses)
+                axis.plot(minutes, losses, ".", color=colour, alpha=0.5)
+                marker = "o" if style == "-" else "s"
+                axis.errorbar(np.mean(minutes), mean, interval, fmt=marker, color=colour, capsize=4, label=student)
+            axis.set_xlabel("minutes of training")
+            axis.set_ylabel("held-out output loss at the end")
+            axis.legend(fontsize=10)
     return figure
+
+
+def _axes(results):
+    """A Figure, and (axis, {student: its look}) for each kind of output loss."""
+    looks = {student: _look(number) for number, student in enumerate(results["students"])}
+    kinds = kinds_of_students(results)
+    figure = Figure(figsize=(8.5, 6 * max(len(kinds), 1)))
+    axes = figure.subplots(max(len(kinds), 1), 1, squeeze=False)[:, 0]
+    for axis, kind in zip(axes, kinds):
+        if kind.letter:
+            axis.set_title(f"Loss {kind.letter}", loc="left")
+    return figure, [(axis, {student: looks[student] for student in kind.members}) for axis, kind in zip(axes, kinds)]
 
 
 def _look(number):

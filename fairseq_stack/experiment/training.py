@@ -80,18 +80,18 @@ def trainings(grid, folder, fields=()):
 
 
 def train(grid, due, processes):
-    """Run trainings, several at a time, each with its share of the cores; yields each that has finished.
+    """Run trainings, several at a time, each with its share of the cores; yields each when it has ended.
 
     Args:
         grid: a Grid.
         due: list of Training.
         processes: how many to run at a time.
 
-    Raises:
-        InputError: trainings failed; the others have been finished before.
+    Yields:
+        a Training, and None if it has finished or the reason why it has not.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
-    running, failed = [], []
+    running = []
 
     def run(training):
         training.folder.mkdir(parents=True, exist_ok=True)
@@ -110,16 +110,17 @@ def train(grid, due, processes):
     try:
         started = {pool.submit(run, training): training for training in due}
         for future in as_completed(started):
-            if future.result():
-                failed.append(started[future])
-            else:
-                yield started[future]
+            training = started[future]
+            yield training, _reason(training.folder / "output.log") if future.result() else None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in running:
             if process.poll() is None:
                 process.terminate()
         signal.signal(signal.SIGTERM, before)
-    if failed:
-        first = failed[0].folder / "output.log"
-        raise InputError(f"{len(failed)} trainings failed; the last lines of {first} say why; start again to go on")
+
+
+def _reason(log):
+    """What a training that failed has said last."""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return f"{log} ends with {next((line.strip() for line in reversed(lines) if line.strip()), 'nothing')[:500]!r}"

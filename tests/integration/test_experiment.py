@@ -9,7 +9,7 @@ from training import EXAMPLES, ROOT, command, tiny
 from fairseq_stack.errors import InputError
 from fairseq_stack.experiment.grid import read_grid
 from fairseq_stack.experiment.measures import collect, time_to_reach
-from fairseq_stack.experiment.summary import summary_table
+from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
 from fairseq_stack.experiment.training import MEASURED, trainings
 
 GRID = f"""
@@ -56,41 +56,54 @@ def start(grid_file, speech_with_test, teacher_file, tmp_path):
     return started
 
 
-def test_two_students_and_two_seeds_give_one_table_and_are_not_trained_twice(start, tmp_path):
+def test_every_seed_is_trained_once_and_all_are_in_the_results(start, grid_file, tmp_path):
     out = tmp_path / "out"
+    grid_file.write_text(GRID.replace("reference: full", "reference: grown").replace("  full: [model.stack_method=none, model.stack_stages=1]\n", ""))
     code, output = start(f"+task.target_store={tmp_path}/store")
     assert code == 0, output
     results = json.loads((out / "results.json").read_text())
-    assert list(results["students"]) == ["full", "grown"]
-    for student, depths in (("full", [12]), ("grown", [3, 6, 9, 12])):
-        seeds = results["students"][student]["seeds"]
-        assert list(seeds) == ["1", "2"] and seeds["1"]["loss"] != seeds["2"]["loss"]
-        for measured in seeds.values():
-            assert measured["updates"] == [3, 6] and measured["loss"][1] < measured["loss"][0]
-            assert [depth for depth, _, _ in measured["stages"]] == depths
-            assert set(measured["explained"]) == {"4", "8", "12"}
+    seeds = results["students"]["grown"]["seeds"]
+    assert list(seeds) == ["1", "2"] and seeds["1"]["loss"] != seeds["2"]["loss"]
+    for measured in seeds.values():
+        assert measured["updates"] == [3, 6] and measured["loss"][1] < measured["loss"][0]
+        assert [depth for depth, _, _ in measured["stages"]] == [3, 6, 9, 12]
+        assert set(measured["explained"]) == {"4", "8", "12"}
     assert results["environment"]["torch"] and "experiment.py" in results["command"]
     for name in ("by_updates", "by_time", "loss_and_time"):
         assert (out / f"{name}.png").stat().st_size > 10_000
     assert (out / "summary.md").read_text().strip() in output
 
-    # One training is lost, the others stay as they are.
+    # One training is lost, the other stays as it is.
     logs = {log: log.read_text() for log in sorted(out.glob("runs/*/*/output.log"))}
     (out / "runs" / "grown" / "2" / MEASURED).unlink()
     shutil.rmtree(out / "runs" / "grown" / "2" / "checkpoints")
     code, output = start(f"+task.target_store={tmp_path}/store")
     assert code == 0, output
     again = json.loads((out / "results.json").read_text())
-    assert again["students"]["grown"]["seeds"]["2"]["loss"] == results["students"]["grown"]["seeds"]["2"]["loss"]
+    assert again["students"]["grown"]["seeds"]["2"]["loss"] == seeds["2"]["loss"]
     changed = [log.parent for log, text in logs.items() if log.read_text() != text]
     assert changed == [out / "runs" / "grown" / "2"]
 
 
-def test_a_training_that_fails_is_named_and_the_others_are_finished(start, grid_file, tmp_path):
-    grid_file.write_text(GRID.replace("grown: []", "grown: [model.stack_method=nonsense]").replace("[1, 2]", "[1]"))
+def test_a_training_that_fails_is_named_and_what_the_others_lack_is_empty(start, grid_file, tmp_path):
+    """The reference fails, and a student has no heads: nothing of the others is lost."""
+    students = """
+  full: [model.stack_method=nonsense]
+  star: [model.stack_method=none, model.stack_stages=1, +criterion.loss=temporal_gram, criterion.teacher_layers=[4]]
+"""
+    grid_file.write_text(GRID.split("\n  full:")[0].replace("[1, 2]", "[1]") + students)
     code, output = start()
-    assert code == 1 and "1 trainings failed" in output.strip().splitlines()[-1] and "Traceback" not in output
-    assert (tmp_path / "out" / "runs" / "full" / "1" / MEASURED).exists()
+    assert code == 1 and "Traceback" not in output
+    notes = [line for line in output.splitlines() if line.startswith("note: ")]
+    assert notes == ["note: star: criterion.loss=temporal_gram has no heads, so no variance is explained; its cells stay empty"]
+    assert output.index(notes[0]) < output.index("trainings:")
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: 1 of 2 trainings failed") and "model.stack_method=nonsense" in last
+    (row,) = [line for line in (tmp_path / "out" / "summary.md").read_text().splitlines() if line.startswith("|  star |")]
+    _, seeds, loss, *others = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert seeds == "1" and float(loss) > 0 and others == ["", "", ""]
+    measured = json.loads((tmp_path / "out" / "runs" / "star" / "1" / MEASURED).read_text())
+    assert measured["explained"] == {} and measured["loss_of"]["criterion.loss"] == "temporal_gram"
 
 
 def test_a_folder_of_other_fields_is_not_gone_on_with(grid_file, tmp_path):
@@ -110,12 +123,12 @@ def test_the_time_to_reach_a_loss_lies_between_two_validations():
     assert time_to_reach(measured, 0.9) is None
 
 
-def written(grid, folder, student, seed, loss, costs, stages):
+def written(grid, folder, student, seed, loss, costs, stages, **changed):
     training = next(made for made in trainings(grid, folder) if (made.student, made.seed) == (student, seed))
     training.folder.mkdir(parents=True)
     measured = {
         "updates": [3, 6], "loss": loss, "stages": stages, "seconds_per_update": costs, "explained": {"12": 0.5},
-        "probes": {},
+        "probes": {}, **changed,
     }  # fmt: skip
     (training.folder / MEASURED).write_text(json.dumps(measured))
 
@@ -134,6 +147,35 @@ def test_the_table_compares_seed_by_seed_and_takes_the_median_cost_of_a_depth(gr
     assert grown == ["grown", "1", "1.0000", "-50.0", "50.0", "2.00x", "31 (1 of 1 seeds)"]
     assert full[:2] == ["full", "2"] and full[2].startswith("3.0000 ± 12.7") and full[3] == "" and full[5] == "1.00x"
     assert len(header) == len(full)
+
+
+def test_other_losses_are_told_apart_and_what_a_student_does_not_have_is_empty(grid_file, tmp_path):
+    grid_file.write_text(GRID + "  other: []\n  bare: []\n")
+    grid = read_grid(grid_file)
+    of = {"criterion.loss": "mse", "task.teacher": "t"}
+    full = [[12, 0, 6]]
+    written(grid, tmp_path, "full", 1, [4.0, 2.0], [1.0], full, loss_of=of)
+    written(grid, tmp_path, "grown", 1, [4.0, 1.0], [1.0], full, loss_of=of, explained={"4": 0.25, "12": 0.75})
+    written(grid, tmp_path, "other", 1, [4.0, 1.0], [1.0], full, loss_of={**of, "criterion.loss": "l1"}, explained={})
+    written(grid, tmp_path, "bare", 1, [], [float("nan")], [[12, 0, 6]], updates=[], explained={}, loss_of=None)
+    results = collect(grid, trainings(grid, tmp_path), "command")
+    table, note = summary_table(results).split("\n\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert rows[0][4:6] == ["variance explained, layer 4, %", "variance explained, layer 12, %"]
+    # Time is pooled over students of which a layer costs the same.
+    assert rows[2:] == [
+        ["full", "1", "2.0000 (A)", "", "", "50.0", "1.00x", "100 (1 of 1 seeds)"],
+        ["grown", "1", "1.0000 (A)", "-50.0", "25.0", "75.0", "1.00x", "83 (1 of 1 seeds)"],
+        ["other", "1", "1.0000 (B)", "", "", "", "1.00x", ""],
+        ["bare", "1", "", "", "", "", "1.00x", ""],
+    ]
+    assert note == (
+        "The output losses are not all the same and cannot be compared across their letters: A of full, grown"
+        " (criterion.loss=mse); B of other (criterion.loss=l1)."
+    )
+    for figure in (draw_curves(results, "minutes"), draw_loss_and_time(results)):
+        legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes]
+        assert legends == [["full", "grown"], ["other"]]
 
 
 def test_students_that_cost_something_else_are_timed_apart(grid_file):

@@ -19,7 +19,14 @@ from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.analysis.growth_similarity import GrowthSimilarity, write_growth
 from fairseq_stack.analysis.hidden_states import hidden_states_of
-from fairseq_stack.analysis.plots import draw_layer_weights
+from fairseq_stack.analysis.objective import kinds_of
+from fairseq_stack.analysis.plots import (
+    draw_growths,
+    draw_layer_weights,
+    draw_losses,
+    draw_similarity,
+    lowest_similarity,
+)
 from fairseq_stack.analysis.probes import read_layer_weights
 from fairseq_stack.analysis.report import write_report
 from fairseq_stack.analysis.runs import read_run, read_runs
@@ -169,6 +176,103 @@ def test_several_runs_share_the_plots_and_are_compared_with_a_reference(run, slo
     assert pictures == ["growths_1.png", "loss.png", "loss_by_time.png"]
     for name in pictures:
         assert_is_image((tmp_path / "report" / name).read_bytes())
+
+
+def with_config(run, folder, criterion):
+    """A run's scalars beside another configuration."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / "tensorboard").symlink_to(run / "tensorboard")
+    config = {"task": {"data": "speech", "teacher": "teacher.pt"}, "criterion": criterion, "model": {"stack_method": "none"}}
+    (folder / ".hydra" / "config.yaml").write_text(json.dumps(config))
+    return folder
+
+
+def test_runs_with_different_losses_have_rows_and_axes_of_their_own(run, tmp_path):
+    criteria = {"alike_1": {}, "other": {"intermediate_weight": 0.1}, "alike_2": {"loss": "mse"}}
+    runs, _ = read_runs([with_config(run, tmp_path / name, criterion) for name, criterion in criteria.items()])
+    text = write_report(runs, tmp_path / "report")
+    sentence = (
+        "These runs have 2 different losses, which cannot be compared with each other: A is alike_1, alike_2"
+        " (criterion.intermediate_weight=0.5); B is other (criterion.intermediate_weight=0.1)."
+    )
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert text.splitlines()[-1] == sentence and sentence in page.replace("<wbr>", "")
+    assert "<td>last validation loss A</td><td>0.0300</td><td>–</td><td>0.0300</td>" in page
+    assert "<td>last validation loss B</td><td>–</td><td>0.0300</td><td>–</td>" in page
+    # The loss of the last layer is the same for all.
+    assert "layer alone</td><td>0.0200</td><td>0.0200</td><td>0.0200</td>" in page
+    figure = draw_losses(runs, "updates", kinds_of([one.objective for one in runs]))
+    shown = [{text.get_text() for text in axis.get_legend().get_texts()} for axis in figure.axes]
+    assert shown == [{"alike_1", "alike_2"}, {"other"}]
+
+    # Without a configuration nothing tells.
+    for name in ("c", "d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tensorboard").symlink_to(run / "tensorboard")
+    text = write_report(read_runs([tmp_path / "c", tmp_path / "d"])[0], tmp_path / "report")
+    assert "whether their losses can be compared is unknown" in text.splitlines()[-1]
+    text = write_report([runs[0], runs[2]], tmp_path / "report")
+    assert text.splitlines()[-1].startswith("|")
+
+
+def test_times_that_other_work_has_turned_around_are_flagged(tmp_path):
+    with SummaryWriter(tmp_path / "slowed" / "tensorboard" / "train_inner") as train:
+        for update in range(1, 41):
+            clock = 1000 + (3 * update if update <= 20 else 60 + (update - 20))
+            for name, value in {"loss": 1 / update, "stage": 1 + (update > 20), "depth": 2 + 2 * (update > 20), "wall": clock}.items():
+                train.add_scalar(name, value, update, walltime=clock)
+    text = write_report([read_run(tmp_path / "slowed", "slowed")], tmp_path / "report")
+    sentence = "stage 1 took 3.000 s an update with 2 layers, and stage 2 1.000 s with 4. Other work"
+    assert text.splitlines()[-1].startswith(sentence)
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert sentence in page and "<dd>0.50× (not reliable)</dd>" in page
+
+
+def test_a_speed_up_that_is_not_known_is_a_dash(tmp_path):
+    with SummaryWriter(tmp_path / "short" / "tensorboard" / "train_inner") as train:
+        for update in (1, 2):
+            for name, value in {"loss": 1, "stage": update, "depth": 2 * update, "wall": update}.items():
+                train.add_scalar(name, value, update, walltime=1000 + update)
+    write_report([read_run(tmp_path / "short", "short")], tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "<dd>–</dd>" in page and "×" not in page
+
+
+def test_validations_are_found_by_the_name_of_their_subset(tmp_path):
+    for tag, value in (("train_inner", 1.0), ("dev", 2.0), ("other", 3.0)):
+        with SummaryWriter(tmp_path / "tensorboard" / tag) as writer:
+            for update in (1, 2):
+                for name in ("loss", "stage", "depth", "wall"):
+                    writer.add_scalar(name, value, update, walltime=1000 + update + 0.1 * value)
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text("dataset: {valid_subset: 'dev,other'}")
+    read = read_run(tmp_path, "run")
+    assert read.valid["loss"].values.tolist() == [2.0, 2.0]
+    assert read.costs == [pytest.approx(0.8)]  # 1.1 to 2.1, and the second subset ended at 1.3
+
+
+def test_all_similarities_have_one_scale_and_labels():
+    high, low = np.full((3, 3), 0.95), np.full((5, 5), 0.42)
+    lowest = lowest_similarity([high, low, np.full((2, 2), np.nan)])
+    assert lowest == pytest.approx(0.4) and lowest_similarity([high]) == 0.9
+    figures = [draw_growths([GrowthSimilarity(40, high, high)], lowest), draw_similarity(low, lowest)]
+    scales = {image.get_clim() for figure in figures for axis in figure.axes for image in axis.images}
+    assert scales == {(lowest, 1)}
+    before, after, _ = figures[0].axes
+    assert before.get_ylabel() == before.get_xlabel() == after.get_xlabel() == "hidden state"
+    assert before.get_title(loc="left") == "before update 40: 2 layers"
+
+
+def test_names_break_between_their_words_and_tables_scroll_in_their_box(run, slow_run, tmp_path):
+    (tmp_path / "full_l2l-seed_1").mkdir()
+    (tmp_path / "full_l2l-seed_1" / "tensorboard").symlink_to(run / "tensorboard")
+    runs, _ = read_runs([tmp_path / "full_l2l-seed_1", slow_run])
+    write_report(runs, tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert '<th scope="col">full_<wbr>l2l-seed_<wbr>1</th>' in page
+    assert "overflow-wrap: anywhere" not in page
+    tables = len(re.findall("<table", page))
+    assert tables == 3 and len(re.findall(r'<div class="scroll" tabindex="0"><table', page)) == tables
 
 
 def test_runs_with_the_same_folder_name_go_by_their_paths(run, tmp_path):

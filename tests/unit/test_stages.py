@@ -7,7 +7,7 @@ import pytest
 
 from fairseq_stack.analysis.report import speedup, stage_table
 from fairseq_stack.analysis.scalars import Series
-from fairseq_stack.analysis.stages import Stage, find_stages, seconds_per_update
+from fairseq_stack.analysis.stages import Stage, dearer_stages, find_stages, seconds_per_update
 from fairseq_stack.errors import InputError
 
 
@@ -62,12 +62,31 @@ def test_seconds_are_those_between_two_entries_of_a_stage_and_a_start():
 def test_a_validation_at_a_log_entry_is_taken_off():
     train = series([10, 20, 30], clock=[100, 105, 130])
     valid = series([20, 20], clock=[115, 120])  # takes until 120; 10 s of training remain
-    assert seconds_per_update([Stage(1, 12, 0, 30)], train, valid) == [15 / 20]
+    assert seconds_per_update([Stage(1, 12, 0, 30)], train, [valid]) == [15 / 20]
 
 
 def test_a_stretch_with_a_validation_at_an_unknown_moment_does_not_count():
     train = series([10, 20, 30], clock=[100, 105, 130])
-    assert seconds_per_update([Stage(1, 12, 0, 30)], train, series([25], clock=[120])) == [0.5]
+    assert seconds_per_update([Stage(1, 12, 0, 30)], train, [series([25], clock=[120])]) == [0.5]
+
+
+def test_a_second_validation_subset_is_no_training_time():
+    train = series([10, 20, 30], clock=[100, 105, 130])
+    valids = [series([20], clock=[115]), series([20], clock=[125])]
+    assert seconds_per_update([Stage(1, 12, 0, 30)], train, valids) == [0.5]
+
+
+def test_a_stretch_that_other_work_has_slowed_down_does_not_move_the_cost():
+    train = series([10, 20, 30, 40, 50], clock=[100, 105, 110, 250, 255])
+    assert seconds_per_update([Stage(1, 12, 0, 50)], train) == [0.5]
+
+
+def test_a_shallow_stage_that_is_dearer_than_a_deeper_one_is_named_with_both_times():
+    stages = [Stage(1, 3, 0, 10), Stage(2, 6, 10, 30), Stage(3, 12, 30, 60)]
+    (sentence,) = dearer_stages(stages, [14.9, 5.0, 5.4])
+    assert sentence == "stage 1 took 14.900 s an update with 3 layers, and stage 2 5.000 s with 6"
+    assert dearer_stages(stages, [5.0, 5.0, 5.4]) == dearer_stages(stages, [math.nan, math.nan, 5.4]) == []
+    assert len(dearer_stages(stages, [math.nan, 5.5, 5.4])) == 1
 
 
 def test_a_stage_with_one_entry_has_no_known_cost():
@@ -91,3 +110,4 @@ def test_speedup_of_prop_1_is_4_thirds_where_only_the_layers_cost():
     # 4 / (0.1 * 1 + 0.2 * 2 + 0.3 * 3 + 0.4 * 4)
     stages = [Stage(1, 3, 0, 10), Stage(2, 6, 10, 30), Stage(3, 9, 30, 60), Stage(4, 12, 60, 100)]
     assert speedup(stages, [1, 2, 3, 4]) == pytest.approx(4 / 3)
+    assert math.isnan(speedup(stages, [1, 2, 3, math.nan])) and math.isnan(speedup(stages, [0, 0, 0, 0]))
