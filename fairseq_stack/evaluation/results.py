@@ -55,6 +55,7 @@ from fairseq_stack.evaluation.upstreams import (
     load_log_mel,
     load_random,
 )
+from fairseq_stack.teachers import load_teacher
 
 VERSION = 1  # of the protocol; results of another one are made again
 
@@ -65,7 +66,14 @@ def upstreams(exports, teacher=None):
     Args:
         exports: paths, see load_export. The first gives its shape to the row "random student".
         teacher: see load_teacher.
+
+    Raises:
+        InputError: one of them cannot be loaded. All are tried, because the probes of the first take long.
     """
+    for path in exports:
+        load_export(path)
+    if teacher:
+        load_teacher(teacher)
     rows = {
         "random student": (fingerprint(exports[0]), lambda: load_random(exports[0])),
         "log-mel": ("", load_log_mel),

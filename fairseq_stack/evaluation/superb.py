@@ -10,6 +10,7 @@ A run of `python -m s3prl.main PROBLEM --target_dir RUN` leaves in RUN
 SUPERB searches the learning rate for every model and task and tests what is best on the development set.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def find_runs(folder):
 def best_runs(runs):
     """The runs that SUPERB would test: of each problem and fold, the one that is best on the development set.
 
-    The test results take no part. The first wins a tie.
+    The test results take no part. The first wins a tie, and a run that has diverged (nan) never wins.
 
     Args:
         runs: [Run].
@@ -89,7 +90,8 @@ def best_runs(runs):
     for problem, (_, higher, _) in PROBLEMS.items():
         for fold in sorted({run.fold for run in runs if run.problem == problem}):
             candidates = [run for run in runs if (run.problem, run.fold) == (problem, fold)]
-            best.append((max if higher else min)(candidates, key=lambda run: run.valid))
+            finite = [run for run in candidates if math.isfinite(run.valid)] or candidates
+            best.append((max if higher else min)(finite, key=lambda run: run.valid))
     return best
 
 
@@ -130,9 +132,9 @@ def _read_run(folder):
     return Run(
         folder=folder,
         problem=problem,
-        learning_rate=_number(config.get("build_optimizer", {}).get("conf", {}), "lr", configs[-1]),
-        fold=str(config.get("prepare_data", {}).get("test_fold", "")),
-        valid=_number(_read_yaml(stats).get("valid_best_metrics", {}), metric, stats),
+        learning_rate=_number(_group(_group(config, "build_optimizer"), "conf"), "lr", configs[-1]),
+        fold=str(_group(config, "prepare_data").get("test_fold", "")),
+        valid=_number(_group(_read_yaml(stats), "valid_best_metrics"), metric, stats),
         test=test,
     )
 
@@ -147,8 +149,13 @@ def _read_yaml(path):
     return content
 
 
+def _group(mapping, key):
+    value = mapping.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def _number(mapping, key, path):
-    value = mapping.get(key) if isinstance(mapping, dict) else None
+    value = mapping.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"{path}: has {key}={value} instead of a number; train or evaluate this run again")
     return float(value)

@@ -53,7 +53,9 @@ class Training:
 
     def keep_fields(self, recipe):
         """Write down what makes it."""
-        (self.folder / FIELDS).write_text(json.dumps([recipe.name, *self.fields], indent=1) + "\n")
+        beside = self.folder / f"{FIELDS}.part"
+        beside.write_text(json.dumps([recipe.name, *self.fields], indent=1) + "\n")
+        os.replace(beside, self.folder / FIELDS)
 
 
 def trainings(grid, folder, fields=()):

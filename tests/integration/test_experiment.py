@@ -89,19 +89,19 @@ def test_a_training_that_fails_is_named_and_what_the_others_lack_is_empty(start,
     """The reference fails, and a student has no heads: nothing of the others is lost."""
     students = """
   full: [model.stack_method=nonsense]
-  star: [model.stack_method=none, model.stack_stages=1, +criterion.loss=temporal_gram, criterion.teacher_layers=[4]]
+  star: [model.stack_method=none, model.stack_stages=1, +criterion.loss=temporal_gram, 'criterion.teacher_layers=[4]']
 """
     grid_file.write_text(GRID.split("\n  full:")[0].replace("[1, 2]", "[1]") + students)
     code, output = start()
     assert code == 1 and "Traceback" not in output
     notes = [line for line in output.splitlines() if line.startswith("note: ")]
-    assert notes == ["note: star: criterion.loss=temporal_gram has no heads, so no variance is explained; its cells stay empty"]
+    assert notes == ["note: star: criterion.loss=temporal_gram has no heads, so no variance is explained; its cells stay empty"], output
     assert output.index(notes[0]) < output.index("trainings:")
     last = output.strip().splitlines()[-1]
     assert last.startswith("error: 1 of 2 trainings failed") and "model.stack_method=nonsense" in last
-    (row,) = [line for line in (tmp_path / "out" / "summary.md").read_text().splitlines() if line.startswith("|  star |")]
-    _, seeds, loss, *others = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert seeds == "1" and float(loss) > 0 and others == ["", "", ""]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "out/summary.md").read_text().splitlines()]
+    (student, seeds, loss, *others) = table[2]
+    assert len(table) == 3 and (student, seeds) == ("star", "1") and float(loss) > 0 and others == ["", "", ""]
     measured = json.loads((tmp_path / "out" / "runs" / "star" / "1" / MEASURED).read_text())
     assert measured["explained"] == {} and measured["loss_of"]["criterion.loss"] == "temporal_gram"
 

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import LINKED, TINY, stock_hubert
+from training import tiny, train
 
 from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.data import prepare
@@ -322,18 +323,19 @@ def test_two_exports_of_one_name_are_refused(exports, tmp_path):
 
 
 def test_the_script_prints_a_table_and_keeps_every_number(exports, labelled, teacher_file, tmp_path, quick, monkeypatch, capsys):
-    output = tmp_path / "probes.json"
-    monkeypatch.setattr(sys, "argv", [
+    output_file = tmp_path / "probes.json"
+    arguments = [
         "evaluate.py", str(exports / "student"), "--speech", str(labelled), "--teacher", str(teacher_file),
-        "--seeds", "2", "--output", str(output),
-    ])
+        "--seeds", "2", "--output", str(output_file),
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
     assert rows.keys() >= {"student", "teacher", "random student", "log-mel", "most frequent answer"}
     assert "±" in rows["student"]
     assert any(line.startswith("no language: ") for line in lines)
-    results = json.loads(output.read_text())
+    results = json.loads(output_file.read_text())
     entry = results["upstreams"]["student"]
     for scores in entry["tasks"].values():
         assert scores.keys() == {"1", "2"}
@@ -342,3 +344,19 @@ def test_the_script_prints_a_table_and_keeps_every_number(exports, labelled, tea
             assert math.isclose(sum(score["layer_weights"]), 1, rel_tol=1e-5)
     # Two pitches are told apart by any spectrum.
     assert results["upstreams"]["log-mel"]["tasks"]["speaker"]["1"]["test"] == 1.0
+
+    # The variance explained comes with a checkpoint, if it has heads; else that is said before anything is computed.
+    for loss in ("temporal_gram", "mse"):
+        fields = {"+criterion.output_weight": 0.0, "+criterion.loss": loss, "optimization.max_update": 1}
+        train("full_l2l", tiny(labelled, teacher_file, tmp_path / loss, **fields), folder="stacking")
+        capsys.readouterr()
+        checkpoint = tmp_path / loss / "checkpoints/checkpoint_last.pt"
+        monkeypatch.setattr(sys, "argv", [*arguments, "--checkpoint", str(checkpoint)])
+        runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="__main__")
+        output = capsys.readouterr()
+        with_heads = loss == "mse"
+        assert lines[0] in output.out and ("share of the held-out" in output.out) is with_heads
+        assert output.err.startswith("note: no held-out variance: ") is not with_heads
+        kept = json.loads(output_file.read_text())
+        assert kept["upstreams"] == results["upstreams"] and ("held_out_variance" in kept) is with_heads
+    assert list(kept["held_out_variance"]["shares"]) == ["4", "8", "12"]

@@ -1,12 +1,17 @@
 """Every recipe in examples/ trains as it is written, with nothing but its sizes made small."""
 
 import json
+import re
+import runpy
+import sys
 
 import pytest
 import torch
 from conftest import TINY, stock_hubert
-from training import EXAMPLES, composed, tiny, train
+from training import EXAMPLES, ROOT, composed, tiny, train
 from transformers import WavLMConfig, WavLMModel
+
+from fairseq_stack.analysis.held_out import read_held_out
 
 RECIPES = sorted(
     path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name not in ("demo_teacher", "experiments")
@@ -36,22 +41,90 @@ def wavlm_teacher(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(speech, teacher_file, large_teacher, wavlm_teacher, tmp_path_factory):
+    """A function that trains a recipe once; it returns fairseq's trainer and the run's folder."""
+    root, done = tmp_path_factory.mktemp("runs"), {}
+
+    def run(recipe):
+        if recipe not in done:
+            folder = root / recipe.name
+            teacher = {"hubert_large": large_teacher, "wavlm_base": wavlm_teacher}.get(recipe.name, teacher_file)
+            overrides = tiny(speech, teacher, folder)
+            if recipe.name == "demo":  # it batches by length
+                overrides = [item for item in overrides if not item.startswith(("dataset.batch_size", "common.fp16"))]
+            if recipe.name == "distilhubert":
+                overrides.append("model.head_inner_dim=16")
+            done[recipe] = train(recipe.name, overrides, folder=recipe.parent.name), folder
+        return done[recipe]
+
+    return run
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_the_recipe_trains_to_its_full_depth(recipe, speech, teacher_file, large_teacher, wavlm_teacher, tmp_path):
-    teacher = {"hubert_large": large_teacher, "wavlm_base": wavlm_teacher}.get(recipe.name, teacher_file)
-    overrides = tiny(speech, teacher, tmp_path)
-    if recipe.name == "demo":  # it batches by length
-        overrides = [item for item in overrides if not item.startswith(("dataset.batch_size", "common.fp16"))]
-    if recipe.name == "distilhubert":
-        overrides.append("model.head_inner_dim=16")
-    trainer = train(recipe.name, overrides, folder=recipe.parent.name)
+def test_the_recipe_trains_to_its_full_depth(recipe, trained):
+    trainer, folder = trained(recipe)
     student = trainer.get_model()
     assert trainer.get_num_updates() == 20
     assert student.stage_number == len(student.plan.stages) == (4 if recipe.name in GROWN else 1)
     assert student.depth == (2 if recipe.name == "distilhubert" else 12)
-    saved = torch.load(tmp_path / "checkpoints/checkpoint_last.pt", weights_only=True)
+    saved = torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True)
     assert saved["model"]["stage"] == student.stage_number - 1
     assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """A function that runs a script of scripts/ in this process; it returns the exit code and the lines of its output."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        return code, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_its_student_tells_the_held_out_variance_or_why_not(recipe, trained, script, speech):
+    trainer, folder = trained(recipe)
+    code, lines = script(
+        "held_out_variance.py", folder / "checkpoints/checkpoint_last.pt", "--speech", speech / "valid.tsv", "--seconds", 1
+    )
+    if recipe.name in ("star", "librispeech_base_star"):
+        assert "criterion.loss=temporal_gram, which has no heads" in code and "\n" not in code and not lines
+        return
+    assert code == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:]]
+    assert [int(layer) for layer, _, _ in rows] == trainer.criterion.layers
+    assert all(float(share) < 1 for _, *shares in rows for share in shares)
+
+
+def test_the_heads_of_a_student_without_an_output_loss_sit_where_they_were_trained(trained):
+    """Only the teacher tells how deep it is."""
+    trainer, folder = trained(next(recipe for recipe in RECIPES if recipe.name == "masked"))
+    held_out = read_held_out(folder / "checkpoints/checkpoint_last.pt", trainer.cfg.task.data + "/valid.tsv")
+    waveform = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0)), torch.tensor([8000])
+    with torch.no_grad():
+        ours = held_out.student(*waveform)["predictions"]
+        theirs = trainer.get_model().eval()(*waveform)["predictions"]
+    assert list(ours) == list(theirs) == list(range(1, 13))
+    for layer, prediction in theirs.items():
+        torch.testing.assert_close(ours[layer], prediction)
+
+
+def test_the_report_on_recipes_keeps_their_losses_apart(trained, script, tmp_path):
+    names = ("demo", "full_l2l", "distilhubert", "masked", "star", "wavlm_base")
+    folders = [trained(next(recipe for recipe in RECIPES if recipe.name == name))[1] for name in names]
+    code, lines = script("report.py", *folders, "--reference", folders[1], "--output", tmp_path)
+    assert code == 0 and lines[-1] == f"report: {tmp_path}/index.html"
+    (sentence,) = [line for line in lines if line.startswith("These runs have")]
+    letters = dict(re.findall(r"(?:: |; )([A-Z]) is ([\w, ]+) \(", sentence))
+    assert list(letters.values()) == ["demo", "full_l2l", "distilhubert", "masked", "star", "wavlm_base"], sentence
 
 
 def test_librispeech_base_is_the_published_recipe():

@@ -125,6 +125,8 @@ def test_the_learning_rate_that_is_best_on_dev_counts_whatever_the_test_says(run
     copy_of(run, tmp_path / "a", 0.1, valid=0.6, test=0.7)
     copy_of(run, tmp_path / "b", 0.01, valid=0.8, test=0.5)
     copy_of(run, tmp_path / "c", 0.001, valid=0.7, test=0.9)
+    copy_of(run, tmp_path / "diverged", 1.0, valid=float("nan"), test=0.0)
+    copy_of(run, tmp_path / "a_diverged", 1.0, valid=float("nan"), test=0.0)
     (best,) = best_runs(find_runs(tmp_path))
     assert best.learning_rate == 0.01
     assert scores([best]) == {"SID acc": 50.0}
@@ -153,6 +155,11 @@ def test_a_damaged_run_is_named(run, tmp_path):
     folder = copy_of(run, tmp_path / "a", 0.1, valid=0.6, test=0.7)
     (folder / "evaluate/valid_best/test/result.yaml").write_text("accuracy: [")
     with pytest.raises(InputError, match="result.yaml cannot be read"):
+        find_runs(tmp_path)
+    (config,) = (folder / "configs").glob("*.yaml")
+    config.write_text("build_optimizer: [1]")
+    (folder / "evaluate/valid_best/test/result.yaml").write_text("accuracy: 0.5")
+    with pytest.raises(InputError, match="has lr=None instead of a number"):
         find_runs(tmp_path)
     with pytest.raises(InputError, match="has no run of s3prl"):
         find_runs(tmp_path / "a/configs")
