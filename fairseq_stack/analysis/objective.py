@@ -75,7 +75,7 @@ class Kind:
     Attributes:
         letter: what to call it: A, B, ...; "" where all runs are of one kind.
         members: positions of its runs in the list that was sorted.
-        fields: {field: value}, in what it differs from other kinds; None where a configuration is not known.
+        fields: {field: value}, in what it differs from other known kinds; None where a configuration is not known.
     """
 
     letter: str
@@ -83,9 +83,24 @@ class Kind:
     fields: dict
 
     def __str__(self):
+        """What makes it another kind, for a sentence."""
         if self.fields is None:
             return "unknown, because the configuration was not kept"
         return ", ".join(f"{name}={value}" for name, value in self.fields.items())
+
+
+def sentence(kinds, names):
+    """What the kinds are, as "A is full, grown (criterion.loss=mse); B is star (criterion.loss=temporal_gram)".
+
+    Args:
+        kinds: list of Kind.
+        names: of the runs, in the order that was sorted.
+    """
+    texts = []
+    for kind in kinds:
+        fields = f" ({kind})" if str(kind) else ""
+        texts.append(f"{kind.letter} is {', '.join(names[member] for member in kind.members)}{fields}")
+    return "; ".join(texts)
 
 
 def kinds_of(objectives):

@@ -17,7 +17,7 @@ from fairseq_stack.analysis.plots import (
     draw_similarity,
     lowest_similarity,
 )
-from fairseq_stack.analysis.objective import kinds_of
+from fairseq_stack.analysis.objective import kinds_of, sentence
 from fairseq_stack.analysis.similarity import layer_similarity
 from fairseq_stack.analysis.stages import dearer_stages
 
@@ -180,7 +180,7 @@ def _notes(runs, kinds):
     """Sentences on what in the report cannot be compared."""
     found = []
     if len(kinds) > 1:
-        losses = "; ".join(f"{kind.letter} is {', '.join(runs[number].name for number in kind.members)} ({kind})" for kind in kinds)
+        losses = sentence(kinds, [run.name for run in runs])
         found.append(f"These runs have {len(kinds)} different losses, which cannot be compared with each other: {losses}.")
     elif len(runs) > 1 and kinds[0].fields is None:
         found.append("The configuration of these runs was not kept, so whether their losses can be compared is unknown.")

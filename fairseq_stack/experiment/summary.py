@@ -1,13 +1,12 @@
 """The results of an experiment as one table and a set of figures."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fairseq_stack.analysis.objective import kinds_of
+from fairseq_stack.analysis.objective import kinds_of, sentence
 from fairseq_stack.analysis.plots import COLOURS, STYLE
 from fairseq_stack.analysis.report import markdown_table
 from fairseq_stack.evaluation.statistics import mean_and_interval
@@ -30,15 +29,15 @@ def summary_table(results):
     header += [f"variance explained, layer {layer}, %" for layer in layers]
     header += [f"{task}, %" for task in tasks]
     header += ["speed-up", f"reaches the loss of {name} after, % of its time"]
-    kinds = kinds_of_students(results)
-    alike = next((kind.members for kind in kinds if name in kind.members), [])
+    having, kinds = kinds_of_students(results)
+    of = {having[member]: kind for kind in kinds for member in kind.members}
     rows = []
     for student, content in students.items():
         seeds = content["seeds"]
         both = [seed for seed in seeds if seed in reference and seeds[seed]["loss"] and reference[seed]["loss"]]
-        compared = both if student in alike else []
+        compared = both if of.get(student) is of.get(name) else []
         against = [100 * (seeds[seed]["loss"][-1] / reference[seed]["loss"][-1] - 1) for seed in compared]
-        letter = next((f" ({kind.letter})" for kind in kinds if kind.letter and student in kind.members), "")
+        letter = f" ({of[student].letter})" if student in of and len(kinds) > 1 else ""
         loss = _text(_ends(seeds), ".4f")
         rows.append([
             student,
@@ -52,18 +51,17 @@ def summary_table(results):
         ])  # fmt: skip
     table = markdown_table(header, rows)
     if len(kinds) > 1:
-        losses = "; ".join(f"{kind.letter} of {', '.join(kind.members)} ({kind})" for kind in kinds)
-        table += f"\n\nThe output losses are not all the same and cannot be compared across their letters: {losses}."
+        table += f"\n\nThe output losses measure {len(kinds)} things and cannot be compared across: {sentence(kinds, having)}."
         if any("criterion.target_normalization" in (kind.fields or {}) for kind in kinds):
             table += " Nor can the variance explained, which is that of the normalised targets."
     return table
 
 
 def kinds_of_students(results):
-    """Sort the students that have an output loss by what it measures; a list of Kind with names as members."""
+    """Names of the students that have an output loss, and a list of Kind by what it measures."""
     having = [student for student, content in results["students"].items() if _ends(content["seeds"])]
     of = [next(iter(results["students"][student]["seeds"].values())).get("loss_of") for student in having]
-    return [replace(kind, members=[having[number] for number in kind.members]) for kind in kinds_of(of)]
+    return having, kinds_of(of)
 
 
 def _ends(seeds):
@@ -154,13 +152,13 @@ def draw_loss_and_time(results):
 def _axes(results):
     """A Figure, and (axis, {student: its look}) for each kind of output loss."""
     looks = {student: _look(number) for number, student in enumerate(results["students"])}
-    kinds = kinds_of_students(results)
+    having, kinds = kinds_of_students(results)
     figure = Figure(figsize=(8.5, 6 * max(len(kinds), 1)))
     axes = figure.subplots(max(len(kinds), 1), 1, squeeze=False)[:, 0]
     for axis, kind in zip(axes, kinds):
         if kind.letter:
             axis.set_title(f"Loss {kind.letter}", loc="left")
-    return figure, [(axis, {student: looks[student] for student in kind.members}) for axis, kind in zip(axes, kinds)]
+    return figure, [(axis, {having[member]: looks[having[member]] for member in kind.members}) for axis, kind in zip(axes, kinds)]
 
 
 def _look(number):

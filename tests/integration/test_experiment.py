@@ -170,8 +170,8 @@ def test_other_losses_are_told_apart_and_what_a_student_does_not_have_is_empty(g
         ["bare", "1", "", "", "", "", "1.00x", ""],
     ]
     assert note == (
-        "The output losses are not all the same and cannot be compared across their letters: A of full, grown"
-        " (criterion.loss=mse); B of other (criterion.loss=l1)."
+        "The output losses measure 2 things and cannot be compared across: A is full, grown (criterion.loss=mse);"
+        " B is other (criterion.loss=l1)."
     )
     for figure in (draw_curves(results, "minutes"), draw_loss_and_time(results)):
         legends = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes]
