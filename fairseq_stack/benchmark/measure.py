@@ -105,7 +105,7 @@ def measure_each(threads, makers, depths, rounds, one_by_one):
             except OutOfMemory as error:
                 spent[name] = {other: kept for other, kept in spent[name].items() if other < depth}
                 if isinstance(error, Killed):
-                    del running[name]
+                    running.pop(name).close()
 
         for name in without:
             spent[name] = {}

@@ -1,5 +1,6 @@
 """What the analysis commands cannot use is named in one line, before any work."""
 
+import logging
 import runpy
 import shutil
 import sys
@@ -51,6 +52,13 @@ def places(speech, teacher_file, tmp_path_factory):
         f"recipe: {ROOT}/examples/interleaved/librispeech_base.yaml\nreference: a\nseeds: [1]\nfields: []\nstudents: {{a: []}}\n"
     )
     return found
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """The commands silence the libraries for good, since their process ends."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 S3PRL = pytest.mark.s3prl
