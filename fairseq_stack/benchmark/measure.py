@@ -90,7 +90,7 @@ def measure_each(threads, makers, depths, rounds, one_by_one):
 
     Returns:
         {name: {"update": {depth: seconds}, "parts": {depth: {part: seconds}}, "peak_memory": bytes, "growth": seconds}},
-        of what fits, medians over the rounds.
+        of what fits, medians over the rounds; memory and growth only where all depths fit.
     """
     if one_by_one:
         alone = [measure_each(threads, {name: makers[name]}, depths, rounds, one_by_one=False) for name in makers]
@@ -119,7 +119,8 @@ def measure_each(threads, makers, depths, rounds, one_by_one):
                 deepest = depths[name][-1]
                 if len(depths[name]) > 1 and deepest in spent[name]:
                     growths[name].append(ask(name, deepest, "growth"))
-        memory = {name: running[name].call("peak_memory") for name in running}
+        # A peak that was reached where memory ran out is that of an update that does not count.
+        memory = {name: running[name].call("peak_memory") for name in running if len(spent[name]) == len(depths[name])}
     return {
         name: {
             "update": {depth: median(sum(parts.values()) for parts in found) for depth, found in spent[name].items() if found},

@@ -127,7 +127,7 @@ def test_trainings_that_do_not_fit_leave_cells_empty_and_the_others_take_turns(t
     assert {name: figures["update"] for name, figures in found.items()} == {
         "none": {}, "half": {3: 3.0, 6: 6.0}, "all": {3: 3.0, 6: 6.0, 12: 12.0},
     }  # fmt: skip
-    assert found["all"]["growth"] == 1.0 and "growth" not in found["half"] and found["half"]["peak_memory"] > 2**20
+    assert found["all"]["growth"] == 1.0 and "growth" not in found["half"] and found["all"]["peak_memory"] > 2**20 and "peak_memory" not in found["half"]
     turns = [("half", "3"), ("all", "3"), ("half", "6"), ("all", "6"), ("half", "12"), ("all", "12")]
     later = [turn for turn in turns if turn != ("half", "12")]  # it is not asked again for what does not fit
     assert [note for note in noted if note[1].isdigit()] == turns + 2 * later
@@ -146,10 +146,10 @@ def test_an_update_that_runs_out_of_memory_has_no_time(inputs):
     ours = Ours(RECIPES, inputs, "demo", BATCH, "cpu", case)
 
     def fails(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     hook = ours.model.encoder.layers[0].register_forward_hook(fails)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         ours.update(3)
     hook.remove()
     assert {"data", "backward"} <= set(ours.update(3)) and ours.clock.parts == [REST]
