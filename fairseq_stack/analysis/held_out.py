@@ -74,13 +74,15 @@ def read_held_out(checkpoint, speech, teacher=None):
     criterion = state["cfg"].get("criterion") or {}
     if not has_heads(criterion):
         raise NoHeads(
-            f"{checkpoint} was trained with criterion.loss={criterion['loss']}, which has no heads: it predicts no hidden"
-            " states of the teacher, so there is no variance explained; compare such students by probes (scripts/evaluate.py)"
+            f"{checkpoint} was trained with criterion.loss={criterion['loss']}, which has no heads: it predicts no"
+            " hidden states of the teacher, so there is no variance explained; compare such students by probes"
+            " (scripts/evaluate.py)"
         )
     manifest = read_manifest(speech)
     if teacher is None and not Path(task.get("teacher") or "").exists():
         raise InputError(
-            f"{checkpoint} was trained with task.teacher={task.get('teacher')}, which is not there; give it with --teacher"
+            f"{checkpoint} was trained with task.teacher={task.get('teacher')}, which is not there; give it with"
+            " --teacher"
         )
     teacher = load_teacher(teacher or task["teacher"], task.get("whisper_pad", False))
     student = StackedHubert.from_checkpoint(state, checkpoint, teacher.depth)
@@ -96,7 +98,9 @@ def read_held_out(checkpoint, speech, teacher=None):
                 raise InputError(f"its hidden states have {teacher.width} features, and the student predicts {width}")
         check_frames(student, teacher, LONGEST_SECONDS * SAMPLE_RATE)
     except InputError as error:
-        raise InputError(f"{teacher.name} is not the teacher of {checkpoint} ({error}); give the one it was trained with") from None
+        raise InputError(
+            f"{teacher.name} is not the teacher of {checkpoint} ({error}); give the one it was trained with"
+        ) from None
     return HeldOut(student, teacher, manifest, task["normalize"], criterion.get("target_normalization", "none"))
 
 

@@ -44,7 +44,8 @@ def draw_losses(runs, by="updates", kinds=None):
         axes = figure.subplots(2 if parts else len(groups), 1, sharex=True, squeeze=False)[:, 0]
         for axis, members in zip(axes, groups):
             for number in members:
-                run, colour, style = runs[number], COLOURS[number % len(COLOURS)], ("-", ":")[number // len(COLOURS) % 2]
+                run, colour = runs[number], COLOURS[number % len(COLOURS)]
+                style = ("-", ":")[number // len(COLOURS) % 2]
                 _curves(axis, run, by, [("loss", run.name if len(runs) > 1 else None, colour)], style)
                 for stage in run.stages[1:]:
                     place = _place(run, stage.begin, by)
@@ -126,7 +127,7 @@ def _log_if_wide(axis):
 
 
 def lowest_similarity(matrices):
-    """The lower end of the scale of several matrices: a tenth, and at most 0.9, so that noise does not look like structure."""
+    """The lower end of one scale for matrices: a tenth, and at most 0.9, so that noise does not look like structure."""
     values = [value for value in (np.nanmin(matrix) for matrix in matrices if np.isfinite(matrix).any())]
     return min([0.9, *(np.floor(value * 10) / 10 for value in values)])
 

@@ -141,7 +141,8 @@ def write_report(runs, output, reference=None, hidden_states=None, layer_weights
     for name, _, png in pictures:
         _write(output / f"{name}.png", png)
     _write(output / "stages.md", markdown.encode())
-    _write(output / "index.html", _page(facts, notes, tables, pictures, {run.name: run.config for run in runs}).encode())
+    page = _page(facts, notes, tables, pictures, {run.name: run.config for run in runs})
+    _write(output / "index.html", page.encode())
     return markdown
 
 
@@ -162,7 +163,8 @@ def _facts_of(runs, reference, kinds):
                 value = _number(run.valid["loss"].values[-1], ".4f") if own else "–"
                 found[f"last validation loss {kind.letter}".rstrip()] = value
         if shared and "output_loss" in run.valid:
-            found["last validation loss, teacher's last layer alone"] = _number(run.valid["output_loss"].values[-1], ".4f")
+            last = run.valid["output_loss"].values[-1]
+            found["last validation loss, teacher's last layer alone"] = _number(last, ".4f")
         found["wall-clock time"] = _duration(3600 * max(run.hours(run.train["loss"])))
         found["training time"] = _duration(run.seconds)
         if len(run.stages) > 1:

@@ -63,7 +63,7 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, peers, th
     found = {name: measured.get(name, nothing) for name in names}
     return {
         "cases": found,
-        "did_not_fit": {name: [depth for depth in depths[name] if depth not in found[name]["update"]] for name in names},
+        "did_not_fit": {name: [depth for depth in depths[name] if depth not in found[name]["update"]] for name in found},
         "peers": list(peers),
         "rounds": rounds,
     }
@@ -89,8 +89,8 @@ def measure_each(threads, makers, depths, rounds, one_by_one):
             itself; else they take turns, update by update.
 
     Returns:
-        {name: {"update": {depth: seconds}, "parts": {depth: {part: seconds}}, "peak_memory": bytes, "growth": seconds}},
-        of what fits, medians over the rounds; memory and growth only where all depths fit.
+        {name: {"update": {depth: seconds}, "parts": {depth: {part: seconds}}, "peak_memory": bytes,
+        "growth": seconds}}, medians over the rounds, of the depths that fit; memory and growth only where all do.
     """
     if one_by_one:
         alone = [measure_each(threads, {name: makers[name]}, depths, rounds, one_by_one=False) for name in makers]
@@ -123,7 +123,7 @@ def measure_each(threads, makers, depths, rounds, one_by_one):
         memory = {name: running[name].call("peak_memory") for name in running if len(spent[name]) == len(depths[name])}
     return {
         name: {
-            "update": {depth: median(sum(parts.values()) for parts in found) for depth, found in spent[name].items() if found},
+            "update": {depth: median(sum(one.values()) for one in found) for depth, found in spent[name].items() if found},
             "parts": {depth: _medians(found) for depth, found in spent[name].items() if found},
             **({"peak_memory": memory[name]} if name in memory else {}),
             **({"growth": median(growths[name])} if growths[name] and depths[name][-1] in spent[name] else {}),

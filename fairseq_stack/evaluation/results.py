@@ -47,7 +47,7 @@ from fairseq_stack.evaluation.cost import (
 )
 from fairseq_stack.evaluation.features import extract
 from fairseq_stack.evaluation.statistics import mean_and_interval
-from fairseq_stack.evaluation.tasks import find_tasks, read_speech
+from fairseq_stack.evaluation.tasks import read_tasks
 from fairseq_stack.evaluation.upstreams import (
     TeacherUpstream,
     fingerprint,
@@ -110,10 +110,7 @@ def run(rows, speech, seeds, file):
     file = Path(file)
     before = read_results(file) if file.exists() else {"upstreams": {}}
     known = before["upstreams"]
-    tasks, without = find_tasks(read_speech(speech))
-    if not tasks:
-        reasons = "; ".join(f"{task}: {why}" for task, why in without.items())
-        raise InputError(f"--speech {speech}: its labels allow no task ({reasons})")
+    tasks, without = read_tasks(speech)
     results = {
         **before,
         "speech": str(speech),

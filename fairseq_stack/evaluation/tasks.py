@@ -104,6 +104,19 @@ def read_speech(folder):
     return recordings
 
 
+def read_tasks(folder):
+    """find_tasks of the recordings of a folder that scripts/prepare_speech.py made.
+
+    Raises:
+        InputError: as read_speech, or the labels allow no task.
+    """
+    tasks, without = find_tasks(read_speech(folder))
+    if not tasks:
+        reasons = "; ".join(f"{task}: {why}" for task, why in without.items())
+        raise InputError(f"--speech {folder}: its labels allow no task ({reasons})")
+    return tasks, without
+
+
 def find_tasks(recordings, most=1000):
     """The tasks that the labels allow.
 

@@ -51,7 +51,8 @@ def summary_table(results):
         ])  # fmt: skip
     table = markdown_table(header, rows)
     if len(kinds) > 1:
-        table += f"\n\nThe output losses measure {len(kinds)} things and cannot be compared across: {sentence(kinds, having)}."
+        table += f"\n\nThe output losses measure {len(kinds)} things and cannot be compared across:"
+        table += f" {sentence(kinds, having)}."
         if any("criterion.target_normalization" in (kind.fields or {}) for kind in kinds):
             table += " Nor can the variance explained, which is that of the normalised targets."
     return table
@@ -158,7 +159,8 @@ def _axes(results):
     for axis, kind in zip(axes, kinds):
         if kind.letter:
             axis.set_title(f"Loss {kind.letter}", loc="left")
-    return figure, [(axis, {having[member]: looks[having[member]] for member in kind.members}) for axis, kind in zip(axes, kinds)]
+    members = [[having[member] for member in kind.members] for kind in kinds]
+    return figure, [(axis, {student: looks[student] for student in students}) for axis, students in zip(axes, members)]
 
 
 def _look(number):

@@ -219,7 +219,8 @@ def test_times_that_other_work_has_turned_around_are_flagged(tmp_path):
     with SummaryWriter(tmp_path / "slowed" / "tensorboard" / "train_inner") as train:
         for update in range(1, 41):
             clock = 1000 + (3 * update if update <= 20 else 60 + (update - 20))
-            for name, value in {"loss": 1 / update, "stage": 1 + (update > 20), "depth": 2 + 2 * (update > 20), "wall": clock}.items():
+            deep = update > 20
+            for name, value in {"loss": 1 / update, "stage": 1 + deep, "depth": 2 + 2 * deep, "wall": clock}.items():
                 train.add_scalar(name, value, update, walltime=clock)
     text = write_report([read_run(tmp_path / "slowed", "slowed")], tmp_path / "report")
     sentence = "stage 1 took 3.000 s an update with 2 layers, and stage 2 1.000 s with 4. Other work"
