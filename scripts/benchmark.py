@@ -9,7 +9,9 @@ random: that does not change the time. The teacher runs in bf16; the peers' in f
 import argparse
 import importlib.util
 import json
+import logging
 import platform
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from fairseq_stack.benchmark.inputs import SIZES, teacher_shape
 from fairseq_stack.benchmark.measure import measure
 from fairseq_stack.benchmark.peers import PEERS
+from fairseq_stack.benchmark.roofline import GPUS, named_gpu, roofline_tables, rooflines
 from fairseq_stack.benchmark.tables import tables
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError, check_output, check_positive, one_line_errors
@@ -29,8 +32,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "examples" / "interleaved"
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="paper", help="shapes of teacher and student")
-    parser.add_argument("--batch", type=int, default=4, help="utterances of an update")
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of each utterance")
+    parser.add_argument("--batch", type=int, help="utterances of an update (default: 4, with --roofline 64)")
+    parser.add_argument("--seconds", type=float, help="length of each utterance (default: 8, with --roofline 12)")
     parser.add_argument("--rounds", type=int, default=5, help="updates measured at each depth")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"],
                         help="of the student")  # fmt: skip
@@ -38,15 +41,32 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to train")  # fmt: skip
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each training, on a CPU")
+    parser.add_argument("--roofline", metavar="GPU",
+                        help=f"measure nothing; bound the time of an update on a GPU, without one: {', '.join(GPUS)}, or a"
+                        " JSON file with the fields of benchmark.roofline.Gpu")  # fmt: skip
     parser.add_argument("--output", help="write the figures to this JSON file too")
     arguments = vars(parser.parse_args())
+    gpu = arguments.pop("roofline")
+    for name, value, on_gpu in (("batch", 4, 64), ("seconds", 8.0, 12.0)):
+        if arguments[name] is None:
+            arguments[name] = on_gpu if gpu else value
+    if gpu:
+        arguments["device"] = None  # a pretended one
     check(**arguments)
     output, arguments["peers"], arguments["precisions"] = (arguments.pop(name) for name in ("output", "peer", "precision"))
-    result = {**measure(RECIPES, **arguments), "torch": torch.__version__, "machine": platform.machine(), **arguments}
+    if gpu:
+        gpu = named_gpu(gpu)
+        logging.disable(logging.WARNING)
+        shared = {name: arguments[name] for name in ("size", "batch", "seconds", "precisions", "peers")}
+        result = {"cases": rooflines(RECIPES, gpu=gpu, **shared), "gpu": asdict(gpu), **shared}
+        text = roofline_tables(result["cases"], shared["batch"])
+    else:
+        result = {**measure(RECIPES, **arguments), "torch": torch.__version__, "machine": platform.machine(), **arguments}
+        text = tables(result)
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(result, indent=2), encoding="utf-8")
-    print(tables(result))
+    print(text)
 
 
 def check(batch, seconds, rounds, precision, peer, device, threads, output, size):

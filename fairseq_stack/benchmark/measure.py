@@ -4,6 +4,7 @@ On a CPU they take turns, update by update, so that what else the machine does m
 memory would not hold all, they come one after another.
 """
 
+import itertools
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -38,13 +39,7 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, peers, th
     Returns:
         a dict of plain values, as `scripts/benchmark.py` writes it.
     """
-    cases = {
-        str(case): case
-        for precision in precisions
-        for cnn in ("trained", "shared")
-        for targets in ("live", "stored")
-        for case in [Case(precision, targets, cnn)]
-    }
+    cases = {str(case): case for case in cases_of(precisions)}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_inputs(folder, size, seconds, utterances=batch * (rounds + 1) * len(DEPTHS))
@@ -67,6 +62,12 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, peers, th
         "peers": list(peers),
         "rounds": rounds,
     }
+
+
+def cases_of(precisions):
+    """All ways to train in these precisions, as a list of Cases."""
+    ways = itertools.product(precisions, ("trained", "shared"), ("live", "stored"))
+    return [Case(precision, targets, cnn) for precision, cnn, targets in ways]
 
 
 def _needs_store(case, cnn):

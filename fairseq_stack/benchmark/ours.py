@@ -44,11 +44,12 @@ class Ours:
         batch: utterances of an update.
         device: cpu or cuda.
         case: a Case.
+        clock: a Clock (default: one of seconds).
     """
 
-    def __init__(self, recipes, folder, size, batch, device, case):
+    def __init__(self, recipes, folder, size, batch, device, case, clock=None):
         cfg = configuration(recipes, folder, size, batch, device, case)
-        self.clock = Clock(torch.device(device))
+        self.clock = clock or Clock(torch.device(device))
         self.task = tasks.setup_task(cfg.task)
         self.model = self.task.build_model(cfg.model)
         criterion = self.task.build_criterion(cfg.criterion)

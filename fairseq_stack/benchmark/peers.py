@@ -26,11 +26,12 @@ class Peer:
         batch: utterances of an update.
         seconds: length of each.
         device: cpu or cuda.
+        clock: a Clock (default: one of seconds).
     """
 
-    def __init__(self, folder, size, batch, seconds, device):
+    def __init__(self, folder, size, batch, seconds, device, clock=None):
         self.device = torch.device(device)
-        self.clock = Clock(self.device)
+        self.clock = clock or Clock(self.device)
         torch.manual_seed(0)
         self.build(torch.load(folder / TEACHER, weights_only=True)["model"], folder, size)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=2e-4)

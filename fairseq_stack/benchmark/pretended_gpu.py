@@ -103,12 +103,31 @@ class Machine(TorchDispatchMode):
             with no_dispatch():
                 func(*args, **kwargs)
         inner_args, inner_kwargs = tree_map(lambda each: each.inner if isinstance(each, OnGpu) else each, (args, kwargs))
-        made = func(*inner_args, **inner_kwargs)
         wrappers = {id(each.inner): each for each in tensors if isinstance(each, OnGpu)}
+        made = self.compute(func, inner_args, inner_kwargs)
         to_cpu = operation is aten._to_copy and device == "cpu" or operation is aten.copy_ and id(made) not in wrappers
         if to_cpu:
             return made
         return tree_map(lambda each: _wrapped(each, wrappers) if isinstance(each, torch.Tensor) else each, made)
+
+    def compute(self, func, args, kwargs):
+        """What an operation makes of tensors on the CPU."""
+        return func(*args, **kwargs)
+
+    def attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        """F.scaled_dot_product_attention in plain products, since its choice of a kernel asks the driver.
+
+        Raises:
+            RuntimeError: no fused kernel takes these types or this size of a head.
+        """
+        if isinstance(query, OnGpu):
+            size = query.size(-1)
+            if not query.dtype == key.dtype == value.dtype:
+                raise RuntimeError(f"attention of {query.dtype}, {key.dtype} and {value.dtype} has no fused kernel")
+            if size % 8 and size > 8:
+                raise RuntimeError(f"attention with heads of {size} features has no fused kernel")
+        products = aten._scaled_dot_product_attention_math
+        return products(query, key, value, added_mask(attn_mask, query), dropout_p, is_causal, scale=scale)[0]
 
     def check_devices(self, func, tensors):
         """Raise a RuntimeError as CUDA does; a number in a tensor of no dimension may come from the CPU."""
@@ -177,6 +196,7 @@ def pretended_gpu(machine=None):
         "reset_peak_memory_stats": None,
         "_lazy_init": None,
     }
+    machine = machine or Machine()
     torch._C._ensureCUDADeviceGuardSet()
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     lift_cpu_alone = torch._C._only_lift_cpu_tensors()
@@ -185,11 +205,11 @@ def pretended_gpu(machine=None):
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         stack.enter_context(mock.patch.object(torch.Tensor, "backward", _backward))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *_: self))
-        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", machine.attention))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)
         try:
-            yield stack.enter_context(machine or Machine())
+            yield stack.enter_context(machine)
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
             torch._C._set_only_lift_cpu_tensors(lift_cpu_alone)
@@ -246,19 +266,8 @@ def _checked(node, gradient, expected):
     return gradient.sum_to_size(expected.shape).to(expected.dtype)
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """F.scaled_dot_product_attention in plain products, since its choice of a kernel asks the driver.
-
-    Raises:
-        RuntimeError: no fused kernel takes these types or this size of a head.
-    """
-    if isinstance(query, OnGpu):
-        size = query.size(-1)
-        if not query.dtype == key.dtype == value.dtype:
-            raise RuntimeError(f"attention of {query.dtype}, {key.dtype} and {value.dtype} has no fused kernel")
-        if size % 8 and size > 8:
-            raise RuntimeError(f"attention with heads of {size} features has no fused kernel")
-    if attn_mask is not None and attn_mask.dtype == torch.bool:  # which the products below would add
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
-    products = aten._scaled_dot_product_attention_math
-    return products(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
+def added_mask(mask, query):
+    """A mask of attention as what is added to the scores: what is false in a mask of bools becomes -inf."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))

@@ -25,19 +25,19 @@ def _listed(numbers):
 
 def _parts(cases, did_not_fit):
     parts = list({part: None for figures in cases.values() for depth in figures["parts"].values() for part in depth})
-    lines = _head("seconds of an update", "layers", *parts, "update", "peak memory, GiB")
+    lines = table_head("seconds of an update", "layers", *parts, "update", "peak memory, GiB")
     for name, figures in cases.items():
         for depth, seconds in figures["parts"].items():
             cells = [f"{seconds[part]:.3f}" if part in seconds else "" for part in parts]
             memory = f"{figures['peak_memory'] / 2**30:.2f}" if "peak_memory" in figures else ""
-            lines.append(_row(name, depth, *cells, f"{figures['update'][depth]:.3f}", memory))
-        lines += [_row(name, depth, *[""] * (len(parts) + 2)) for depth in did_not_fit[name]]
+            lines.append(table_row(name, depth, *cells, f"{figures['update'][depth]:.3f}", memory))
+        lines += [table_row(name, depth, *[""] * (len(parts) + 2)) for depth in did_not_fit[name]]
     return "\n".join(lines)
 
 
 def _growth(ours):
     limits = [f"{name} (limit {limit:.2f}x)" for name, limit in LIMITS.items()]
-    lines = _head("speed-up by growing, against full depth", *limits, "seconds of a growth")
+    lines = table_head("speed-up by growing, against full depth", *limits, "seconds of a growth")
     for name, figures in ours.items():
         ratios, seconds = ["" for _ in LIMITS], ""
         if _whole(figures):
@@ -45,12 +45,12 @@ def _growth(ours):
             ratios = [f"{full / growing(figures['update'], schedule):.2f}x" for schedule in LIMITS]
         if "growth" in figures:
             seconds = f"{figures['growth']:.3f}"
-        lines.append(_row(name, *ratios, seconds))
+        lines.append(table_row(name, *ratios, seconds))
     return "\n".join(lines)
 
 
 def _against(peer, reference, ours):
-    lines = _head(f"updates per second against {peer}", "full depth", "whole recipe", "peak memory")
+    lines = table_head(f"updates per second against {peer}", "full depth", "whole recipe", "peak memory")
     full = reference["update"].get(DEPTHS[-1])
     for name, figures in ours.items():
         at_depth, recipe, memory = "", "", ""
@@ -61,7 +61,7 @@ def _against(peer, reference, ours):
                 memory = f"{figures['peak_memory'] / reference['peak_memory']:.2f}x"
         if full and "stored" in name and _whole(figures) and DEPTHS[0] in live["update"]:
             recipe = f"{full / with_first_epoch(figures['update'], live['update']):.2f}x"
-        lines.append(_row(name, at_depth, recipe, memory))
+        lines.append(table_row(name, at_depth, recipe, memory))
     return "\n".join(lines)
 
 
@@ -77,9 +77,11 @@ def _with_numbers(figures):
     }
 
 
-def _head(*titles):
-    return [_row(*titles), _row("---", *["---:"] * (len(titles) - 1))]
+def table_head(*titles):
+    """The first two lines of a Markdown table; all columns but the first are numbers."""
+    return [table_row(*titles), table_row("---", *["---:"] * (len(titles) - 1))]
 
 
-def _row(*cells):
+def table_row(*cells):
+    """A line of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"

@@ -1,0 +1,315 @@
+"""The least time that a GPU needs for an update: a roofline of the real training on a pretended GPU.
+
+The training runs as it is, with shapes in place of numbers. Each kernel that it launches takes at least the time that its
+bytes need at the GPU's bandwidth, that its products need at the GPU's rate, and that a launch needs. Their sum is a
+bound, no measurement: kernels fall behind it, the CPU may, and caches may save some of the bytes.
+"""
+
+import json
+import tempfile
+import weakref
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
+
+from fairseq_stack.benchmark.clock import Clock
+from fairseq_stack.benchmark.inputs import make_inputs
+from fairseq_stack.benchmark.measure import DEPTHS, cases_of, growing
+from fairseq_stack.benchmark.ours import Ours, fill_store
+from fairseq_stack.benchmark.peers import PEERS
+from fairseq_stack.benchmark.pretended_gpu import INDEXING, WITHOUT_KERNEL, Machine, OnGpu, added_mask, aten, pretended_gpu
+from fairseq_stack.benchmark.tables import table_head, table_row
+from fairseq_stack.errors import InputError
+
+# Of the recipe librispeech_base.
+RECIPE_UPDATES, RECIPE_BATCH = 329_625, 64
+
+# These overwrite what they are given, or take its shape alone.
+WRITING_ALONE = (
+    aten.fill_, aten.zero_, aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full,
+)  # fmt: skip
+
+# What Shapes.counted gives, in its order.
+COUNTS = ("seconds", "launches", "waits", "flops", "bytes")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What large kernels reach on a GPU.
+
+    Attributes:
+        bandwidth: of its memory, in bytes per second.
+        half, tf32, fp32: products, in floating-point operations per second.
+        attention: fused attention in half precision, forward and backward, likewise.
+        launch: seconds from the start of a small kernel to that of the next.
+    """
+
+    bandwidth: float
+    half: float
+    tf32: float
+    fp32: float
+    attention: float
+    launch: float = 2e-6
+
+
+# About 90 % of the bandwidth and, in half precision and TF32 without sparsity, half to three quarters of the products in
+# the data sheets: H100 SXM 3.35 TB/s and 989 TFLOP/s, A100 SXM 80 GB 2.04 and 312, RTX 4090 1.01 and 165.
+GPUS = {
+    "h100": Gpu(bandwidth=3.0e12, half=520e12, tf32=260e12, fp32=50e12, attention=110e12),
+    "a100": Gpu(bandwidth=1.8e12, half=230e12, tf32=115e12, fp32=18e12, attention=60e12),
+    "rtx4090": Gpu(bandwidth=0.9e12, half=125e12, tf32=62e12, fp32=60e12, attention=50e12),
+}
+
+
+def named_gpu(name):
+    """The Gpu of a name in GPUS, or of a JSON file with its fields.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if name in GPUS:
+        return GPUS[name]
+    names = [field.name for field in fields(Gpu)]
+    try:
+        with open(name, encoding="utf-8") as file:
+            given = json.load(file)
+        gpu = Gpu(**{field: float(value) for field, value in given.items()})
+        if min(asdict(gpu).values()) <= 0:
+            raise ValueError
+        return gpu
+    except OSError:
+        raise InputError(f"--roofline {name} is none of {', '.join(GPUS)} and no file; give one of them") from None
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"--roofline {name} must hold a JSON object of positive numbers: {', '.join(names)}") from None
+
+
+class Shapes(Machine):
+    """A pretended GPU whose floating-point tensors have shapes alone, and a clock that runs as its kernels would.
+
+    Integers and masks have their numbers, so that frames are counted and chosen as in the training. So has a single
+    number, until it meets shapes. A number that is asked for and has none is 1 and a truth is true, but for those of ==
+    and !=, by which fairseq looks for infinities and NaN.
+
+    Args:
+        gpu: a Gpu.
+
+    Attributes:
+        held, peak: bytes of the memory in use, now and at most.
+    """
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+        self.counted = np.zeros(len(COUNTS))
+        self.held = self.peak = 0
+        self._storages = set()
+
+    def now(self):
+        """COUNTS since the beginning, as an array: what benchmark.clock.Clock can take for the time."""
+        self.counted[COUNTS.index("waits")] = self.waits.total()
+        return self.counted.copy()
+
+    def compute(self, func, args, kwargs):
+        operation = func.overloadpacket
+        tensors = [each for each in tree_iter((args, kwargs)) if isinstance(each, torch.Tensor)]
+        if operation is aten._local_scalar_dense and tensors[0].is_meta:
+            made = not hasattr(tensors[0], "compared") if tensors[0].dtype == torch.bool else 1.0
+        elif operation is aten.copy_ and not args[0].is_meta and args[1].is_meta:
+            made = args[0]  # a number that meets shapes stays what it was
+        elif operation is aten._to_copy and tensors[0].is_meta and kwargs.get("device") is not None:
+            made = torch.zeros(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
+        elif any(map(_has_shape_alone, tensors)) or not tensors:
+            if operation in INDEXING:
+                args = (args[0], _counted_out(args[1]), *args[2:])
+            shapes, options = tree_map(lambda each: each.to("meta") if torch.is_tensor(each) else each, (args, kwargs))
+            if options.get("device") is not None:
+                options["device"] = torch.device("meta")
+            made = func(*shapes, **options)
+            if not tensors and not _is_large(made):
+                made = func(*args, **kwargs)
+        else:
+            made = tree_map(lambda each: each.to("meta") if _has_shape_alone(each) else each, func(*args, **kwargs))
+        if operation in (aten.eq, aten.ne):
+            made.compared = True
+        self.charge(func, tensors, args, kwargs, made)
+        for each in tree_iter(made):
+            if torch.is_tensor(each):
+                self.hold(each)
+        return made
+
+    def attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        """The fused kernel that torch would choose: flash attention, or with a mask the memory-efficient one."""
+        if not isinstance(query, OnGpu):
+            return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        bias = added_mask(attn_mask, query)
+        if bias is None and query.dtype != torch.float32:
+            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        if bias is not None:
+            bias = bias.expand(*query.shape[:3], key.size(2))
+        train = torch.is_grad_enabled()
+        return aten._scaled_dot_product_efficient_attention(query, key, value, bias, train, dropout_p, is_causal, scale=scale)[0]
+
+    def charge(self, func, tensors, args, kwargs, made):
+        """Let the clock run by what an operation takes."""
+        operation = func.overloadpacket
+        if func.is_view or operation in WITHOUT_KERNEL:
+            return
+        given = {id(each): each for each in tensors}.values()
+        moved = 0 if operation in WRITING_ALONE else sum(map(_bytes, given))
+        moved += sum(_bytes(each) for each in tree_iter(made) if torch.is_tensor(each))
+        flops, seconds = 0, max(self.gpu.launch, moved / self.gpu.bandwidth)
+        if operation in flop_registry:
+            if operation is aten.convolution_backward:
+                flops = _backward_flops(*args)
+            else:
+                flops = flop_registry[operation](*args, **kwargs, out_val=made)
+            dtype = next(each.dtype for each in given if each.dtype.is_floating_point)
+            seconds = max(seconds, flops / self.rate(operation._qualified_op_name, dtype))
+        self.counted += (seconds, 1, 0, flops, moved)
+
+    def rate(self, operation, dtype):
+        """Floating-point operations per second of a kernel."""
+        single = dtype in (torch.float32, torch.float64)
+        if "attention" in operation:
+            return self.gpu.fp32 / 2 if single else self.gpu.attention
+        if dtype == torch.float32:
+            backend = torch.backends.cudnn if "conv" in operation else torch.backends.cuda.matmul
+            return self.gpu.tf32 if backend.allow_tf32 else self.gpu.fp32
+        return self.gpu.fp32 / 2 if single else self.gpu.half
+
+    def hold(self, tensor):
+        """Count a tensor's memory until nobody has it any more."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        self._storages.add(key)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self._let_go, key, size)
+        tensor.storage = storage  # as long as the tensor lives, so does what is finalized
+
+    def _let_go(self, key, size):
+        self._storages.discard(key)
+        self.held -= size
+
+
+def rooflines(recipes, size, batch, seconds, precisions, peers, gpu):
+    """Bound an update of every case of benchmark.measure, and of the peers.
+
+    Args:
+        recipes, size, batch, seconds, precisions, peers: see measure.
+        gpu: a Gpu.
+
+    Returns:
+        {name: {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}}, as `roofline` gives it.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_inputs(folder, size, seconds, utterances=2 * batch * len(DEPTHS))
+        inputs = recipes, folder, size, batch, "cuda"
+        for case in tqdm(cases_of(precisions), desc="cases"):
+            if case.targets == "stored":
+                with pretended_gpu(Shapes(gpu)):  # the store then holds zeros, which take as long to read
+                    fill_store(*inputs, case)
+            found[str(case)] = roofline(partial(Ours, *inputs, case), DEPTHS, gpu)
+        for name in peers:
+            found[name] = roofline(partial(PEERS[name], folder, size, batch, seconds, "cuda"), DEPTHS[-1:], gpu)
+    return found
+
+
+def roofline(make, depths, gpu):
+    """Bound an update of a training at several depths.
+
+    Args:
+        make: called with `clock`; gives something with the method `update` of benchmark.ours.Ours, on a GPU.
+        depths: the layers to train with.
+        gpu: a Gpu.
+
+    Returns:
+        {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}, with COUNTS of an update that is not the first.
+    """
+    machine = Shapes(gpu)
+    found = {}
+    with pretended_gpu(machine):
+        training = make(clock=Clock(torch.device("cuda"), machine.now))
+        for depth in depths:
+            training.update(depth)  # the first one makes the optimiser's moments
+            machine.peak = machine.held
+            parts = training.update(depth)
+            found[depth] = {
+                "parts": {part: dict(zip(COUNTS, counts.tolist())) for part, counts in parts.items()},
+                "peak_memory": machine.peak,
+            }
+    return found
+
+
+def roofline_tables(found, batch):
+    """What `rooflines` has found, as Markdown: each update, and the parts of each at full depth."""
+    titles = ["bound of an update, ms", "TFLOP", "GB moved", "launches", "waits", "peak memory, GiB"]
+    lines = table_head("", "layers", *titles)
+    for name, by_depth in found.items():
+        for depth, figures in by_depth.items():
+            total = {count: sum(part[count] for part in figures["parts"].values()) for count in COUNTS}
+            lines.append(table_row(name, depth, *_cells(total), f"{figures['peak_memory'] / 2**30:.2f}"))
+    parts = table_head("parts at full depth", "part", *titles[:-1])
+    for name, by_depth in found.items():
+        for part, counts in by_depth[DEPTHS[-1]]["parts"].items():
+            if counts["launches"]:
+                parts.append(table_row(name, part, *_cells(counts)))
+    hours = table_head("bound of the whole recipe, 75 epochs of LibriSpeech 960 h", "full depth, GPU-hours", "PROP-1, GPU-hours")
+    updates = RECIPE_UPDATES * RECIPE_BATCH / batch
+    for name, by_depth in found.items():
+        seconds = {depth: sum(part["seconds"] for part in by_depth[depth]["parts"].values()) for depth in by_depth}
+        grown = f"{growing(seconds, 'prop') * updates / 3600:.1f}" if len(seconds) == len(DEPTHS) else ""
+        hours.append(table_row(name, f"{seconds[DEPTHS[-1]] * updates / 3600:.1f}", grown))
+    return "\n\n".join("\n".join(section) for section in (lines, parts, hours))
+
+
+def _cells(counts):
+    return (
+        f"{counts['seconds'] * 1e3:.1f}", f"{counts['flops'] / 1e12:.2f}", f"{counts['bytes'] / 1e9:.1f}",
+        f"{counts['launches']:.0f}", f"{counts['waits']:.0f}",
+    )  # fmt: skip
+
+
+def _has_shape_alone(value):
+    return torch.is_tensor(value) and (value.is_meta or _is_large(value))
+
+
+def _is_large(tensor):
+    """Whether it is more than a number, and none of integers or bools."""
+    return tensor.dtype.is_floating_point and tensor.numel() > 1
+
+
+def _counted_out(indices):
+    """Masks among the indices of a tensor as the places where they are true, of which there is a known number."""
+    found = []
+    for index in indices:
+        if index is None or index.dtype != torch.bool:
+            found.append(index)
+        else:
+            known = torch.ones(index.shape, dtype=torch.bool) if index.is_meta else index
+            found.extend(known.nonzero(as_tuple=True))
+    return found
+
+
+def _backward_flops(gradient, x, weight, *options):
+    """Of a convolution's gradients. torch counts that of a grouped one's weight as if it had no groups."""
+    to_x, to_weight, _ = options[-1]
+    return 2 * gradient.numel() * weight[0].numel() * (to_x + to_weight)
+
+
+def _bytes(tensor):
+    """Bytes that a kernel reads or writes of a tensor: what is expanded is there once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        count *= size if stride else 1
+    return count * tensor.element_size()

@@ -1,0 +1,111 @@
+"""The roofline counts what kernels read, write and compute, and the recipe's update stays within its limits."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from training import EXAMPLES
+
+from fairseq_stack.benchmark.inputs import make_inputs
+from fairseq_stack.benchmark.ours import Case, Ours
+from fairseq_stack.benchmark.pretended_gpu import pretended_gpu
+from fairseq_stack.benchmark.roofline import COUNTS, GPUS, Gpu, Shapes, named_gpu, roofline
+from fairseq_stack.errors import InputError
+
+GPU = Gpu(bandwidth=1e9, half=1e12, tf32=4e11, fp32=1e11, attention=2e11, launch=1e-6)
+
+
+def counts(machine, compute):
+    before = machine.now()
+    compute()
+    return dict(zip(COUNTS, (machine.now() - before).tolist()))
+
+
+def test_a_kernel_takes_what_its_bytes_its_products_or_its_launch_need():
+    with pretended_gpu(Shapes(GPU)) as machine:
+        x, half = torch.ones(1000, 1000, device="cuda"), torch.ones(1000, 1000, device="cuda", dtype=torch.half)
+        small = torch.ones(2, 3, device="cuda")
+        assert counts(machine, lambda: x + x.clone()[:1].expand(1000, 1000)) == pytest.approx(
+            {"seconds": (8e6 + 8.004e6) / 1e9, "launches": 2, "waits": 0, "flops": 0, "bytes": 16.004e6}
+        )
+        assert counts(machine, lambda: x.add_(torch.ones_like(x)))["bytes"] == 4e6 + 12e6
+        assert counts(machine, lambda: x @ x)["seconds"] == pytest.approx(2e9 / 1e11)
+        assert counts(machine, lambda: half @ half)["flops"] == 2e9
+        assert counts(machine, lambda: small * 2)["seconds"] == pytest.approx(1e-6)
+        assert counts(machine, lambda: small.t())["launches"] == 0
+        assert counts(machine, lambda: small.sum().item())["waits"] == 1
+
+
+def test_integers_and_masks_have_their_numbers():
+    with pretended_gpu(Shapes(GPU)):
+        valid = torch.arange(4, device="cuda") < torch.tensor([[3], [2]]).cuda()
+        assert torch.randn(2, 4, 8, device="cuda")[valid].shape == (5, 8)
+        assert int(valid.sum()) == 5
+
+
+def test_memory_is_held_until_nobody_has_it():
+    with pretended_gpu(Shapes(GPU)) as machine:
+        x = torch.zeros(1000, device="cuda")
+        view = x[:10]
+        assert machine.held == 4000
+        del x
+        assert machine.held == 4000
+        y = view + 1
+        assert (machine.held, machine.peak) == (4040, 4040)
+        del view
+        assert (machine.held, machine.peak) == (40, 4040)
+        del y
+        assert machine.held == 0
+
+
+@pytest.fixture(scope="module")
+def update(tmp_path_factory):
+    """Counts of an update of the paper's student on two utterances of 2 s, at 3 and 12 layers."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder, "paper", 2, utterances=8)
+    make = partial(Ours, EXAMPLES / "interleaved", folder, "paper", 2, "cuda", Case("fp16", "live", "trained"))
+    return roofline(make, (3, 12), GPUS["h100"])
+
+
+def total(update, depth, count):
+    return sum(part[count] for part in update[depth]["parts"].values())
+
+
+def test_the_products_of_an_update_are_those_of_its_layers(update):
+    """Reckoned by hand on 99 frames; the backward pass takes twice the forward pass, but no gradient of the waveform."""
+    frames, utterances = 99, 2
+    cnn = sum(
+        length * inputs * 512 * kernel
+        for length, inputs, kernel in zip(
+            (6399, 3199, 1599, 799, 399, 199, 99), (1, *[512] * 6), (10, 3, 3, 3, 3, 2, 2)
+        )
+    )
+
+    def layers(count, width, inner):
+        return count * frames * (4 * width**2 + 2 * width * inner + 2 * frames * width)
+
+    def start(width):
+        return frames * (512 * width + 128 * width * width // 16)
+
+    teacher = cnn + start(768) + layers(12, 768, 3072)
+    for depth in (3, 12):
+        student = cnn + start(384) + layers(depth, 384, 1536) + 3 * frames * 384 * 768
+        products = 2 * utterances * (teacher + 3 * student - 6399 * 512 * 10)
+        assert total(update, depth, "flops") == pytest.approx(products, rel=0.005)
+
+
+def test_an_update_of_the_recipe_stays_within_its_launches_waits_and_memory(update):
+    for depth, launches in ((3, 2000), (12, 2700)):
+        assert total(update, depth, "launches") <= launches
+        assert total(update, depth, "waits") <= 27
+    assert update[12]["peak_memory"] < 1.2 * 2**30
+
+
+def test_a_gpu_is_named_or_described_by_a_file(tmp_path):
+    (tmp_path / "gpu.json").write_text(json.dumps({"bandwidth": 1e12, "half": 1e14, "tf32": 5e13, "fp32": 2e13, "attention": 3e13}))
+    assert named_gpu("h100") is GPUS["h100"] and named_gpu(tmp_path / "gpu.json").launch == 2e-6
+    (tmp_path / "bad.json").write_text('{"bandwidth": "fast"}')
+    for name, says in (("h999", "none of h100"), (tmp_path / "bad.json", "positive numbers: bandwidth")):
+        with pytest.raises(InputError, match=says):
+            named_gpu(name)
