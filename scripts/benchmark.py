@@ -59,7 +59,7 @@ def main():
         logging.disable(logging.WARNING)
         shared = {name: arguments[name] for name in ("size", "batch", "seconds", "precisions", "peers")}
         result = {"cases": rooflines(RECIPES, gpu=gpu, **shared), "gpu": asdict(gpu), **shared}
-        text = roofline_tables(result["cases"], shared["batch"])
+        text = roofline_tables(result["cases"], shared["size"], shared["batch"])
     else:
         result = {**measure(RECIPES, **arguments), "torch": torch.__version__, "machine": platform.machine(), **arguments}
         text = tables(result)

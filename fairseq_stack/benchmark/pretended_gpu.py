@@ -37,6 +37,7 @@ class OnGpu(torch.Tensor):
     """A tensor of the pretended GPU. Its numbers are in `inner`, a tensor on the CPU."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    machine = None  # of the pretended_gpu() that is open
 
     @staticmethod
     def __new__(cls, inner):
@@ -66,7 +67,10 @@ class OnGpu(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError(f"{func} on a tensor of the pretended GPU, outside of pretended_gpu()")
+        if cls.machine is None:
+            raise RuntimeError(f"{func} on a tensor of the pretended GPU, outside of pretended_gpu()")
+        with cls.machine:  # in another thread, where it is not in force
+            return func(*args, **(kwargs or {}))
 
 
 class Machine(TorchDispatchMode):
@@ -205,6 +209,7 @@ def pretended_gpu(machine=None):
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
         stack.enter_context(mock.patch.object(torch.Tensor, "backward", _backward))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *_: self))
+        stack.enter_context(mock.patch.object(OnGpu, "machine", machine))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", machine.attention))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)

@@ -251,8 +251,8 @@ def roofline(make, depths, gpu):
     return found
 
 
-def roofline_tables(found, batch):
-    """What `rooflines` has found, as Markdown: each update, and the parts of each at full depth."""
+def roofline_tables(found, size, batch):
+    """What `rooflines` has found, as Markdown: each update, the parts of each at full depth, and the paper's recipe."""
     titles = ["bound of an update, ms", "TFLOP", "GB moved", "launches", "waits", "peak memory, GiB"]
     lines = table_head("", "layers", *titles)
     for name, by_depth in found.items():
@@ -264,13 +264,20 @@ def roofline_tables(found, batch):
         for part, counts in by_depth[DEPTHS[-1]]["parts"].items():
             if counts["launches"]:
                 parts.append(table_row(name, part, *_cells(counts)))
+    sections = [lines, parts]
+    if size == "paper":
+        sections.append(_recipe(found, batch))
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def _recipe(found, batch):
     hours = table_head("bound of the whole recipe, 75 epochs of LibriSpeech 960 h", "full depth, GPU-hours", "PROP-1, GPU-hours")
     updates = RECIPE_UPDATES * RECIPE_BATCH / batch
     for name, by_depth in found.items():
         seconds = {depth: sum(part["seconds"] for part in by_depth[depth]["parts"].values()) for depth in by_depth}
         grown = f"{growing(seconds, 'prop') * updates / 3600:.1f}" if len(seconds) == len(DEPTHS) else ""
         hours.append(table_row(name, f"{seconds[DEPTHS[-1]] * updates / 3600:.1f}", grown))
-    return "\n\n".join("\n".join(section) for section in (lines, parts, hours))
+    return hours
 
 
 def _cells(counts):

@@ -1,5 +1,7 @@
 """The pretended GPU computes what the CPU computes, refuses what a GPU refuses, and counts."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from training import tiny, train
@@ -46,6 +48,14 @@ def test_what_a_gpu_refuses_is_refused():
         with pytest.raises(RuntimeError, match="no fused kernel"):
             torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
         assert torch.equal((on_gpu + torch.tensor(2.0)).cpu(), torch.full((3,), 3.0))  # a number may come from the CPU
+
+
+def test_another_thread_has_the_gpu_too_and_nobody_has_it_afterwards():
+    with pretended_gpu(), ThreadPoolExecutor(1) as pool:
+        tensor = torch.ones(3, device="cuda")
+        assert pool.submit(lambda: (2 * tensor).tolist()).result() == [2.0] * 3
+    with pytest.raises(RuntimeError, match="outside of pretended_gpu"):
+        2 * tensor
 
 
 def test_waits_and_launches_are_counted():
