@@ -16,24 +16,11 @@ from fairseq_stack.encoder_shape import check_shape
 from fairseq_stack.errors import InputError
 from fairseq_stack.growth.plan import plan_growth
 from fairseq_stack.lengths import parse_conv_layers
+from fairseq_stack.stand_ins import HARMLESS, HELD, plain, stand_ins
 
 
 class DamagedCheckpoint(InputError):
     """The file is cut off, altered or no checkpoint at all."""
-
-
-class Dictionary:
-    """The data of a fairseq dictionary (`symbols`, `count`, `indices`), without its code.
-
-    Checkpoints of fairseq's `hubert_pretraining`, the published HuBERT files among them, pickle the
-    dictionaries of their labels: `fairseq.data.dictionary.Dictionary` is the one class they hold
-    besides tensors and plain values. This class takes its place, so that nothing of fairseq has to
-    run, or to be installed, to read one.
-    """
-
-    # torch's safe unpickler knows an allowed class by the name that it goes by. Later versions take
-    # (class, name) pairs; a class that goes by the pickled name works in every version since 2.4.
-    __module__ = "fairseq.data.dictionary"
 
 
 @contextmanager
@@ -52,20 +39,32 @@ def _only_safe_globals(classes):
         torch.serialization.add_safe_globals(before)
 
 
-def load_checkpoint(path, header_only=False):
+def load_checkpoint(path, header_only=False, harmless_only=False):
     """Read a fairseq checkpoint on the CPU. Nothing in the file can run.
 
     Args:
         path: the file.
         header_only: leave the tensors on disk, so that only plain values are read.
+        harmless_only: take nothing that could run where others unpickle the file, with what its names mean there.
 
     Returns:
-        the dict that fairseq saved; `model` has the weights and `cfg` the configuration.
+        the dict that fairseq saved; `model` has the weights, and `configurations` finds what describes them.
 
     Raises:
         DamagedCheckpoint: the file is damaged or not a checkpoint.
         InputError: there is no such file, it cannot be read, or it holds objects that need code to
             unpickle.
+    """
+    state = read_torch_file(path, header_only, harmless_only)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise DamagedCheckpoint(f"{path} holds no model; give the file of a fairseq checkpoint")
+    return state
+
+
+def read_torch_file(path, header_only=False, harmless_only=False):
+    """What torch.save has put into a file, on the CPU, with stand-ins for objects. Nothing in the file can run.
+
+    Args and Raises: see load_checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,23 +77,20 @@ def load_checkpoint(path, header_only=False):
         except DamagedCheckpoint as error:
             raise DamagedCheckpoint(f"{path}: {error}; copy it again") from None
     try:
-        with _only_safe_globals([Dictionary]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and header_only)
+        with _only_safe_globals(stand_ins(path, zipped, HARMLESS if harmless_only else HELD)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and header_only)
     except Exception as error:  # what a damaged file makes torch raise has no common class
         if isinstance(error, OSError) and error.errno:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         needed = re.search(r"GLOBAL ([\w.]+)", str(error))
         if needed:
             raise InputError(
-                f"{path} needs {needed[1]} to unpickle, and that could run code; only tensors, plain values"
-                " and fairseq dictionaries are loaded, so save the checkpoint again without it"
+                f"{path} needs {needed[1]} to unpickle, and that could run code; only tensors, plain values and the"
+                " configurations and dictionaries of fairseq are loaded, so save the checkpoint again without it"
             ) from None
         raise DamagedCheckpoint(
             f"{path} is damaged or not a checkpoint that torch saved; give the file of a fairseq checkpoint"
         ) from None
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise DamagedCheckpoint(f"{path} holds no model; give the file of a fairseq checkpoint")
-    return state
 
 
 def _is_zip(path):
@@ -125,10 +121,19 @@ def check_whole(path):
 
 
 def configurations(state):
-    """The configurations of model and task in a checkpoint's content, or (None, None) where one is missing."""
-    cfg = state.get("cfg")
-    parts = (cfg.get("model"), cfg.get("task")) if isinstance(cfg, dict) else (None, None)
-    return parts if all(isinstance(part, dict) for part in parts) else (None, None)
+    """The configurations of model and task in a checkpoint's content, or (None, None) where there are none.
+
+    They stand in `cfg`. Before fairseq had that, the fields of both were in one Namespace, `args`, where `arch` names
+    the model.
+    """
+    for options in (plain(state.get("cfg")), plain(state.get("args"))):
+        if isinstance(options, dict):
+            parts = options.get("model"), options.get("task")
+            if all(isinstance(part, dict) for part in parts):
+                return parts
+            if "arch" in options:
+                return {"_name": options["arch"], **options}, options
+    return None, None
 
 
 @dataclass(frozen=True)

@@ -201,21 +201,27 @@ def speech(folder):
 
 
 def foundation_model(path):
-    """One Finding: the teacher loads and computes."""
+    """One Finding: the teacher loads and computes, and what it is."""
     import torch
 
+    from fairseq_stack.data.audio import SAMPLE_RATE
     from fairseq_stack.errors import InputError
+    from fairseq_stack.lengths import samples_per_frame
     from fairseq_stack.teachers import load_teacher
 
     try:
         teacher = load_teacher(path)
-        samples = 16_000
-        states = teacher.hidden_states(torch.randn(1, samples), torch.tensor([samples]), [teacher.depth])[teacher.depth]
+        second = torch.randn(1, SAMPLE_RATE), torch.tensor([SAMPLE_RATE])
+        states = teacher.hidden_states(*second, [teacher.depth])[teacher.depth]
         if not bool(torch.isfinite(states).all()):
             raise InputError(f"task.teacher={path} computes numbers that are not finite; get the file again")
     except InputError as error:
         yield Finding("teacher", "fix", str(error))
         return
+    parameters = sum(parameter.numel() for parameter in teacher.model.parameters()) / 1e6
+    takes = {True: "normalised waveforms", False: "waveforms as they are", None: "log-mel"}[teacher.normalize]
+    rate = SAMPLE_RATE / samples_per_frame(teacher.conv_layers)
     yield Finding(
-        "teacher", "ok", f"{path}: {teacher.depth} layers x {teacher.width}, {states.size(1)} frames for a second of audio"
-    )
+        "teacher", "ok", f"{path}: {teacher.family}, {teacher.depth} layers x {teacher.width}, {parameters:.3g} M"
+        f" parameters, takes {takes}, {rate:g} frames a second",
+    )  # fmt: skip

@@ -86,7 +86,7 @@ def _resume_from_the_newest(load, cfg, trainer, **kwargs):
 @_guard(checkpoint_utils, "load_ema_from_checkpoint")
 def _unpickle_only_what_is_safe(load, path, *args, **kwargs):
     if os.path.isfile(path):
-        load_checkpoint(path, header_only=True)
+        load_checkpoint(path, header_only=True, harmless_only=True)
     return load(path, *args, **kwargs)
 
 

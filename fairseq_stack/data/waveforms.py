@@ -2,8 +2,11 @@
 
 import torch
 
+# What is added to the variance.
+FAIRSEQ_EPSILON, TRANSFORMERS_EPSILON = 1e-5, 1e-7
 
-def normalize_waveforms(waveforms, lengths, epsilon=1e-5):
+
+def normalize_waveforms(waveforms, lengths, epsilon=FAIRSEQ_EPSILON):
     """Shift and scale each utterance to zero mean and unit variance over its own samples.
 
     What fairseq's `task.normalize` does to one waveform before padding (F.layer_norm), for a padded
@@ -12,7 +15,7 @@ def normalize_waveforms(waveforms, lengths, epsilon=1e-5):
     Args:
         waveforms: [B, S] with zeros behind the end of an utterance.
         lengths: [B], samples.
-        epsilon: what is added to the variance: 1e-5 in fairseq, 1e-7 in transformers.
+        epsilon: one of those above.
 
     Returns:
         [B, S], zeros behind the end.

@@ -4,19 +4,21 @@ from pathlib import Path
 
 import torch
 
+from fairseq_stack.checkpoint import read_torch_file
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers.base import PRECISIONS
+from fairseq_stack.teachers.layouts import read_encoder
 
 __all__ = ["load_teacher"]
 
 
 def load_teacher(path, whisper_pad=False, precision="fp32"):
-    """Load a teacher: a file is a fairseq checkpoint, a folder is in Hugging Face's format.
+    """Load a teacher: a file of torch.save's, or a folder in Hugging Face's format.
 
     Args:
-        path: fairseq checkpoint of a hubert, wav2vec2 or data2vec_audio, or a folder that
-            transformers' save_pretrained wrote of a HubertModel, Wav2Vec2Model, WavLMModel,
-            Data2VecAudioModel or WhisperModel (or WhisperEncoder).
+        path: a file that fairseq, Microsoft (of WavLM), ContentVec's authors, torchaudio, s3prl or a training of
+            this package wrote, with fairseq_checkpoint's FAMILIES or a fine-tuned model of them; or a folder in
+            Hugging Face's format, with one of huggingface's FAMILIES, under a head or not.
         whisper_pad: give Whisper its recordings padded to 30 s, as in its pre-training.
         precision: fp32, fp16 or bf16, of its weights and hidden states.
 
@@ -32,7 +34,7 @@ def load_teacher(path, whisper_pad=False, precision="fp32"):
 
 
 def _load(path, whisper_pad):
-    # Each of the two imports takes seconds; a run needs one of them.
+    # Imported here, because transformers takes seconds, and fairseq's models do: a run needs one of them.
     if path.is_dir():
         from fairseq_stack.teachers.huggingface import load_huggingface_teacher
 
@@ -42,8 +44,46 @@ def _load(path, whisper_pad):
             f"task.teacher={path} does not exist; give a fairseq checkpoint or a folder in Hugging"
             " Face's format"
         )
-    from fairseq_stack.teachers.fairseq_checkpoint import load_fairseq_teacher
-
     if whisper_pad:
         raise InputError(f"task.whisper_pad=true, but task.teacher={path} is no Whisper; set it to false")
-    return load_fairseq_teacher(path)
+    return _load_file(path)
+
+
+def _load_file(path):
+    name, content = str(path), None
+    if path.suffix not in (".safetensors", ".onnx"):
+        content = read_torch_file(path)
+        content = content if isinstance(content, dict) else {}
+    if content is None or _transformers(content):
+        raise InputError(
+            f"task.teacher={name} has weights and nothing that says what model they belong to; give the folder in"
+            " Hugging Face's format, with config.json, or the checkpoint that it was made from"
+        )
+    if "model_state_dict" in content:
+        raise InputError(
+            f"task.teacher={name} is in OpenAI's own format of Whisper; give the folder of the same model in Hugging"
+            " Face's format, such as openai/whisper-base"
+        )
+    if _torchaudio(content):
+        from fairseq_stack.teachers.torchaudio import torchaudio_teacher
+
+        return torchaudio_teacher(name, content)
+    encoder = read_encoder(content, name)
+    if encoder.config["_name"] == "wavlm":
+        from fairseq_stack.teachers.wavlm import wavlm_teacher
+
+        return wavlm_teacher(name, *encoder)
+    from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
+
+    return FairseqTeacher(name, *encoder)
+
+
+def _torchaudio(content):
+    """Whether the names in a state dict are those of torchaudio's Wav2Vec2Model."""
+    return any(str(key).endswith("encoder.feature_projection.projection.weight") for key in content)
+
+
+def _transformers(content):
+    """Whether they are those of transformers."""
+    names = ("feature_projection.projection.weight", "encoder.embed_positions.weight")
+    return any(str(key).endswith(names) for key in content) and not _torchaudio(content)

@@ -18,18 +18,22 @@ class Teacher(ABC):
 
     Attributes:
         name: what to call it in messages: the file or folder it was loaded from.
+        family: what people call the model, such as HuBERT.
         depth: number of transformer layers.
         width: features of a hidden state.
         conv_layers: [(channels, kernel, stride)], the convolutions by which frames are counted.
         longest: the most samples that it can take; None where there is no limit.
+        normalize: whether its training normalised the waveforms; None where it computes a spectrogram.
         model: the network; a student can start from it where it is a HubertEncoder.
     """
 
     name: str
+    family: str
     depth: int
     width: int
     conv_layers: list
     longest: int = None
+    normalize: bool = None
     model: torch.nn.Module
 
     @property

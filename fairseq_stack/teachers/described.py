@@ -12,7 +12,7 @@ from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import Teacher
 
 DESCRIPTION = "teacher.json"
-FIELDS = ("depth", "width", "normalize", "conv_layers", "longest")
+FIELDS = ("family", "depth", "width", "normalize", "conv_layers", "longest")
 VERSION = 1  # of how targets are computed and stored; another number makes another store
 BLOCK = 1 << 20  # bytes
 
@@ -29,7 +29,7 @@ class DescribedTeacher(Teacher):
     def __init__(self, path, options, fields):
         self.name = str(path)
         self.options = options
-        self.depth, self.width = fields["depth"], fields["width"]
+        self.family, self.depth, self.width = fields["family"], fields["depth"], fields["width"]
         self.normalize, self.longest = fields["normalize"], fields["longest"]
         self.conv_layers = [tuple(layer) for layer in fields["conv_layers"]]
 
@@ -73,7 +73,7 @@ def described_teacher(path, store, **options):
     except (OSError, ValueError, KeyError, AttributeError):
         pass  # none yet, or a damaged one
     teacher = load_teacher(path, **options)
-    fields = {name: getattr(teacher, name, None) for name in FIELDS}
+    fields = {name: getattr(teacher, name) for name in FIELDS}
     fields = json.loads(json.dumps({**fields, "name": str(path)}))
     beside = folder / f"{DESCRIPTION}.{os.getpid()}"
     try:
@@ -96,8 +96,10 @@ def fingerprint(path, **options):
         InputError: a file cannot be read.
     """
     path = Path(path)
-    # In a folder of Hugging Face's format nothing else is read of a teacher.
-    files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():  # of Hugging Face's format: nothing else is read of a teacher
+        weights = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
+        files = sorted([*path.glob("*.json"), *weights])
     whole = hashlib.sha256(json.dumps([VERSION, options], sort_keys=True).encode())
     for each in files:
         digest = hashlib.sha256()

@@ -1,22 +1,30 @@
-"""Teachers from fairseq checkpoints: HuBERT, wav2vec 2.0 and data2vec audio, which share one encoder."""
+"""Teachers with HuBERT's encoder: HuBERT, wav2vec 2.0, data2vec audio, ContentVec, DistilHuBERT and our students."""
 
+import re
 from types import SimpleNamespace
 
 import torch
 
-from fairseq_stack.checkpoint import configurations, load_checkpoint
 from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
 
-# What the pre-training loss needs and feature extraction does not, for each `cfg.model._name`.
-PRETRAINING_ONLY = {
-    "hubert": ("mask_emb", "final_proj.", "label_embs_concat", "target_glu."),
-    "wav2vec2": ("mask_emb", "final_proj.", "quantizer.", "project_q.", "target_glu."),
-    "data2vec_audio": ("mask_emb", "final_proj.", "_ema"),
+# For each name of a model in fairseq, what people call it, and what its training needs and feature extraction does not.
+FAMILIES = {
+    "hubert": ("HuBERT", ("mask_emb", "final_proj.", "label_embs_concat", "target_glu.")),
+    "wav2vec2": ("wav2vec 2.0", ("mask_emb", "final_proj.", "quantizer.", "project_q.", "target_glu.")),
+    "data2vec_audio": ("data2vec audio", ("mask_emb", "final_proj.", "_ema")),
+    "contentvec": (
+        "ContentVec",
+        ("mask_emb", "final_proj.", "label_embs_concat", "layer_proj.", "encoder.cond_layer_norm."),
+    ),
+    "distiller": ("DistilHuBERT", ("output_layer.",)),
+    "stacked_hubert": ("student of fairseq_stack", ()),
 }
+# Layers of other mathematics under the same names.
+TRANSFORMER = ("layer_type", "transformer")
 
 # The base models' shape, for the fields that an older checkpoint leaves to their defaults.
 BASE_SHAPE = {
@@ -32,6 +40,7 @@ BASE_SHAPE = {
     "conv_pos": 128,
     "conv_pos_groups": 16,
     "pos_conv_depth": 1,
+    "feature_layer_norm": True,
 }
 NO_TRAINING = {
     "dropout": 0.0,
@@ -43,26 +52,39 @@ NO_TRAINING = {
 
 
 class FairseqTeacher(Teacher):
-    """fairseq's HuBERT, wav2vec 2.0 or data2vec audio: post-norm (base) or pre-norm (large).
+    """A model of FAMILIES: post-norm (base) or pre-norm (large).
 
     Args:
         name: where it comes from.
-        model_cfg: fairseq's configuration of the model, with `_name` and the fields of BASE_SHAPE.
-        normalize: whether the pre-training normalised the waveforms.
+        config: fairseq's configuration of the model, with `_name` and the fields of BASE_SHAPE.
+        normalize: whether its training normalised the waveforms.
         weights: state dict of fairseq's model.
 
     Raises:
-        InputError: weights are missing, left over or of another shape.
+        InputError: another kind of model, or weights are missing, left over or of another shape.
     """
 
-    def __init__(self, name, model_cfg, normalize, weights):
+    def __init__(self, name, config, normalize, weights):
         self.name = name
         self.normalize = normalize
-        shape = {field: model_cfg.get(field, default) for field, default in BASE_SHAPE.items()}
+        if config["_name"] not in FAMILIES:
+            raise InputError(
+                f"task.teacher={name} holds a model of the kind {config['_name']}; give one of {', '.join(FAMILIES)},"
+                " wavlm or a fine-tuned one of them"
+            )
+        field, value = TRANSFORMER
+        if config.get(field, value) != value:
+            raise InputError(
+                f"task.teacher={name} has model.{field}={config[field]}; give a model whose layers are of the kind {value}"
+            )
+        self.family, unused = FAMILIES[config["_name"]]
+        shape = {field: config.get(field, default) for field, default in BASE_SHAPE.items()}
         with input_errors(f"task.teacher={name} has a cfg that describes no model"):
             self.model = HubertEncoder(SimpleNamespace(**shape, **NO_TRAINING))
-        unused = PRETRAINING_ONLY[model_cfg["_name"]]
-        load_weights(self.model, {key: weights[key] for key in weights if not key.startswith(unused)}, name)
+        if config["_name"] == "contentvec":
+            # Behind the layers that are its representation come some that only its training uses.
+            unused = (*unused, *_layers_from(shape["encoder_layers"], weights))
+        load_weights(self.model, {key: weights[key] for key in weights if not str(key).startswith(unused)}, name)
         self.depth = len(self.model.encoder.layers)
         self.width = self.model.encoder.embedding_dim
         self.conv_layers = self.model.conv_layers
@@ -90,26 +112,7 @@ class FairseqTeacher(Teacher):
         return frames_from_samples(samples, self.conv_layers)
 
 
-def load_fairseq_teacher(path):
-    """Load a checkpoint of fairseq's pre-training without running code from it.
-
-    Raises:
-        InputError: not a checkpoint, another kind of model, no `cfg` (early fairseq wrote a pickled
-            Namespace instead), needs code to unpickle, or weights do not fit.
-    """
-    state = load_checkpoint(path)
-    model_cfg, task_cfg = configurations(state)
-    if model_cfg is None:
-        raise InputError(
-            f"task.teacher={path} has no cfg, which early versions of fairseq did not write; load it with"
-            " today's fairseq where you trust it, and save it from there"
-        )
-    family, normalize = model_cfg.get("_name"), task_cfg.get("normalize", False)
-    if not isinstance(family, str) or family not in PRETRAINING_ONLY:
-        raise InputError(
-            f"task.teacher={path} holds a model of the kind {family}; give one of"
-            f" {', '.join(PRETRAINING_ONLY)}"
-        )
-    if not isinstance(normalize, bool):
-        raise InputError(f"task.teacher={path} has task.normalize={normalize}, neither true nor false; it is damaged")
-    return FairseqTeacher(str(path), model_cfg, normalize, state["model"])
+def _layers_from(first, weights):
+    """The beginnings of the names of layers from the number `first` on."""
+    numbers = {int(match[1]) for match in (re.match(r"encoder\.layers\.(\d+)\.", str(key)) for key in weights) if match}
+    return [f"encoder.layers.{number}." for number in numbers if number >= first]

@@ -7,11 +7,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Data2VecAudioModel, HubertModel, Wav2Vec2Model, WavLMModel
+from transformers import (
+    Data2VecAudioModel,
+    HubertModel,
+    UniSpeechModel,
+    UniSpeechSatModel,
+    Wav2Vec2Model,
+    WavLMModel,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from fairseq_stack.checkpoint import read_torch_file
 from fairseq_stack.data.audio import SAMPLE_RATE
-from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.data.waveforms import TRANSFORMERS_EPSILON, normalize_waveforms
 from fairseq_stack.encoder_shape import MOST_LAYERS
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
@@ -19,13 +27,15 @@ from fairseq_stack.models.conv_extractor import normed_convolution
 from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
 from fairseq_stack.teachers.whisper import WhisperTeacher
 
-# For each `model_type` the encoder, and where models with a head or a decoder keep it.
+# For each `model_type` what people call it, the encoder, and where models with a head or a decoder keep it.
 FAMILIES = {
-    "hubert": (HubertModel, ("hubert.",)),
-    "wav2vec2": (Wav2Vec2Model, ("wav2vec2.",)),
-    "wavlm": (WavLMModel, ("wavlm.",)),
-    "data2vec-audio": (Data2VecAudioModel, ("data2vec_audio.",)),
-    "whisper": (WhisperEncoder, ("model.encoder.", "encoder.")),
+    "hubert": ("HuBERT", HubertModel, ("hubert.",)),
+    "wav2vec2": ("wav2vec 2.0", Wav2Vec2Model, ("wav2vec2.",)),
+    "wavlm": ("WavLM", WavLMModel, ("wavlm.",)),
+    "data2vec-audio": ("data2vec audio", Data2VecAudioModel, ("data2vec_audio.",)),
+    "unispeech": ("UniSpeech", UniSpeechModel, ("unispeech.",)),
+    "unispeech-sat": ("UniSpeech-SAT", UniSpeechSatModel, ("unispeech_sat.",)),
+    "whisper": (WhisperTeacher.family, WhisperEncoder, ("model.encoder.", "encoder.")),
 }
 # The embedding of masked frames: a teacher masks nothing, and has none when it says so.
 NO_MASKING = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
@@ -38,7 +48,7 @@ WEIGHT_NORM = {
 
 
 class HuggingFaceTeacher(Teacher):
-    """HuBERT, wav2vec 2.0, WavLM or data2vec audio of transformers.
+    """HuBERT and its relatives, as models of transformers.
 
     A padded batch is where this differs from transformers' own forward pass: a group norm takes its
     statistics over each utterance's own frames, and each block of data2vec's positional convolution
@@ -47,15 +57,19 @@ class HuggingFaceTeacher(Teacher):
     norm, which were trained on batches whose padding went into the norm).
 
     Args:
-        name: the folder.
+        name: where it comes from.
+        family: see Teacher.
         model: one of transformers' models, loaded.
         normalize: whether it wants waveforms of zero mean and unit variance.
+        epsilon: see normalize_waveforms.
     """
 
-    def __init__(self, name, model, normalize):
+    def __init__(self, name, family, model, normalize, epsilon=TRANSFORMERS_EPSILON):
         self.name = name
+        self.family = family
         self.model = model
         self.normalize = normalize
+        self.epsilon = epsilon
         self.layers = model.encoder.layers
         self.depth = len(self.layers)
         self.width = model.config.hidden_size
@@ -77,7 +91,7 @@ class HuggingFaceTeacher(Teacher):
         self.model.to(waveforms.device)
         waveforms = waveforms.float()
         if self.normalize:
-            waveforms = normalize_waveforms(waveforms, lengths, epsilon=1e-7)
+            waveforms = normalize_waveforms(waveforms, lengths, self.epsilon)
         features = self._features(waveforms, lengths).transpose(1, 2)
         x = self.model.feature_projection(features)
         x = x[0] if isinstance(x, tuple) else x
@@ -135,9 +149,10 @@ def _zero_padding(valid):
 
 
 def load_huggingface_teacher(folder, whisper_pad=False):
-    """Load a folder that `save_pretrained` wrote: config.json, safetensors and preprocessor_config.json.
+    """Load a folder that `save_pretrained` of transformers 4 or 5 wrote of a model and its feature extractor.
 
-    Nothing but these files is read, no code of the folder runs, and nothing is downloaded: the model
+    Read are config.json, the weights (safetensors, or else what torch.save wrote, in one file or several), and
+    preprocessor_config.json or processor_config.json. No code of the folder runs, and nothing is downloaded: the model
     is one of FAMILIES, with those fields of config.json that transformers' own configuration has.
 
     Args:
@@ -150,32 +165,57 @@ def load_huggingface_teacher(folder, whisper_pad=False):
     folder = Path(folder)
     name = str(folder)
     config = _read_json(folder, "config.json")
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
-            f"task.teacher={name} has model_type={family} in its config.json; give one of"
+            f"task.teacher={name} has model_type={kind} in its config.json; give one of"
             f" {', '.join(FAMILIES)}"
         )
-    if whisper_pad and family != "whisper":
-        raise InputError(f"task.whisper_pad=true, but task.teacher={name} is a {family}; set it to false")
-    preprocessor = _read_json(folder, "preprocessor_config.json")
-    if preprocessor.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
+    if whisper_pad and kind != "whisper":
+        raise InputError(f"task.whisper_pad=true, but task.teacher={name} is a {kind}; set it to false")
+    normalize = _normalizes(folder, optional=kind == "whisper")
+    family, architecture, prefixes = FAMILIES[kind]
+    with input_errors(f"{name}/config.json describes no {architecture.__name__}"):
+        model = build(architecture, config)
+    load_weights(model, _read_weights(folder, prefixes), name)
+    if kind == "whisper":
+        return WhisperTeacher(name, model, whisper_pad)
+    return HuggingFaceTeacher(name, family, model, normalize)
+
+
+def _normalizes(folder, optional):
+    """Whether the model wants waveforms of zero mean and unit variance, after a look at the sampling rate.
+
+    Args:
+        folder: of the model.
+        optional: whether the model can do without, since it computes a spectrogram.
+    """
+    file, extractor = "preprocessor_config.json", None
+    if (folder / file).is_file():
+        extractor = _read_json(folder, file)
+    elif (folder / "processor_config.json").is_file():  # where transformers 5 writes all parts of a processor
+        file = "processor_config.json"
+        extractor = _read_json(folder, file).get("feature_extractor")
+    if not isinstance(extractor, dict):
+        if optional:
+            return None
         raise InputError(
-            f"task.teacher={name} takes sampling_rate={preprocessor['sampling_rate']} in its"
-            f" preprocessor_config.json; give one of {SAMPLE_RATE}"
+            f"task.teacher={folder} has no preprocessor_config.json, nor a processor_config.json with feature_extractor;"
+            ' write the first: {"do_normalize": true} if the model was trained on waveforms of zero mean and unit'
+            ' variance, as those with "feat_extract_norm": "layer" in config.json are, else {"do_normalize": false}'
         )
-    normalize = preprocessor.get("do_normalize")
-    if family != "whisper" and not isinstance(normalize, bool):
+    if extractor.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
         raise InputError(
-            f"{folder}/preprocessor_config.json has do_normalize={normalize}; say true where the model was"
+            f"task.teacher={folder} takes sampling_rate={extractor['sampling_rate']} in its {file}; give one of"
+            f" {SAMPLE_RATE}"
+        )
+    normalize = extractor.get("do_normalize")
+    if not optional and not isinstance(normalize, bool):
+        raise InputError(
+            f"{folder}/{file} has do_normalize={normalize}; say true where the model was"
             " trained on waveforms of zero mean and unit variance, else false"
         )
-    architecture, prefixes = FAMILIES[family]
-    model = _build(architecture, config, name)
-    load_weights(model, _read_weights(folder, prefixes), name)
-    if family == "whisper":
-        return WhisperTeacher(name, model, whisper_pad)
-    return HuggingFaceTeacher(name, model, normalize)
+    return normalize
 
 
 def _read_json(folder, file):
@@ -193,26 +233,38 @@ def _read_json(folder, file):
     return content
 
 
-def _build(architecture, fields, name):
+def build(architecture, fields):
     """The model without weights, which takes no memory, whatever sizes the fields ask for.
 
-    Fields that could load something else, such as auto_map, stay out.
+    Args:
+        architecture: one of transformers' models.
+        fields: of its configuration. Those that could load something else, such as auto_map, stay out.
+
+    Raises:
+        Exception: whatever transformers raises for fields that describe no such model.
     """
-    with input_errors(f"{name}/config.json describes no {architecture.__name__}"):
-        known = architecture.config_class().to_dict()
-        fields = {field: value for field, value in fields.items() if field in known}
-        config = architecture.config_class.from_dict({**fields, **NO_MASKING})
-        layers = getattr(config, "encoder_layers", config.num_hidden_layers)
-        if not 1 <= layers <= MOST_LAYERS:
-            raise InputError(f"{layers} layers, instead of 1 to {MOST_LAYERS}")
-        with torch.device("meta"):
-            return architecture(config)
+    known = architecture.config_class().to_dict()
+    fields = {field: value for field, value in fields.items() if field in known}
+    config = architecture.config_class.from_dict({**fields, **NO_MASKING})
+    layers = getattr(config, "encoder_layers", config.num_hidden_layers)
+    if not 1 <= layers <= MOST_LAYERS:
+        raise InputError(f"{layers} layers, instead of 1 to {MOST_LAYERS}")
+    with torch.device("meta"):
+        return architecture(config)
 
 
 def _read_weights(folder, prefixes):
     """The encoder's tensors, from one file or from several and their index."""
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
+    for form in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{form}.index.json"
+        if index.is_file() or (folder / form).is_file():
+            break
+    else:
+        raise InputError(
+            f"{folder} has neither model.safetensors nor pytorch_model.bin, and torch reads no other weights; load the"
+            " model with transformers, whose save_pretrained writes the first"
+        )
+    files = [form]
     if index.is_file():
         shards = _read_json(folder, index.name).get("weight_map")
         if not isinstance(shards, dict):
@@ -220,21 +272,30 @@ def _read_weights(folder, prefixes):
         files = sorted({Path(str(file)).name for file in shards.values()})
     weights = {}
     for file in files:
-        path = folder / file
-        if not path.is_file():
-            pickled = (folder / "pytorch_model.bin").is_file()
-            reason = ", and pytorch_model.bin is a pickle, which could run code" if pickled else ""
-            raise InputError(
-                f"{path} is missing{reason}; load the model with transformers where you trust it, and"
-                " save_pretrained writes the file"
-            )
-        try:
-            weights.update(load_file(path))
-        except (OSError, ValueError, SafetensorError):
-            raise InputError(f"{path} is damaged or no safetensors file; copy it again") from None
+        weights.update(_read_tensors(folder / file))
     prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in weights)), "")
     weights = {key[len(prefix) :]: tensor for key, tensor in weights.items() if key.startswith(prefix)}
     weights.pop(MASK_EMBEDDING, None)
+    return todays_names(weights)
+
+
+def _read_tensors(path):
+    if not path.is_file():
+        raise InputError(f"{path} is missing; copy it from where the rest of the folder is from")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (OSError, ValueError, SafetensorError):
+            raise InputError(f"{path} is damaged or no safetensors file; copy it again") from None
+    tensors = read_torch_file(path)
+    if not isinstance(tensors, dict):
+        raise InputError(f"{path} holds no weights by name; copy it again")
+    return {str(key): tensor for key, tensor in tensors.items()}
+
+
+def todays_names(weights):
+    """A state dict with the names of today for the two parts of a weight norm."""
+    weights = dict(weights)
     for old, new in WEIGHT_NORM.items():
         if f"encoder.{old}" in weights:
             weights[f"encoder.{new}"] = weights.pop(f"encoder.{old}")

@@ -32,6 +32,8 @@ class WhisperTeacher(Teacher):
         pad: whether to pad to the length of the pre-training.
     """
 
+    family = "Whisper's encoder"
+
     def __init__(self, name, model, pad=False):
         self.name = name
         self.model = model

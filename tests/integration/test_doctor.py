@@ -27,7 +27,9 @@ def test_a_sound_installation_with_speech_and_teacher_is_ready_to_train(speech, 
     assert all(re.match(r"(ok|note) +[\w .-]+: \S", line) for line in lines[:-1])
     for line in ("ok    torch: ", "ok    libsndfile: ", "ok    train.tsv: 24 recordings of 0.2 to 0.6 s"):
         assert any(one.startswith(line) for one in lines), line
-    assert lines[-2].endswith("12 layers x 16, 49 frames for a second of audio")
+    assert lines[-2].endswith(
+        ": HuBERT, 12 layers x 16, 0.0285 M parameters, takes waveforms as they are, 50 frames a second"
+    )
 
 
 def test_a_package_that_does_not_import_is_to_be_fixed_and_nothing_that_needs_it_is_tried(speech):

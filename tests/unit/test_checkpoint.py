@@ -1,21 +1,32 @@
 """Checkpoints are read without running what is in them, and a student is what its stage uses."""
 
+import argparse
+import collections
+import operator
 import os
+import pathlib
+import typing
 
+import fairseq.utils
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, stock_hubert
+from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
+from omegaconf import DictConfig, OmegaConf
 
-from fairseq_stack.checkpoint import DamagedCheckpoint, load_checkpoint, student_from_checkpoint
+import fairseq_stack.fairseq_guards  # noqa: F401
+from fairseq_stack.checkpoint import DamagedCheckpoint, configurations, load_checkpoint, student_from_checkpoint
 from fairseq_stack.errors import InputError
+from fairseq_stack.stand_ins import plain
 
 
 class Runs:
-    """An object that calls a function when it is unpickled."""
+    """An object that calls a function when it is unpickled, and then sets a state if there is one."""
 
-    def __init__(self, function, argument):
-        self.call = (function, (argument,))
+    def __init__(self, function, *arguments, state=None):
+        self.call = (function, arguments) if state is None else (function, arguments, state)
 
     def __reduce__(self):
         return self.call
@@ -48,16 +59,51 @@ def test_a_fairseq_dictionary_is_read_as_data(tmp_path):
     assert torch.equal(state["model"]["encoder.layers.3.fc1.weight"], model.encoder.layers[3].fc1.weight)
 
 
+OPTIONS = {"model": {"_name": "wav2vec2", "encoder_layers": 3, "latent_temp": [2, 0.5]}, "task": {"normalize": True}}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_configurations_are_read_from_the_objects_that_fairseq_has_pickled(zipped, tmp_path):
+    path = tmp_path / "file.pt"
+    inner = argparse.Namespace(arch="wav2vec2", data=pathlib.Path("/a/b"), best=np.float64(1.5))
+    beside = {
+        "args": argparse.Namespace(arch="wav2vec_ctc", w2v_args=inner, normalize=False),
+        "extra_state": {"best": np.float64(1.5), "history": np.arange(3)},
+        "meters": collections.defaultdict(list, {"loss": [1, 2]}),
+        "types": [typing.Any, typing.Optional[int], dict, type(None)],
+    }
+    state = {"model": {"weight": torch.ones(2)}, "cfg": OmegaConf.create(OPTIONS), **beside}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    read = load_checkpoint(path)
+    assert configurations(read) == (OPTIONS["model"], OPTIONS["task"])
+    assert read["meters"] == {"loss": [1, 2]} and read["model"]["weight"].tolist() == [1, 1]
+    del read["cfg"]
+    model, task = configurations(read)
+    assert model["_name"] == "wav2vec_ctc" and task["normalize"] is False
+    assert model["w2v_args"]["arch"] == "wav2vec2" and model["w2v_args"]["data"] == "/a/b"
+
+
+def with_payload(holder, payload):
+    """An object of the kind that is read as data, with an object inside that would do harm."""
+    if holder is DictConfig:
+        holder = OmegaConf.create({"model": {}})
+        vars(holder)["_content"]["model"] = payload
+    else:
+        holder = holder()
+        holder.payload = payload
+    return holder
+
+
+@pytest.mark.parametrize("holder", [Dictionary, argparse.Namespace, DictConfig])
 @pytest.mark.parametrize(
     "function, code, name",
     [(os.system, "touch {}", "posix.system"), (eval, "open({!r}, 'w').close()", "eval")],
 )
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, function, code, name, zipped):
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, function, code, name, zipped, holder):
     trace, path = tmp_path / "trace", tmp_path / "hostile.pt"
-    dictionary = Dictionary()
-    dictionary.payload = Runs(function, code.format(str(trace)))
-    state = {"model": {}, "task_state": {"dictionaries": [dictionary]}}
+    payload = Runs(function, code.format(str(trace)))
+    state = {"model": {}, "args": with_payload(holder, payload)}
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
 
     with pytest.raises(InputError) as error:
@@ -68,6 +114,63 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, functi
     # The same file does run under an unsafe load, so that the assertion above can fail.
     torch.load(path, weights_only=False)
     assert trace.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_name_that_is_read_as_data_calls_nothing_of_that_name(zipped, tmp_path):
+    marker, path = tmp_path / "ran", tmp_path / "hostile.pt"
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/__init__.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    options = argparse.Namespace(user_dir=str(tmp_path / "evil"))
+    state = {"model": {}, "args": Runs(fairseq.utils.import_user_module, options)}
+    state["cfg"] = Runs(operator.getitem, {"model": {"a": 1}}, "model")
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    read = load_checkpoint(path)
+    assert configurations(read) == (None, None) and not marker.exists()
+    with pytest.raises(SystemExit, match="needs .* to unpickle, and that could run code"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))  # by which fairseq resumes: it would look the names up
+    assert not marker.exists()
+    torch.load(path, weights_only=False)  # so that the assertion above can fail
+    assert marker.exists()
+
+
+ODD_STATES = [
+    "text",
+    [1, 2],
+    (None, {"arguments": "slot"}),
+    ({"a": 1}, {"__class__": "other"}),
+    {"__class__": "other", "__setstate__": "other", "__dict__": 1, "arguments": 1},
+    {1: 2, None: 3},
+    {"_content": "???"},
+    {"_val": torch.ones(1)},
+]
+
+
+@pytest.mark.parametrize("state", ODD_STATES, ids=str)
+@pytest.mark.parametrize("kind", [argparse.Namespace, DictConfig, pathlib.PurePosixPath, Dictionary])
+def test_odd_states_of_known_objects_are_data_like_any_other(kind, state, tmp_path):
+    path = tmp_path / "odd.pt"
+    torch.save({"model": {}, "cfg": Runs(kind, state=state), "args": {"model": {}}}, path)
+    assert configurations(load_checkpoint(path)) == (None, None)
+
+
+def test_what_holds_itself_or_holds_much_in_little_space_costs_nothing(tmp_path):
+    path = tmp_path / "bomb.pt"
+    bomb, deep, own = [], [], argparse.Namespace(arch="hubert")
+    for _ in range(64):
+        bomb = [bomb, bomb]  # written out, it would have 2 ** 64 entries
+    for _ in range(100):
+        deep = [deep]
+    own.own = own
+    torch.save({"model": {}, "args": own, "bomb": bomb, "deep": deep}, path)
+    read = load_checkpoint(path)
+    model, task = configurations(read)
+    assert model["own"] is task and task["own"] is task
+    plain(read["bomb"])
+    assert plain(read["deep"]) == deep
+    for _ in range(100_000):
+        deep = [deep]
+    assert plain(deep) is None
 
 
 def test_what_others_allow_stays_theirs(tmp_path):

@@ -4,6 +4,7 @@ All models are fairseq's and transformers' real ones, in tiny sizes and with ran
 """
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers import load_teacher
+from fairseq_stack.teachers.described import fingerprint
 from fairseq_stack.teachers.whisper import log_mel
 
 LENGTHS = [400, 401, 719, 720, 4321, 16_000]
@@ -44,16 +46,16 @@ def shake(model, seed=0):
     return model.eval()
 
 
-def assert_states(teacher, waveforms, references):
+def assert_states(teacher, waveforms, references, layers=LAYERS):
     """Every hidden state, alone and in a padded batch, is the reference's."""
     lengths = [len(waveform) for waveform in waveforms]
     batch = nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
-    together = teacher.hidden_states(batch, torch.tensor(lengths), LAYERS)
-    assert set(together) == set(LAYERS)
+    together = teacher.hidden_states(batch, torch.tensor(lengths), layers)
+    assert set(together) == set(layers)
     for row, (waveform, reference) in enumerate(zip(waveforms, references)):
-        alone = teacher.hidden_states(waveform[None], torch.tensor([len(waveform)]), LAYERS)
+        alone = teacher.hidden_states(waveform[None], torch.tensor([len(waveform)]), layers)
         frames = teacher.frames(len(waveform))
-        for layer in LAYERS:
+        for layer in layers:
             assert alone[layer].shape == (1, frames, teacher.width)
             torch.testing.assert_close(alone[layer][0], reference[layer], **CLOSE)
             torch.testing.assert_close(together[layer][row, :frames], reference[layer], **CLOSE)
@@ -121,8 +123,9 @@ def test_the_checkpoints_hold_pre_training_weights_that_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state.update(cfg=None, args={"arch": "wav2vec2"}), "has no cfg"),
-        (lambda state: state["cfg"]["model"].update(_name="wav2vec_ctc"), "kind wav2vec_ctc; give one of hubert"),
+        (lambda state: state.update(cfg=None), "neither a cfg nor the args of a fairseq model"),
+        (lambda state: state["cfg"]["model"].update(_name="wav2vec"), "kind wav2vec; give one of hubert"),
+        (lambda state: state["cfg"]["task"].update(normalize="no"), "normalize=no, neither true nor false"),
         (lambda state: state["model"].pop("encoder.layer_norm.bias"), "lacks the weight encoder.layer_norm.bias"),
         (lambda state: state["model"].update({"project_inp.bias": torch.zeros(1)}), "has the weight project_inp"),
         (lambda state: state["cfg"]["model"].update(encoder_ffn_embed_dim=31), "has the shape"),
@@ -152,6 +155,8 @@ HUGGING_FACE = {
     "wav2vec2 large": ("Wav2Vec2", LARGE, True),
     "wavlm base": ("WavLM", BASE, False),
     "wavlm large": ("WavLM", LARGE, True),
+    "unispeech": ("UniSpeech", BASE, True),
+    "unispeech-sat": ("UniSpeechSat", LARGE, True),
     "data2vec": ("Data2VecAudio", {**SHAPE, "conv_pos_kernel_size": 5, "num_conv_pos_embedding_groups": 4}, True),
 }
 
@@ -201,19 +206,86 @@ def test_only_the_layers_up_to_the_highest_target_run(kind, tmp_path):
     torch.testing.assert_close(teacher.hidden_states(batch, lengths, LAYERS)[3], every[3])
 
 
-def test_half_precision_shards_and_a_head_change_nothing_but_rounding(tmp_path):
+def test_half_precision_and_shards_change_nothing_but_rounding(tmp_path):
     model, _ = save_folder(tmp_path / "plain", "wav2vec2 large")
-    save_folder(tmp_path / "ctc", "wav2vec2 large", head="ForCTC")
     model.half().save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     shutil.copy(tmp_path / "plain/preprocessor_config.json", tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     batch, lengths = torch.randn(1, 4000), torch.tensor([4000])
-    plain, shards, ctc = (
-        load_teacher(tmp_path / name).hidden_states(batch, lengths, LAYERS) for name in ("plain", "shards", "ctc")
-    )
+    plain, shards = (load_teacher(tmp_path / name).hidden_states(batch, lengths, LAYERS) for name in ("plain", "shards"))
     torch.testing.assert_close(shards, plain, atol=0.02, rtol=0.02)
     assert shards[3].dtype == torch.float32
-    torch.testing.assert_close(ctc, plain)
+
+
+HEADS = {
+    "ForCTC": ("wav2vec2 large", "hubert large", "wavlm base", "data2vec", "unispeech-sat"),
+    "ForPreTraining": ("wav2vec2 base", "unispeech"),
+    "ForSequenceClassification": ("hubert base", "data2vec"),
+    "ForXVector": ("wavlm large",),
+}
+
+
+@pytest.mark.parametrize("head, kind", [(head, kind) for head, kinds in HEADS.items() for kind in kinds])
+def test_a_head_makes_no_difference(head, kind, tmp_path):
+    model, extractor = save_folder(tmp_path, kind, head)
+    (waveform,) = waveforms_of([4000])
+    reference = transformers_states(getattr(model, model.base_model_prefix), extractor, waveform)
+    assert_states(load_teacher(tmp_path), [waveform], [reference])
+
+
+def as_pickle(folder, shards=1, **options):
+    """Turn model.safetensors into what transformers 4 wrote with safe_serialization=False, as most models are published."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(weights, folder / "pytorch_model.bin", **options)
+        return
+    files = {key: f"pytorch_model-{1 + number % shards:05}-of-{shards:05}.bin" for number, key in enumerate(weights)}
+    for file in set(files.values()):
+        torch.save({key: weights[key] for key in weights if files[key] == file}, folder / file, **options)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_weights_that_torch_saved_are_the_same_and_known_by_their_content(shards, zipped, tmp_path):
+    save_folder(tmp_path, "wav2vec2 base", head="ForCTC")
+    given = torch.randn(1, 4000), torch.tensor([4000]), LAYERS
+    expected = load_teacher(tmp_path).hidden_states(*given)
+    as_pickle(tmp_path, shards, _use_new_zipfile_serialization=zipped)
+    torch.testing.assert_close(load_teacher(tmp_path).hidden_states(*given), expected)
+    before = fingerprint(tmp_path)
+    (file, *_) = tmp_path.glob("*.bin")
+    torch.save(torch.load(file, weights_only=True) | {"lm_head.bias": torch.ones(5)}, file)
+    assert fingerprint(tmp_path) != before
+
+
+def test_a_folder_of_a_processor_says_whether_to_normalise(tmp_path):
+    # transformers 5 writes processor_config.json, transformers 4 preprocessor_config.json.
+    save_folder(tmp_path, "hubert base")
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4}))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    for normalize in (True, False):
+        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=normalize)
+        transformers.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(tmp_path)
+        assert load_teacher(tmp_path).normalize is normalize
+
+
+def test_without_a_processor_the_error_says_how_to_write_one(whisper, tmp_path):
+    model, extractor = save_folder(tmp_path / "hubert", "hubert base")
+    (tmp_path / "hubert/preprocessor_config.json").unlink()
+    (tmp_path / "hubert/processor_config.json").write_text('{"processor_class": "Wav2Vec2Processor"}')
+    with pytest.raises(InputError) as error:
+        load_teacher(tmp_path / "hubert")
+    written = re.search(r'else (\{"do_normalize": false\})', str(error.value))[1]
+    (tmp_path / "hubert/preprocessor_config.json").write_text(written)
+    assert load_teacher(tmp_path / "hubert").normalize is False
+    shutil.copytree(whisper[0], tmp_path / "whisper")
+    (tmp_path / "whisper/preprocessor_config.json").unlink()
+    assert load_teacher(tmp_path / "whisper").depth == 3  # always a log-mel
 
 
 def path_of(kind, whisper, folder):
@@ -282,10 +354,14 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:100])
 
 
-def pickled(folder):
-    weights = transformers.HubertModel.from_pretrained(folder).state_dict()
-    torch.save(weights, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+def hostile(folder):
+    as_pickle(folder)
+    torch.save({"weight": print}, folder / "pytorch_model.bin")
+
+
+def without_a_shard(folder):
+    as_pickle(folder, shards=2)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
 
 
 @pytest.mark.parametrize(
@@ -298,14 +374,16 @@ def pickled(folder):
         (lambda folder: edit(folder / "config.json", num_hidden_layers=4), "lacks the weight encoder.layers.3"),
         (lambda folder: edit(folder / "config.json", intermediate_size=31), "has the shape"),
         (lambda folder: edit(folder / "config.json", hidden_size="wide"), "describes no HubertModel"),
-        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json is missing"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "has no preprocessor_config.json"),
         (lambda folder: edit(folder / "preprocessor_config.json", do_normalize=None), "do_normalize=None; say"),
         (lambda folder: edit(folder / "preprocessor_config.json", sampling_rate=8000), "sampling_rate=8000"),
         (lambda folder: truncate(folder / "model.safetensors"), "damaged"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing; load"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
         (lambda folder: edit(folder / "config.json", feat_extract_activation="relu"), "feat_extract_activation=relu"),
-        (pickled, "pytorch_model.bin is a pickle, which could run code; load .* save_pretrained"),
+        (lambda folder: edit(folder / "config.json", model_type="wav2vec2-conformer"), "give one of hubert"),
+        (hostile, "pytorch_model.bin needs .*print to unpickle, and that could run code"),
+        (without_a_shard, "pytorch_model-00002-of-00002.bin is missing; copy it"),
     ],
 )
 def test_a_folder_that_does_not_fit_gets_one_line(change, message, tmp_path):

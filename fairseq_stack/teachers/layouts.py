@@ -1,0 +1,105 @@
+"""The files in which checkpoints of the HuBERT family are published, each read as an `Encoder` in fairseq's names."""
+
+from typing import NamedTuple
+
+from fairseq_stack.checkpoint import configurations, student_from_checkpoint
+from fairseq_stack.errors import InputError
+from fairseq_stack.stand_ins import plain
+
+# fairseq's names of what is fine-tuned for recognition, and where such a model keeps its encoder.
+FINE_TUNED = ("wav2vec_ctc", "wav2vec_seq2seq", "hubert_ctc", "hubert_seq2seq")
+ENCODER_PLACES = ("w2v_encoder.w2v_model.", "encoder.w2v_model.")
+
+
+class Encoder(NamedTuple):
+    """An encoder as a file describes it.
+
+    Attributes:
+        config: fairseq's fields of the model; `_name` is its family.
+        normalize: whether it was trained on waveforms of zero mean and unit variance.
+        weights: {fairseq's name: tensor}, with what only its training needs.
+    """
+
+    config: dict
+    normalize: bool
+    weights: dict
+
+
+def read_encoder(content, name):
+    """The Encoder in what read_torch_file has read.
+
+    Args:
+        content: a dict.
+        name: what an error calls the teacher.
+
+    Raises:
+        InputError: a layout that is none of these, or a part of it is missing or of another type.
+    """
+    layouts = {"model": _fairseq, "model_weight": _s3prl, "Distiller": _s3prl_distiller}
+    for part, layout in layouts.items():
+        if isinstance(content.get(part), dict):
+            break
+    else:
+        raise InputError(
+            f"task.teacher={name} holds no model that is known here; give a checkpoint of fairseq, s3prl or torchaudio,"
+            " or a folder in Hugging Face's format"
+        )
+    encoder = layout(content, name)
+    if not isinstance(encoder.config.get("_name"), str):
+        raise InputError(f"task.teacher={name} does not say in its configuration which model it is; get the file again")
+    if not isinstance(encoder.normalize, bool):
+        raise InputError(
+            f"task.teacher={name} has task.normalize={encoder.normalize}, neither true nor false; it is damaged"
+        )
+    return encoder
+
+
+def _fairseq(content, name):
+    """fairseq's own, and Microsoft's WavLM, whose `cfg` has the model's fields and no others."""
+    cfg, weights = plain(content.get("cfg")), content["model"]
+    if isinstance(cfg, dict) and "gru_rel_pos" in cfg:
+        return Encoder({**cfg, "_name": "wavlm"}, cfg.get("normalize", False), weights)
+    config, task = configurations(content)
+    if config is None:
+        raise InputError(
+            f"task.teacher={name} has neither a cfg nor the args of a fairseq model, which say what shape it has; get"
+            " the file from its authors again"
+        )
+    if config.get("_name") == "stacked_hubert":
+        student = student_from_checkpoint(content, f"task.teacher={name}")
+        return Encoder({**student.config, "encoder_layers": student.depth}, student.normalize, student.weights)
+    if config.get("_name") in FINE_TUNED:
+        place = next((place for place in ENCODER_PLACES if any(str(key).startswith(place) for key in weights)), "")
+        weights = {key[len(place) :]: weights[key] for key in weights if str(key).startswith(place)}
+        pretraining = config.get("w2v_args")
+        config, task = configurations({"cfg": pretraining})
+        if config is None:
+            raise InputError(
+                f"task.teacher={name} is fine-tuned and does not hold w2v_args, which say what shape its encoder has;"
+                " give the pre-trained checkpoint that it was made from"
+            )
+    return Encoder(config, task.get("normalize", config.get("normalize", False)), weights)
+
+
+def _s3prl(content, name):
+    """What s3prl makes of checkpoints of fairseq to do without fairseq, and our exports for it."""
+    config, task = _parts(name, content.get("model_cfg"), content.get("task_cfg"))
+    family = "hubert" if "dictionaries_symbols" in content else "wav2vec2"
+    return Encoder({"_name": family, **config}, task.get("normalize", False), content["model_weight"])
+
+
+def _s3prl_distiller(content, name):
+    """DistilHuBERT, as s3prl trains it, and our exports for s3prl's distiller."""
+    (config,) = _parts(name, content.get("Config"))
+    (config,) = _parts(name, config.get("distiller"))
+    config = {**config, "_name": "distiller", "feature_layer_norm": False}
+    if "extractor_conv_feature_layers" in config:
+        config["conv_feature_layers"] = config["extractor_conv_feature_layers"]
+    return Encoder(config, False, content["Distiller"])
+
+
+def _parts(name, *parts):
+    parts = [plain(part) for part in parts]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError(f"task.teacher={name} lacks the configuration of its model; get the file again")
+    return parts
