@@ -37,9 +37,7 @@ FAMILIES = {
     "unispeech-sat": ("UniSpeech-SAT", UniSpeechSatModel, ("unispeech_sat.",)),
     "whisper": (WhisperTeacher.family, WhisperEncoder, ("model.encoder.", "encoder.")),
 }
-# The embedding of masked frames: a teacher masks nothing, and has none when it says so.
-NO_MASKING = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
-MASK_EMBEDDING = "masked_spec_embed"
+MASK_EMBEDDING = "masked_spec_embed"  # of masked frames: a teacher masks nothing
 # transformers' models of today name torch's second weight norm, older files its first.
 WEIGHT_NORM = {
     "pos_conv_embed.conv.weight_g": "pos_conv_embed.conv.parametrizations.weight.original0",
@@ -245,12 +243,14 @@ def build(architecture, fields):
     """
     known = architecture.config_class().to_dict()
     fields = {field: value for field, value in fields.items() if field in known}
-    config = architecture.config_class.from_dict({**fields, **NO_MASKING})
+    config = architecture.config_class.from_dict(fields)
     layers = getattr(config, "encoder_layers", config.num_hidden_layers)
     if not 1 <= layers <= MOST_LAYERS:
         raise InputError(f"{layers} layers, instead of 1 to {MOST_LAYERS}")
     with torch.device("meta"):
-        return architecture(config)
+        model = architecture(config)
+    setattr(model, MASK_EMBEDDING, None)
+    return model
 
 
 def _read_weights(folder, prefixes):

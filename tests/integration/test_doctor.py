@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from training import ROOT
 
 from fairseq_stack.doctor import TESTED, Finding, foundation_model, speech as look_at_speech
@@ -51,6 +52,24 @@ def test_missing_and_broken_speech_is_named_by_manifest(speech, tmp_path):
     name, samples = max((line.split("\t") for line in lines), key=lambda entry: int(entry[1]))
     (tmp_path / "train.tsv").write_text(f"{root}\n{name}\t{int(samples) + 1}\n")
     assert next(look_at_speech(tmp_path)).verdict == "fix"  # longer in the manifest than in the file
+
+
+def test_a_teacher_is_described(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    strides = {"conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (10, 8)}
+    wavlm = transformers.WavLMConfig(**shape, **strides, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)
+    transformers.WavLMModel(wavlm).save_pretrained(tmp_path / "wavlm")
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path / "wavlm")
+    whisper = transformers.WhisperConfig(
+        d_model=16, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=32, vocab_size=5,
+        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=32, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    transformers.WhisperModel(whisper).save_pretrained(tmp_path / "whisper")
+    for name, line in (
+        ("wavlm", "WavLM, 2 layers x 16, 0.00777 M parameters, takes normalised waveforms, 200 frames a second"),
+        ("whisper", "Whisper's encoder, 2 layers x 16, 0.0334 M parameters, takes log-mel, 50 frames a second"),
+    ):
+        assert list(foundation_model(tmp_path / name)) == [Finding("teacher", "ok", f"{tmp_path / name}: {line}")]
 
 
 def test_a_teacher_that_cannot_be_loaded_is_to_be_fixed(speech, tmp_path):

@@ -119,9 +119,10 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, functi
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_name_that_is_read_as_data_calls_nothing_of_that_name(zipped, tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "hostile.pt"
-    (tmp_path / "evil").mkdir()
-    (tmp_path / "evil/__init__.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    options = argparse.Namespace(user_dir=str(tmp_path / "evil"))
+    plugin = tmp_path / f"plugin_{zipped}"
+    plugin.mkdir()
+    (plugin / "__init__.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    options = argparse.Namespace(user_dir=str(plugin))
     state = {"model": {}, "args": Runs(fairseq.utils.import_user_module, options)}
     state["cfg"] = Runs(operator.getitem, {"model": {"a": 1}}, "model")
     torch.save(state, path, _use_new_zipfile_serialization=zipped)

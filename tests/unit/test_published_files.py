@@ -125,7 +125,7 @@ def xlsr_with_omegaconf(folder):
     return lambda waveform: fairseq_states(model, waveform, normalize)
 
 
-def fine_tuned(family, weights):
+def fine_tuned(weights):
     """fairseq's Wav2VecCtc and HubertCtc: the encoder without its pre-training parts, and a projection."""
     weights = {f"w2v_encoder.w2v_model.{key}": value for key, value in weights.items()}
     return {**weights, "w2v_encoder.proj.weight": torch.randn(5, 16), "w2v_encoder.proj.bias": torch.randn(5)}
@@ -140,7 +140,7 @@ def hubert_fine_tuned(folder):
         "model": {"_name": "hubert_ctc", "w2v_path": "gone.pt", "w2v_args": cfg},
         "task": {"_name": "audio_finetuning", "normalize": True},
     }
-    content = around(cfg=outer, model=fine_tuned("hubert_ctc", model.state_dict()), task_state={"target_dictionary": dictionary})
+    content = around(cfg=outer, model=fine_tuned(model.state_dict()), task_state={"target_dictionary": dictionary})
     torch.save(content, folder / "file.pt")
     return reference
 
@@ -150,7 +150,7 @@ def wav2vec2_fine_tuned_with_args(folder):
     model, cfg, normalize = wav2vec2_parts(folder, "wav2vec2 base")
     model.remove_pretraining_modules()
     args = argparse.Namespace(arch="wav2vec_ctc", w2v_path="gone.pt", normalize=normalize, w2v_args=namespace(cfg))
-    content = around(args=args, model=fine_tuned("wav2vec_ctc", model.state_dict()))
+    content = around(args=args, model=fine_tuned(model.state_dict()))
     torch.save(content, folder / "file.pt", _use_new_zipfile_serialization=False)
     return lambda waveform: fairseq_states(model, waveform, normalize)
 
@@ -160,7 +160,7 @@ def data2vec_fine_tuned(folder):
     model, cfg, normalize = wav2vec2_parts(folder, "data2vec base")
     model.remove_pretraining_modules()
     outer = {"model": {"_name": "wav2vec_ctc", "w2v_args": cfg}, "task": {"_name": "audio_finetuning", "normalize": normalize}}
-    torch.save(around(cfg=outer, model=fine_tuned("wav2vec_ctc", model.state_dict())), folder / "file.pt")
+    torch.save(around(cfg=outer, model=fine_tuned(model.state_dict())), folder / "file.pt")
     return lambda waveform: fairseq_states(model, waveform, normalize)
 
 
@@ -272,9 +272,11 @@ def distilhubert(folder):
     args = argparse.Namespace(mode="train", seed=1337)
     content = {"Distiller": model.state_dict(), "Config": {"distiller": {**shape, **heads}}, "Args": args, "Step": 1}
     torch.save(content, folder / "file.pt")
-    return states_in(
-        model.encoder.layers, lambda waveforms: model(waveforms, torch.ones_like(waveforms), no_pred=True)[1][:, 0]
-    )
+
+    def run(waveforms):
+        return model(waveforms, torch.ones_like(waveforms), get_hidden=True, no_pred=True)[4][-1]
+
+    return states_in(model.encoder.layers, run)
 
 
 FILES = {
