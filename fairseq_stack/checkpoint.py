@@ -126,13 +126,15 @@ def configurations(state):
     They stand in `cfg`. Before fairseq had that, the fields of both were in one Namespace, `args`, where `arch` names
     the model.
     """
-    for options in (plain(state.get("cfg")), plain(state.get("args"))):
-        if isinstance(options, dict):
-            parts = options.get("model"), options.get("task")
-            if all(isinstance(part, dict) for part in parts):
-                return parts
-            if "arch" in options:
-                return {"_name": options["arch"], **options}, options
+    for place in ("cfg", "args"):
+        options = plain(state.get(place))
+        if not isinstance(options, dict):
+            continue
+        model, task = options.get("model"), options.get("task")
+        if not isinstance(model, dict) or not isinstance(task, dict):
+            model = task = options if "arch" in options else None
+        if model is not None:
+            return ({"_name": model["arch"], **model} if "arch" in model else model), task
     return None, None
 
 

@@ -222,6 +222,6 @@ def foundation_model(path):
     takes = {True: "normalised waveforms", False: "waveforms as they are", None: "log-mel"}[teacher.normalize]
     rate = SAMPLE_RATE / samples_per_frame(teacher.conv_layers)
     yield Finding(
-        "teacher", "ok", f"{path}: {teacher.family}, {teacher.depth} layers x {teacher.width}, {parameters:.3g} M"
+        "teacher", "ok", f"{path}: {teacher.family}, {teacher.depth} layers x {teacher.width}, {parameters:.4g} M"
         f" parameters, takes {takes}, {rate:g} frames a second",
     )  # fmt: skip

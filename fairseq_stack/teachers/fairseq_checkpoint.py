@@ -1,4 +1,4 @@
-"""Teachers with HuBERT's encoder: HuBERT, wav2vec 2.0, data2vec audio, ContentVec, DistilHuBERT and our students."""
+"""Teachers with HuBERT's encoder: HuBERT, its relatives that share it, and our students."""
 
 import re
 from types import SimpleNamespace
@@ -12,14 +12,13 @@ from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
 
 # For each name of a model in fairseq, what people call it, and what its training needs and feature extraction does not.
+HUBERTS = ("mask_emb", "final_proj.", "label_embs_concat", "target_glu.")
 FAMILIES = {
-    "hubert": ("HuBERT", ("mask_emb", "final_proj.", "label_embs_concat", "target_glu.")),
+    "hubert": ("HuBERT", HUBERTS),
     "wav2vec2": ("wav2vec 2.0", ("mask_emb", "final_proj.", "quantizer.", "project_q.", "target_glu.")),
     "data2vec_audio": ("data2vec audio", ("mask_emb", "final_proj.", "_ema")),
-    "contentvec": (
-        "ContentVec",
-        ("mask_emb", "final_proj.", "label_embs_concat", "layer_proj.", "encoder.cond_layer_norm."),
-    ),
+    "contentvec": ("ContentVec", (*HUBERTS, "layer_proj.", "encoder.cond_layer_norm.")),
+    "unispeech_sat": ("UniSpeech-SAT", HUBERTS),
     "distiller": ("DistilHuBERT", ("output_layer.",)),
     "stacked_hubert": ("student of fairseq_stack", ()),
 }

@@ -55,10 +55,11 @@ def read_encoder(content, name):
 
 
 def _fairseq(content, name):
-    """fairseq's own, and Microsoft's WavLM, whose `cfg` has the model's fields and no others."""
+    """fairseq's own, and Microsoft's of WavLM and UniSpeech-SAT, whose `cfg` has the model's fields and no others."""
     cfg, weights = plain(content.get("cfg")), content["model"]
-    if isinstance(cfg, dict) and "gru_rel_pos" in cfg:
-        return Encoder({**cfg, "_name": "wavlm"}, cfg.get("normalize", False), weights)
+    if isinstance(cfg, dict) and "extractor_mode" in cfg:
+        family = "wavlm" if cfg.get("relative_position_embedding") else "unispeech_sat"
+        return Encoder({**cfg, "_name": family}, cfg.get("normalize", False), weights)
     config, task = configurations(content)
     if config is None:
         raise InputError(

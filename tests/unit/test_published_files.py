@@ -184,12 +184,12 @@ def contentvec(folder):
 # Microsoft's WavLM: WavLM-Base.pt and its like, {"cfg": the fields of WavLMConfig, "model": ...}. s3prl has its code.
 
 
-def wavlm(folder, shape, normalize):
+def wavlm(folder, shape, normalize, gated=True):
     from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
 
     torch.manual_seed(0)
-    gated = {"relative_position_embedding": True, "gru_rel_pos": True, "num_buckets": 320, "max_distance": 800}
-    config = WavLMConfig({**shape, **gated, "normalize": normalize})
+    bias = {"relative_position_embedding": gated, "gru_rel_pos": gated, "num_buckets": 320, "max_distance": 800}
+    config = WavLMConfig({**shape, **bias, "normalize": normalize})
     model = shake(WavLM(config))
     torch.save({"cfg": vars(config), "model": model.state_dict()}, folder / "file.pt")
     return states_in(model.encoder.layers, lambda waveforms: model.extract_features(waveforms)[0], normalize)
@@ -201,6 +201,11 @@ def wavlm_base(folder):
 
 def wavlm_large(folder):
     return wavlm(folder, PRE_NORM, True)
+
+
+def unispeech_sat(folder):
+    """UniSpeech-SAT-Large.pt, which s3prl runs by WavLM's code without the bias."""
+    return wavlm(folder, PRE_NORM, True, gated=False)
 
 
 # torchaudio.pipelines: a state dict. Of a bundle's sizes only the width is kept, which tells the number of heads.
@@ -293,9 +298,10 @@ FILES = {
     s3prl_converted: "wav2vec 2.0",
     wavlm_base: "WavLM",
     wavlm_large: "WavLM",
+    unispeech_sat: "UniSpeech-SAT",
     distilhubert: "DistilHuBERT",
 }
-NEED_S3PRL = (wavlm_base, wavlm_large, distilhubert)
+NEED_S3PRL = (wavlm_base, wavlm_large, unispeech_sat, distilhubert)
 
 
 @pytest.mark.parametrize("make", [pytest.param(m, marks=pytest.mark.s3prl) if m in NEED_S3PRL else m for m in FILES])
