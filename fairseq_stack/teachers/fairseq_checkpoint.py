@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON, normalize_waveforms
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.hubert_encoder import HubertEncoder
@@ -58,14 +58,16 @@ class FairseqTeacher(Teacher):
         config: fairseq's configuration of the model, with `_name` and the fields of BASE_SHAPE.
         normalize: whether its training normalised the waveforms.
         weights: state dict of fairseq's model.
+        epsilon: see normalize_waveforms.
 
     Raises:
         InputError: another kind of model, or weights are missing, left over or of another shape.
     """
 
-    def __init__(self, name, config, normalize, weights):
+    def __init__(self, name, config, normalize, weights, epsilon=FAIRSEQ_EPSILON):
         self.name = name
         self.normalize = normalize
+        self.epsilon = epsilon
         if config["_name"] not in FAMILIES:
             raise InputError(
                 f"task.teacher={name} holds a model of the kind {config['_name']}; give one of {', '.join(FAMILIES)},"
@@ -95,7 +97,7 @@ class FairseqTeacher(Teacher):
         self.model.to(waveforms.device)
         waveforms = waveforms.float()
         if self.normalize:
-            waveforms = normalize_waveforms(waveforms, lengths)
+            waveforms = normalize_waveforms(waveforms, lengths, self.epsilon)
         return self.model.features(waveforms, lengths)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from fairseq_stack.checkpoint import configurations, student_from_checkpoint
+from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
 from fairseq_stack.errors import InputError
 from fairseq_stack.stand_ins import plain
 
@@ -18,11 +19,13 @@ class Encoder(NamedTuple):
         config: fairseq's fields of the model; `_name` is its family.
         normalize: whether it was trained on waveforms of zero mean and unit variance.
         weights: {fairseq's name: tensor}, with what only its training needs.
+        epsilon: what its training added to the variance of a waveform.
     """
 
     config: dict
     normalize: bool
     weights: dict
+    epsilon: float = FAIRSEQ_EPSILON
 
 
 def read_encoder(content, name):
@@ -68,7 +71,8 @@ def _fairseq(content, name):
         )
     if config.get("_name") == "stacked_hubert":
         student = student_from_checkpoint(content, f"task.teacher={name}")
-        return Encoder({**student.config, "encoder_layers": student.depth}, student.normalize, student.weights)
+        config = {**student.config, "encoder_layers": student.depth}
+        return Encoder(config, student.normalize, student.weights, task.get("normalize_epsilon", FAIRSEQ_EPSILON))
     if config.get("_name") in FINE_TUNED:
         place = next((place for place in ENCODER_PLACES if any(str(key).startswith(place) for key in weights)), "")
         weights = {key[len(place) :]: weights[key] for key in weights if str(key).startswith(place)}

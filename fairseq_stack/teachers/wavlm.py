@@ -4,7 +4,6 @@ import re
 
 from transformers import WavLMModel
 
-from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
 from fairseq_stack.errors import input_errors
 from fairseq_stack.lengths import parse_conv_layers
 from fairseq_stack.teachers.base import load_weights
@@ -28,7 +27,7 @@ NAMES = (
 )
 
 
-def wavlm_teacher(name, config, normalize, weights):
+def wavlm_teacher(name, config, normalize, weights, epsilon):
     """A teacher from the configuration and the weights in a file of Microsoft's.
 
     Args:
@@ -36,6 +35,7 @@ def wavlm_teacher(name, config, normalize, weights):
         config: Microsoft's fields of the model, which have fairseq's names.
         normalize: whether its training normalised the waveforms.
         weights: state dict of Microsoft's model.
+        epsilon: see normalize_waveforms.
 
     Raises:
         InputError: the configuration describes no WavLM, or the weights do not fit it.
@@ -62,7 +62,7 @@ def wavlm_teacher(name, config, normalize, weights):
         model = build(WavLMModel, fields)
     named = {_renamed(str(key)): tensor for key, tensor in weights.items() if key != "mask_emb"}
     load_weights(model, todays_names(named), name)
-    return HuggingFaceTeacher(name, "WavLM", model, normalize, FAIRSEQ_EPSILON)
+    return HuggingFaceTeacher(name, "WavLM", model, normalize, epsilon)
 
 
 def _renamed(key):

@@ -119,8 +119,9 @@ def wav2vec2_with_args(folder):
 
 
 def xlsr_with_omegaconf(folder):
-    """What fairseq wrote between the Namespace and plain dicts, as wav2vec_vox_new.pt and XLSR are: omegaconf's objects."""
+    """What fairseq wrote between the Namespace and plain dicts: omegaconf's objects, some of which name the arch."""
     model, cfg, normalize = wav2vec2_parts(folder, "wav2vec2 large")
+    cfg["model"]["arch"] = cfg["model"].pop("_name")
     torch.save(around(cfg=OmegaConf.create(cfg), model=model.state_dict()), folder / "file.pt")
     return lambda waveform: fairseq_states(model, waveform, normalize)
 
@@ -330,6 +331,18 @@ def test_a_student_in_mid_growth_is_a_teacher_of_the_layers_in_use(export, tmp_p
         export(student_from_checkpoint(state), path)
     teacher = check(path, of_fairseq(hubert, False), depth=6)
     assert teacher.family == ("student of fairseq_stack" if export is None else "HuBERT")
+
+
+def test_a_student_hears_a_quiet_recording_as_in_its_training(tmp_path):
+    state, path = student_state(stage=0), tmp_path / "file.pt"
+    waveform, lengths = 1e-3 * waveforms_of([4000])[0], torch.tensor([4000])
+    epsilon = 1e-7  # transformers', where fairseq's is 1e-5
+    given = (waveform - waveform.mean()) / (waveform.var(unbiased=False) + epsilon).sqrt()
+    torch.save(state, path)
+    expected = load_teacher(path).hidden_states(given[None], lengths, range(4))
+    state["cfg"]["task"].update(normalize=True, normalize_epsilon=epsilon)
+    torch.save(state, path)
+    torch.testing.assert_close(load_teacher(path).hidden_states(waveform[None], lengths, range(4)), expected, **CLOSE)
 
 
 def test_a_store_knows_such_a_file_by_what_is_in_it(tmp_path):
