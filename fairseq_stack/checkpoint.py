@@ -88,6 +88,11 @@ def read_torch_file(path, header_only=False, harmless_only=False):
                 f"{path} needs {needed[1]} to unpickle, and that could run code; only tensors, plain values and the"
                 " configurations and dictionaries of fairseq are loaded, so save the checkpoint again without it"
             ) from None
+        if zipped and not header_only and "Unsupported operand" in str(error):  # of a file whose checksums are right
+            raise InputError(
+                f"{path} is pickled in another protocol than torch's own, 2; load it where you trust it, and torch.save"
+                " writes it anew"
+            ) from None
         raise DamagedCheckpoint(
             f"{path} is damaged or not a checkpoint that torch saved; give the file of a fairseq checkpoint"
         ) from None

@@ -23,8 +23,8 @@ HELD = re.compile(
     r"|numpy\.(dtype|ndarray|(_?core\.)?multiarray\.(scalar|_reconstruct))|_codecs\.encode|_?operator\.getitem"
     r"|builtins\.(type|object|bool|int|float|complex|str|bytes|list|tuple|dict|set|frozenset)"
 )
-# Of these, what is data under an unpickler that looks names up, too: the dictionary of the labels, in all checkpoints of
-# hubert_pretraining.
+# Of these, what is data under an unpickler that looks names up, too: the dictionary of the labels, which checkpoints of
+# hubert_pretraining have.
 HARMLESS = re.compile(r"fairseq\.data\.dictionary\.Dictionary")
 PICKLES = 4  # of a file in torch's first format: a magic number, a version, the system, and the content
 

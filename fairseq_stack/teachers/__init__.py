@@ -34,15 +34,14 @@ def load_teacher(path, whisper_pad=False, precision="fp32"):
 
 
 def _load(path, whisper_pad):
-    # Imported here, because transformers takes seconds, and fairseq's models do: a run needs one of them.
+    # Imported where they are needed: transformers takes seconds, fairseq's models do too, and a run needs one of them.
     if path.is_dir():
         from fairseq_stack.teachers.huggingface import load_huggingface_teacher
 
         return load_huggingface_teacher(path, whisper_pad)
     if not path.is_file():
         raise InputError(
-            f"task.teacher={path} does not exist; give a fairseq checkpoint or a folder in Hugging"
-            " Face's format"
+            f"task.teacher={path} does not exist; give a fairseq checkpoint or a folder in Hugging Face's format"
         )
     if whisper_pad:
         raise InputError(f"task.whisper_pad=true, but task.teacher={path} is no Whisper; set it to false")
@@ -50,11 +49,11 @@ def _load(path, whisper_pad):
 
 
 def _load_file(path):
-    name, content = str(path), None
-    if path.suffix not in (".safetensors", ".onnx"):
-        content = read_torch_file(path)
-        content = content if isinstance(content, dict) else {}
-    if content is None or _transformers(content):
+    name, alone = str(path), path.suffix in (".safetensors", ".onnx")
+    content = {} if alone else read_torch_file(path)
+    if not isinstance(content, dict):
+        content = {}  # of which read_encoder says that it knows no such thing
+    if alone or _transformers(content):
         raise InputError(
             f"task.teacher={name} has weights and nothing that says what model they belong to; give the folder in"
             " Hugging Face's format, with config.json, or the checkpoint that it was made from"

@@ -22,9 +22,6 @@ FAMILIES = {
     "distiller": ("DistilHuBERT", ("output_layer.",)),
     "stacked_hubert": ("student of fairseq_stack", ()),
 }
-# Layers of other mathematics under the same names.
-TRANSFORMER = ("layer_type", "transformer")
-
 # The base models' shape, for the fields that an older checkpoint leaves to their defaults.
 BASE_SHAPE = {
     "extractor_mode": "default",
@@ -73,10 +70,10 @@ class FairseqTeacher(Teacher):
                 f"task.teacher={name} holds a model of the kind {config['_name']}; give one of {', '.join(FAMILIES)},"
                 " wavlm or a fine-tuned one of them"
             )
-        field, value = TRANSFORMER
-        if config.get(field, value) != value:
+        if config.get("layer_type", "transformer") != "transformer":
             raise InputError(
-                f"task.teacher={name} has model.{field}={config[field]}; give a model whose layers are of the kind {value}"
+                f"task.teacher={name} has model.layer_type={config['layer_type']}; give a model whose layers are of the"
+                " kind transformer"
             )
         self.family, unused = FAMILIES[config["_name"]]
         shape = {field: config.get(field, default) for field, default in BASE_SHAPE.items()}

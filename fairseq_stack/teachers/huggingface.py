@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from fairseq_stack.checkpoint import read_torch_file
+from fairseq_stack.checkpoint import DamagedCheckpoint, read_torch_file
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.waveforms import TRANSFORMERS_EPSILON, normalize_waveforms
 from fairseq_stack.encoder_shape import MOST_LAYERS
@@ -198,9 +198,10 @@ def _normalizes(folder, optional):
         if optional:
             return None
         raise InputError(
-            f"task.teacher={folder} has no preprocessor_config.json, nor a processor_config.json with feature_extractor;"
-            ' write the first: {"do_normalize": true} if the model was trained on waveforms of zero mean and unit'
-            ' variance, as those with "feat_extract_norm": "layer" in config.json are, else {"do_normalize": false}'
+            f"task.teacher={folder} has no preprocessor_config.json, and no processor_config.json with a"
+            ' feature_extractor; write the first: {"do_normalize": true} if the model was trained on waveforms of zero mean'
+            ' and unit variance, as those with "feat_extract_norm": "layer" in config.json are, else'
+            ' {"do_normalize": false}'
         )
     if extractor.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
         raise InputError(
@@ -287,7 +288,10 @@ def _read_tensors(path):
             return load_file(path)
         except (OSError, ValueError, SafetensorError):
             raise InputError(f"{path} is damaged or no safetensors file; copy it again") from None
-    tensors = read_torch_file(path)
+    try:
+        tensors = read_torch_file(path)
+    except DamagedCheckpoint:
+        raise InputError(f"{path} is damaged or not a file that torch saved; copy it again") from None
     if not isinstance(tensors, dict):
         raise InputError(f"{path} holds no weights by name; copy it again")
     return {str(key): tensor for key, tensor in tensors.items()}

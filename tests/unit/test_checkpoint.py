@@ -197,6 +197,13 @@ def test_a_damaged_checkpoint_is_told_from_one_that_cannot_be_read(tmp_path, dam
         load_checkpoint(path)
 
 
+def test_a_whole_file_in_another_protocol_is_not_called_damaged(tmp_path):
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "file.pt", pickle_protocol=4)
+    with pytest.raises(InputError, match="another protocol than torch's own, 2; load it where you trust it") as error:
+        load_checkpoint(tmp_path / "file.pt")
+    assert not isinstance(error.value, DamagedCheckpoint)
+
+
 @pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "truncated", "list", "no model"])
 def test_what_is_not_a_checkpoint_gives_one_line_with_its_path(tmp_path, kind):
     path = tmp_path / "file.pt"

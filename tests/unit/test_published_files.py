@@ -32,6 +32,7 @@ from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.s3prl import export_s3prl
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.described import described_teacher
+from fairseq_stack.teachers.torchaudio import BUCKET_DISTANCE, HEADS, STRIDES
 
 LENGTHS = [400, 721, 4321, 9000]
 
@@ -141,8 +142,8 @@ def hubert_fine_tuned(folder):
         "model": {"_name": "hubert_ctc", "w2v_path": "gone.pt", "w2v_args": cfg},
         "task": {"_name": "audio_finetuning", "normalize": True},
     }
-    content = around(cfg=outer, model=fine_tuned(model.state_dict()), task_state={"target_dictionary": dictionary})
-    torch.save(content, folder / "file.pt")
+    task_state = {"target_dictionary": dictionary}
+    torch.save(around(cfg=outer, model=fine_tuned(model.state_dict()), task_state=task_state), folder / "file.pt")
     return reference
 
 
@@ -160,7 +161,8 @@ def data2vec_fine_tuned(folder):
     """audio_base_ls_960h.pt."""
     model, cfg, normalize = wav2vec2_parts(folder, "data2vec base")
     model.remove_pretraining_modules()
-    outer = {"model": {"_name": "wav2vec_ctc", "w2v_args": cfg}, "task": {"_name": "audio_finetuning", "normalize": normalize}}
+    task = {"_name": "audio_finetuning", "normalize": normalize}
+    outer = {"model": {"_name": "wav2vec_ctc", "w2v_args": cfg}, "task": task}
     torch.save(around(cfg=outer, model=fine_tuned(model.state_dict())), folder / "file.pt")
     return lambda waveform: fairseq_states(model, waveform, normalize)
 
@@ -174,7 +176,8 @@ def contentvec(folder):
     model, cfg, dictionary = shaken_hubert(POST_NORM)
     weights = dict(model.state_dict())
     weights.update({key.replace("layers.2", "layers.3"): weights[key] for key in weights if "encoder.layers.2" in key})
-    for norm in ("encoder.layers.3.self_attn_layer_norm", "encoder.layers.3.final_layer_norm", "encoder.cond_layer_norm"):
+    conditioned = ("layers.3.self_attn_layer_norm", "layers.3.final_layer_norm", "cond_layer_norm")
+    for norm in (f"encoder.{name}" for name in conditioned):
         weights.update({f"{norm}.weight_ln.{part}": torch.randn(16, 4) for part in ("weight", "bias")})
     weights.update({"layer_proj.weight": torch.randn(8, 16), "layer_proj.bias": torch.randn(8)})
     cfg = {"model": {**cfg["model"], "_name": "contentvec", "encoder_layers_1": 1}, "task": cfg["task"]}
@@ -253,6 +256,18 @@ def torchaudio_large(folder):
 def torchaudio_wavlm(folder):
     gated = {"encoder_num_buckets": 320, "encoder_max_distance": 800}
     return bundle(folder, torchaudio.models.wavlm_model, False, aux_num_out=None, **GROUP, **gated)
+
+
+def test_what_a_state_dict_does_not_say_is_true_of_every_bundle():
+    bundles = [value for value in vars(torchaudio.pipelines).values() if hasattr(value, "_normalize_waveform")]
+    assert len(bundles) > 20
+    for bundle in bundles:
+        layer_norms = bundle._params["extractor_mode"] == "layer_norm"
+        assert bundle._normalize_waveform is bundle._params["encoder_layer_norm_first"] is layer_norms
+        assert HEADS[bundle._params["encoder_embed_dim"]] == bundle._params["encoder_num_heads"]
+        assert bundle._params.get("encoder_max_distance", BUCKET_DISTANCE) == BUCKET_DISTANCE
+        _, kernels, strides = zip(*bundle._params["extractor_conv_layer_config"])
+        assert STRIDES[kernels] == strides
 
 
 # s3prl

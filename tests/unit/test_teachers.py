@@ -212,7 +212,8 @@ def test_half_precision_and_shards_change_nothing_but_rounding(tmp_path):
     shutil.copy(tmp_path / "plain/preprocessor_config.json", tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     batch, lengths = torch.randn(1, 4000), torch.tensor([4000])
-    plain, shards = (load_teacher(tmp_path / name).hidden_states(batch, lengths, LAYERS) for name in ("plain", "shards"))
+    teachers = (load_teacher(tmp_path / name) for name in ("plain", "shards"))
+    plain, shards = (teacher.hidden_states(batch, lengths, LAYERS) for teacher in teachers)
     torch.testing.assert_close(shards, plain, atol=0.02, rtol=0.02)
     assert shards[3].dtype == torch.float32
 
@@ -234,7 +235,7 @@ def test_a_head_makes_no_difference(head, kind, tmp_path):
 
 
 def as_pickle(folder, shards=1, **options):
-    """Turn model.safetensors into what transformers 4 wrote with safe_serialization=False, as most models are published."""
+    """Turn model.safetensors into what transformers 4 wrote with safe_serialization=False, as many are published."""
     from safetensors.torch import load_file
 
     weights = load_file(folder / "model.safetensors")
@@ -359,6 +360,11 @@ def hostile(folder):
     torch.save({"weight": print}, folder / "pytorch_model.bin")
 
 
+def cut_off(folder):
+    as_pickle(folder)
+    truncate(folder / "pytorch_model.bin")
+
+
 def without_a_shard(folder):
     as_pickle(folder, shards=2)
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
@@ -383,6 +389,7 @@ def without_a_shard(folder):
         (lambda folder: edit(folder / "config.json", feat_extract_activation="relu"), "feat_extract_activation=relu"),
         (lambda folder: edit(folder / "config.json", model_type="wav2vec2-conformer"), "give one of hubert"),
         (hostile, "pytorch_model.bin needs .*print to unpickle, and that could run code"),
+        (cut_off, "pytorch_model.bin is damaged or not a file that torch saved; copy it again"),
         (without_a_shard, "pytorch_model-00002-of-00002.bin is missing; copy it"),
     ],
 )
