@@ -18,6 +18,8 @@ from fairseq_stack.growth.plan import plan_growth
 from fairseq_stack.lengths import parse_conv_layers
 from fairseq_stack.stand_ins import HARMLESS, HELD, plain, stand_ins
 
+LFS_POINTER = b"version https://git-lfs.github.com"
+
 
 class DamagedCheckpoint(InputError):
     """The file is cut off, altered or no checkpoint at all."""
@@ -70,6 +72,7 @@ def read_torch_file(path, header_only=False, harmless_only=False):
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {problem}; give the file of a fairseq checkpoint")
+    check_fetched(path)
     zipped = _is_zip(path)  # torch's format before 1.6 is not, and has no checksums
     if zipped and not header_only:
         try:
@@ -96,6 +99,17 @@ def read_torch_file(path, header_only=False, harmless_only=False):
         raise DamagedCheckpoint(
             f"{path} is damaged or not a checkpoint that torch saved; give the file of a fairseq checkpoint"
         ) from None
+
+
+def check_fetched(path):
+    """Raise InputError if git has cloned a file and left its content on the server."""
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if begins == LFS_POINTER:
+        raise InputError(f"{path} is a pointer of Git LFS in the place of the file; git lfs pull fetches it")
 
 
 def _is_zip(path):

@@ -41,7 +41,8 @@ def _load(path, whisper_pad):
         return load_huggingface_teacher(path, whisper_pad)
     if not path.is_file():
         raise InputError(
-            f"task.teacher={path} does not exist; give a fairseq checkpoint or a folder in Hugging Face's format"
+            f"task.teacher={path} does not exist; give a fairseq checkpoint or a folder in Hugging Face's format (of a model"
+            " on its hub, hf download NAME --local-dir FOLDER makes one)"
         )
     if whisper_pad:
         raise InputError(f"task.whisper_pad=true, but task.teacher={path} is no Whisper; set it to false")

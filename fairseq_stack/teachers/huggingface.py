@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from fairseq_stack.checkpoint import DamagedCheckpoint, read_torch_file
+from fairseq_stack.checkpoint import DamagedCheckpoint, check_fetched, read_torch_file
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.waveforms import TRANSFORMERS_EPSILON, normalize_waveforms
 from fairseq_stack.encoder_shape import MOST_LAYERS
@@ -283,6 +283,7 @@ def _read_weights(folder, prefixes):
 def _read_tensors(path):
     if not path.is_file():
         raise InputError(f"{path} is missing; copy it from where the rest of the folder is from")
+    check_fetched(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

@@ -365,6 +365,9 @@ def cut_off(folder):
     truncate(folder / "pytorch_model.bin")
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 378342945\n"
+
+
 def without_a_shard(folder):
     as_pickle(folder, shards=2)
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
@@ -389,6 +392,7 @@ def without_a_shard(folder):
         (lambda folder: edit(folder / "config.json", feat_extract_activation="relu"), "feat_extract_activation=relu"),
         (lambda folder: edit(folder / "config.json", model_type="wav2vec2-conformer"), "give one of hubert"),
         (hostile, "pytorch_model.bin needs .*print to unpickle, and that could run code"),
+        (lambda folder: (folder / "model.safetensors").write_text(POINTER), "is a pointer of Git LFS.*; git lfs pull"),
         (cut_off, "pytorch_model.bin is damaged or not a file that torch saved; copy it again"),
         (without_a_shard, "pytorch_model-00002-of-00002.bin is missing; copy it"),
     ],
@@ -423,11 +427,13 @@ def test_nothing_of_a_hostile_folder_runs(tmp_path):
         ("nothing", "does not exist; give a fairseq checkpoint or a folder in Hugging Face's format"),
         ("empty", "config.json is missing"),
         ("text", "damaged or not a checkpoint"),
+        ("pointer", "is a pointer of Git LFS.*; git lfs pull"),
     ],
 )
 def test_anything_else_gets_one_line(name, message, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("hello")
+    (tmp_path / "pointer").write_text(POINTER)
     with pytest.raises(InputError, match=message):
         load_teacher(tmp_path / name)
 
