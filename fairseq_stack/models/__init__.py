@@ -1,3 +1,3 @@
 """What fairseq registers as models."""
 
-from fairseq_stack.models import stacked_hubert  # noqa: F401
+from fairseq_stack.models import hubert_ctc, stacked_hubert  # noqa: F401

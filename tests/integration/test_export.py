@@ -167,7 +167,7 @@ def test_every_hidden_state_in_s3prls_hubert_equals_fairseqs(tmp_path, shape, no
 def test_fairseqs_own_fine_tuning_starts_from_the_fairseq_export(tmp_path, shape, normalize, stage):
     from fairseq.checkpoint_utils import load_model_ensemble_and_task
     from fairseq.data import Dictionary
-    from fairseq.models.hubert.hubert_asr import HubertCtc, HubertCtcConfig
+    from fairseq.models import build_model
 
     model, state = hubert_and_state(shape, stage, normalize)
     state["model"]["mask_emb"] = torch.randn(TINY["encoder_embed_dim"])
@@ -177,10 +177,9 @@ def test_fairseqs_own_fine_tuning_starts_from_the_fairseq_export(tmp_path, shape
 
     letters = Dictionary()
     letters.add_symbol("a")
-    cfg = OmegaConf.structured(HubertCtcConfig(w2v_path=str(tmp_path / "student.pt"), mask_prob=0.3, layerdrop=0.1))
-    cfg.normalize, cfg.data = normalize, str(tmp_path)
-    cfg = OmegaConf.create({**OmegaConf.to_container(cfg, enum_to_str=True), "autoregressive": False})
-    ctc = HubertCtc.build_model(cfg, SimpleNamespace(target_dictionary=letters))
+    cfg = {"_name": "hubert_ctc", "w2v_path": str(tmp_path / "student.pt"), "mask_prob": 0.3, "layerdrop": 0.1}
+    cfg = OmegaConf.create({"model": cfg, "task": {"normalize": normalize, "data": str(tmp_path)}})
+    ctc = build_model(cfg.model, SimpleNamespace(target_dictionary=letters))
     tuned = ctc.w2v_encoder.w2v_model
     assert tuned.mask_prob == 0.3 and tuned.encoder.layerdrop == 0.1  # the recipe's, not the export's
     ctc.eval()

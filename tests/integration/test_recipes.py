@@ -14,7 +14,7 @@ from transformers import WavLMConfig, WavLMModel
 from fairseq_stack.analysis.held_out import read_held_out
 
 RECIPES = sorted(
-    path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name not in ("demo_teacher", "experiments")
+    path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name not in ("demo_teacher", "experiments", "finetuning")
 )
 GROWN = {"librispeech_base", "librispeech_base_equal", "librispeech_base_star", "hubert_large", "wavlm_base", "demo",
          "gradstack_equal", "gradstack_prop", "midas_equal", "midas_prop"}  # fmt: skip
