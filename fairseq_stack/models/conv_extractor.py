@@ -71,7 +71,12 @@ def normed_convolution(waveforms, frames, conv, norm):
     Returns:
         [B, T, C].
     """
-    windows = waveforms.unfold(1, conv.kernel_size[0], conv.stride[0])
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    # The norm takes an offset away. Before, a quiet recording would lose its digits beside it.
+    samples = (frames - 1) * stride + kernel
+    valid = torch.arange(waveforms.size(1), device=waveforms.device) < samples[:, None]
+    waveforms = waveforms.float()
+    windows = (waveforms - (waveforms * valid).sum(1, keepdim=True) / samples[:, None]).unfold(1, kernel, stride)
     kernels, bias = normed_kernels(windows, frames, conv.weight[:, 0], norm)
     dtype = autocast_dtype(waveforms, conv.weight.dtype)
     return torch.baddbmm(bias[:, None].to(dtype), windows.to(dtype), kernels.transpose(1, 2).to(dtype))

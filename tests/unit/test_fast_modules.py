@@ -91,6 +91,15 @@ def test_the_group_norm_is_exact_where_a_kernel_hears_a_band_without_energy():
         torch.testing.assert_close(features.double(), theirs(hum[None].double()), rtol=1e-3, atol=1e-3)
 
 
+def test_the_group_norm_is_exact_for_a_quiet_recording_with_an_offset():
+    ours, theirs = cnns("default", False)
+    quiet = 1e-3 * torch.randn(4000) + 0.1
+    with torch.no_grad():
+        features = ours(quiet[None], torch.tensor([4000]))
+        expected = in_float64(theirs)(quiet[None].double())
+    torch.testing.assert_close(features.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_cnn_in_bf16_is_as_near_to_float64_as_fairseqs_in_bf16():
     ours, exact = cnns("default", False)
     waveforms = torch.randn(2, 3000).bfloat16()
