@@ -12,6 +12,7 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
+from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
 from fairseq_stack.encoder_shape import check_shape
 from fairseq_stack.errors import InputError
 from fairseq_stack.growth.plan import plan_growth
@@ -165,6 +166,7 @@ class Student:
         config: the model's configuration, in fairseq's names.
         conv_layers: the CNN as [(channels, kernel, stride), ...].
         normalize: whether the waveforms it was trained on had zero mean and unit variance.
+        normalize_epsilon: what its training then added to the variance.
         depth: D, the layers in use.
         weights: the tensors of fairseq's HubertModel without its pretraining parts, in fp32;
             `encoder.layers.0` to `encoder.layers.{D - 1}` are the layers in the order of the forward
@@ -176,6 +178,7 @@ class Student:
     config: dict
     conv_layers: List[Tuple[int, int, int]]
     normalize: bool
+    normalize_epsilon: float
     depth: int
     weights: Dict[str, torch.Tensor]
     heads: Dict[str, torch.Tensor]
@@ -228,6 +231,7 @@ def student_from_checkpoint(state, name="the checkpoint"):
         stage = weights["stage"].item()
         conv_layers = _conv_layers(config["conv_feature_layers"])
         normalize = task["normalize"]
+        epsilon = task.get("normalize_epsilon", FAIRSEQ_EPSILON)  # what it was before it could be chosen
     except KeyError as error:
         raise InputError(f"{name} lacks {error}, which every checkpoint of a stacked_hubert has") from None
     except (InputError, AttributeError, TypeError, RuntimeError) as error:
@@ -236,6 +240,8 @@ def student_from_checkpoint(state, name="the checkpoint"):
         raise InputError(f"{name} has stage {stage}, not one of 0 to {len(stages) - 1}; it is damaged")
     if not isinstance(normalize, bool):
         raise InputError(f"{name} has task.normalize={normalize}, neither true nor false; it is damaged")
+    if type(epsilon) is not float or not 0 < epsilon < 1:
+        raise InputError(f"{name} has task.normalize_epsilon={epsilon}, not a number between 0 and 1; it is damaged")
     seats = stages[int(stage)]
     shapes = hubert_shapes(config, conv_layers, seats)
 
@@ -264,7 +270,7 @@ def student_from_checkpoint(state, name="the checkpoint"):
     heads = {key: tensor.float() for key, tensor in weights.items() if key.startswith("heads.")}
     mask_emb = weights.get("mask_emb")
     mask_emb = None if mask_emb is None else mask_emb.float()
-    return Student(config, conv_layers, normalize, len(seats), kept, heads, mask_emb)
+    return Student(config, conv_layers, normalize, epsilon, len(seats), kept, heads, mask_emb)
 
 
 def _conv_layers(text):

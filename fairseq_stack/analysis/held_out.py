@@ -1,7 +1,7 @@
 """How much of the teacher a student predicts on speech that it has not heard."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -9,7 +9,7 @@ from fairseq_stack.analysis.similarity import explained_variance
 from fairseq_stack.checkpoint import configurations, load_checkpoint
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
 from fairseq_stack.data.manifest import Manifest, read_manifest
-from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON, normalize_waveforms
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.losses import normalize_targets
 from fairseq_stack.supervision import student_position
@@ -30,14 +30,14 @@ class HeldOut(NamedTuple):
         student: a StackedHubert in eval mode.
         teacher: its Teacher.
         manifest: a Manifest of held-out speech.
-        normalize: whether the student wants normalised waveforms.
+        epsilon: what normalising the student's waveforms adds to the variance; None where it takes them as recorded.
         normalization: of the targets that the student has learned, see normalize_targets.
     """
 
     student: Any
     teacher: Teacher
     manifest: Manifest
-    normalize: bool
+    epsilon: Optional[float]
     normalization: str
 
 
@@ -101,7 +101,8 @@ def read_held_out(checkpoint, speech, teacher=None):
         raise InputError(
             f"{teacher.name} is not the teacher of {checkpoint} ({error}); give the one it was trained with"
         ) from None
-    return HeldOut(student, teacher, manifest, task["normalize"], criterion.get("target_normalization", "none"))
+    epsilon = task.get("normalize_epsilon", FAIRSEQ_EPSILON) if task["normalize"] else None
+    return HeldOut(student, teacher, manifest, epsilon, criterion.get("target_normalization", "none"))
 
 
 def explained_before_and_after(held_out, seconds=120.0):
@@ -117,7 +118,7 @@ def explained_before_and_after(held_out, seconds=120.0):
 
 
 @torch.no_grad()
-def explained_by_layer(student, teacher, manifest, normalize, normalization="none", seconds=120.0):
+def explained_by_layer(student, teacher, manifest, epsilon, normalization="none", seconds=120.0):
     """Share of the teacher's variance that the student's heads explain, for each head.
 
     Utterances pass one by one in the manifest's order, each up to LONGEST_SECONDS.
@@ -126,7 +127,7 @@ def explained_by_layer(student, teacher, manifest, normalize, normalization="non
         student: a StackedHubert in eval mode.
         teacher: its Teacher.
         manifest: a Manifest of held-out speech.
-        normalize: whether the student wants normalised waveforms.
+        epsilon: what normalising the student's waveforms adds to the variance; None where it takes them as recorded.
         normalization: of the targets that the student has learned, see normalize_targets.
         seconds: how much speech to use.
 
@@ -149,7 +150,8 @@ def explained_by_layer(student, teacher, manifest, normalize, normalization="non
         left -= samples
         waveform, length = torch.from_numpy(read_audio(manifest.path(index), 0, samples))[None], torch.tensor([samples])
         wanted = teacher.hidden_states(waveform, length, layers)
-        given = student(normalize_waveforms(waveform, length) if normalize else waveform, length)["predictions"]
+        heard = waveform if epsilon is None else normalize_waveforms(waveform, length, epsilon)
+        given = student(heard, length)["predictions"]
         for layer in layers:
             predictions[layer].append(given[layer][0])
             target = wanted[layer]

@@ -2,8 +2,9 @@
 
 import torch
 
-# What is added to the variance.
-FAIRSEQ_EPSILON, TRANSFORMERS_EPSILON = 1e-5, 1e-7
+# What libraries add to the variance of a waveform that they normalise.
+FAIRSEQ_EPSILON = 1e-5  # s3prl's too
+TRANSFORMERS_EPSILON = 1e-7
 
 
 def normalize_waveforms(waveforms, lengths, epsilon=FAIRSEQ_EPSILON):
@@ -15,7 +16,7 @@ def normalize_waveforms(waveforms, lengths, epsilon=FAIRSEQ_EPSILON):
     Args:
         waveforms: [B, S] with zeros behind the end of an utterance.
         lengths: [B], samples.
-        epsilon: one of those above.
+        epsilon: what is added to the variance.
 
     Returns:
         [B, S], zeros behind the end.

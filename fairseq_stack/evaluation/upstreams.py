@@ -6,6 +6,7 @@ the probe, which learns how to weigh them.
 
 import hashlib
 import json
+import math
 import os
 import sys
 from contextlib import redirect_stdout
@@ -45,7 +46,14 @@ def load_export(path):
         for name in ("config.json", "preprocessor_config.json"):
             if not (path / name).is_file():
                 raise InputError(f"{path} has no {name}; give what scripts/export_student.py wrote")
-        return _load("hf_hubert_custom", path)
+        upstream = _load("hf_hubert_custom", path)
+        hop = math.prod(upstream.upstream.model.config.conv_stride)
+        if hop != SAMPLES_PER_FRAME:
+            raise InputError(
+                f"{path} makes a frame of {hop} samples, and s3prl takes {SAMPLES_PER_FRAME} for granted; probe a student"
+                " with such frames"
+            )
+        return upstream
     return _load("hubert_local" if "model_weight" in _read(path) else "distiller_local", path)
 
 
@@ -137,7 +145,7 @@ def _load(name, path):
     if len(set(upstream.hidden_sizes)) > 1:
         raise InputError(
             f"{path} predicts features of another width than its hidden states have, which s3prl cannot weigh"
-            " in one sum; export it with --to s3prl"
+            " in one sum; export it with --to huggingface"
         )
     return upstream
 

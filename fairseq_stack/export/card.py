@@ -26,7 +26,10 @@ A speech encoder, distilled from a foundation model with fairseq_stack after
 | --- | --- |
 {rows}
 
-`verification.json` has the largest difference of every hidden state to the model that was trained.
+## Agreement
+
+{agreement}
+`verification.json` has the numbers of every hidden state and recording.
 
 ## Use
 
@@ -36,19 +39,22 @@ from transformers import AutoFeatureExtractor, HubertModel
 
 student = HubertModel.from_pretrained("FOLDER").eval()
 preprocess = AutoFeatureExtractor.from_pretrained("FOLDER")
-inputs = preprocess(waveform, sampling_rate=16_000, return_tensors="pt")  # waveform: [samples]
+inputs = preprocess([waveform], sampling_rate=16_000, padding=True, return_tensors="pt")  # waveform: [samples]
 with torch.no_grad():
-    hidden_states = student(inputs.input_values, output_hidden_states=True).hidden_states
+    hidden_states = student(**inputs, output_hidden_states=True).hidden_states
 ```
 
 ```python
 import s3prl.hub
+import torch
 
 student = s3prl.hub.hf_hubert_custom("FOLDER")
-hidden_states = student([waveform])["hidden_states"]
+hidden_states = student([torch.from_numpy(waveform)])["hidden_states"]
 ```
 
 Padded batches: {padding}.
+
+Fine-tuning with masks (SpecAugment): {masks}.
 
 ## Citation
 
@@ -63,13 +69,24 @@ Padded batches: {padding}.
 ```
 """
 
-def model_card(student, state, padding, moving_average=False):
+# What to know before masks are used.
+_MASKS = (
+    "training masks 5 % of the frames (`mask_time_prob`, transformers' default) with the mask embedding of the"
+    " distillation, `masked_spec_embed`; `mask_time_prob=0.0` in `from_pretrained` masks none"
+)
+_NO_MASKS = (
+    "the distillation masked nothing, so there is no mask embedding and training masks nothing; with"
+    " `mask_time_prob=0.05` in `from_pretrained` transformers masks, and starts the embedding at random"
+)
+
+
+def model_card(student, state, proof, moving_average=False):
     """The text of README.md.
 
     Args:
         student: a Student.
         state: the checkpoint's content. What it does not tell, the card leaves out.
-        padding: what a user has to know about padded batches.
+        proof: the comparison with the training model, see write_verified.
         moving_average: whether the weights are the moving average's.
     """
     cfg, model = state["cfg"], student.config
@@ -90,7 +107,7 @@ def model_card(student, state, padding, moving_average=False):
         # Names only: a path tells about a machine and not about a model.
         "teacher": Path(task["teacher"]).name if task.get("teacher") else None,
         "data": _data(task.get("data")),
-        "input": "zero mean and unit variance" if student.normalize else "the waveform as it is",
+        "input": _input(student),
         "loss": criterion.get("loss", model.get("loss")),
         "teacher layers": ", ".join(map(str, criterion.get("teacher_layers") or [])) or None,
         "intermediate loss": _intermediate(criterion),
@@ -110,7 +127,37 @@ def model_card(student, state, padding, moving_average=False):
         width=model["encoder_embed_dim"],
         hop=f"{1000 * samples_per_frame(student.conv_layers) / SAMPLE_RATE:g}",
         rows="\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None),
-        padding=padding,
+        agreement=_agreement(student, proof),
+        padding=proof["padding"],
+        masks=_MASKS if student.mask_emb is not None else _NO_MASKS,
+    )
+
+
+def _input(student):
+    if not student.normalize:
+        return "the waveform as it is"
+    return f"zero mean and unit variance ({student.normalize_epsilon:g} is added to the variance)"
+
+
+def _agreement(student, proof):
+    """What was compared, and how far the hidden states are from those of the training model."""
+    alone = proof["alone"]
+    ranges = {name: (min(one[name] for one in alone), max(one[name] for one in alone)) for name in ("samples", "level")}
+    (shortest, longest), (quietest, loudest) = ranges["samples"], ranges["level"]
+    text = (
+        f"Called as below, the hidden states differ from those of {proof['compared_with']} by at most"
+        f" {proof['largest_difference_alone']:.2g}, on {len(alone)} pieces of speech of {shortest / SAMPLE_RATE:.1f} to"
+        f" {longest / SAMPLE_RATE:.1f} s at levels (rms) of {quietest:.3g} to {loudest:.3g} of full scale, one with an"
+        " offset."
+    )
+    if "normalization" not in proof:
+        return text
+    epsilon = student.normalize_epsilon
+    return (
+        f"{text} {proof['normalization']}. With both normalised alike it is"
+        f" {proof['largest_difference_normalized_alike']:.2g}. To normalise as the training did, give the student"
+        f" `torch.nn.functional.layer_norm(torch.from_numpy(waveform), waveform.shape, eps={epsilon:g})[None]` in the"
+        " place of `preprocess`'s `inputs.input_values`."
     )
 
 

@@ -4,10 +4,10 @@ import argparse
 import logging
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -16,6 +16,7 @@ from fairseq_stack.checkpoint import (
     student_from_checkpoint,
     with_moving_average,
 )
+from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON, TRANSFORMERS_EPSILON
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.export.card import model_card
 from fairseq_stack.export.distiller import export_distiller, load_distiller
@@ -25,7 +26,6 @@ from fairseq_stack.export.onnx import export_onnx, load_onnx
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.s3prl import export_s3prl, load_s3prl
 from fairseq_stack.export.verify import (
-    PADDING_AGREES,
     ExportMismatch,
     check_output,
     padded_batch,
@@ -47,6 +47,8 @@ class Format:
         load: (path, student) to a function from a list of [S] to {name: [B, T, D]}.
         group_norm: what a padded batch does to students with a group norm, and what to use; None for nothing.
         layer_norm: the same for students without one.
+        normalizer: the library that normalises waveforms, and what it adds to their variance; None where the export
+            does it as the training did.
     """
 
     help: str
@@ -54,9 +56,19 @@ class Format:
     load: Callable
     group_norm: Optional[str] = None
     layer_norm: Optional[str] = None
+    normalizer: Optional[Tuple[str, float]] = None
 
     def padding(self, student):
         return self.group_norm if student.config["extractor_mode"] == "default" else self.layer_norm
+
+    def normalization(self, student):
+        """Why waveforms are not normalised as in training, or None where they are."""
+        if not student.normalize or self.normalizer is None or self.normalizer[1] == student.normalize_epsilon:
+            return None
+        return (
+            f"{self.normalizer[0]} adds {self.normalizer[1]:g} to the variance of a waveform, the training added"
+            f" {student.normalize_epsilon:g} (task.normalize_epsilon), so features of quiet recordings differ"
+        )
 
 
 FORMATS = {
@@ -66,6 +78,7 @@ FORMATS = {
         load_huggingface,
         "in transformers the group norm of extractor_mode=default runs over the padding too, with or without an"
         f" attention mask (s3prl's hf_hubert gives one): {_ONE_BY_ONE}",
+        normalizer=("transformers", TRANSFORMERS_EPSILON),
     ),
     "s3prl": Format(
         "a file for s3prl's hubert_local",
@@ -73,6 +86,7 @@ FORMATS = {
         load_s3prl,
         f"in s3prl the group norm of extractor_mode=default runs over the padding too: {_ONE_BY_ONE}",
         f"s3prl rounds the frames of a padded utterance up and attends to one frame of padding: {_ONE_BY_ONE}",
+        ("s3prl", FAIRSEQ_EPSILON),
     ),
     "s3prl-distiller": Format(
         "a file for s3prl's distiller_local, with the prediction heads; its first hidden state comes before the"
@@ -87,6 +101,7 @@ FORMATS = {
         load_fairseq,
         f"in fairseq the group norm of extractor_mode=default runs over the padding too: {_ONE_BY_ONE}",
         f"fairseq rounds the frames of a padded utterance up and attends to one frame of padding: {_ONE_BY_ONE}",
+        ("fairseq", FAIRSEQ_EPSILON),
     ),
     "onnx": Format("a file for onnxruntime, for batches of any size and length", export_onnx, load_onnx),
 }
@@ -127,6 +142,11 @@ def main():
         f" {proof['largest_difference_alone']:.2g} alone, {proof['largest_difference_padded']:.2g} in a padded batch"
     )
     print(f"padding: {proof['padding']}")
+    if "normalization" in proof:
+        print(
+            f"normalisation: {proof['normalization']}; normalised alike, the largest difference is"
+            f" {proof['largest_difference_normalized_alike']:.2g}"
+        )
 
 
 def export(checkpoint, to, output, speech=None, ema=False, force=False):
@@ -157,26 +177,28 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
         raise InputError(f"{speech} does not exist; give --speech an audio file or a manifest to verify with")
     waveforms = read_speech(speech, student.conv_layers)
     format = FORMATS[to]
-    padding = format.padding(student)
+    normalization = format.normalization(student)
+    if normalization:
+        alike = replace(student, normalize_epsilon=format.normalizer[1])
+        normalization = normalization, training_model(state, alike, checkpoint)[1]
 
-    def write(path):
-        format.write(student, path)
-        if path.is_dir():
-            (path / "README.md").write_text(card)
+    def card(proof):
+        with input_errors(f"{checkpoint} has a configuration that describes no training"):
+            return model_card(student, state, proof, ema)
 
-    with input_errors(f"{checkpoint} has a configuration that describes no training"):
-        card = model_card(student, state, padding or PADDING_AGREES, ema)
     name, reference = training_model(state, student, checkpoint)
     return write_verified(
-        write,
+        partial(format.write, student),
         partial(format.load, student=student),
         reference,
         waveforms,
         student.conv_layers,
         output,
         force,
-        padding,
+        format.padding(student),
+        normalization,
         {"format": to, "compared_with": name},
+        card,
     )
 
 
@@ -190,11 +212,11 @@ def training_model(state, student, checkpoint):
         from fairseq_stack.models.stacked_hubert import StackedHubert
     except ImportError:
         name, model = "the same weights in plain PyTorch (fairseq is not installed)", PlainStudent(student)
-        return name, lambda waveforms: model.outputs(*padded_batch(waveforms, normalize=False))
+        return name, lambda waveforms: model.outputs(*padded_batch(waveforms))
     model = StackedHubert.from_checkpoint(state, checkpoint)
 
     def outputs(waveforms):
-        output = model(*padded_batch(waveforms, student.normalize))
+        output = model(*padded_batch(waveforms, student.normalize_epsilon if student.normalize else None))
         heads = {f"head {layer}": prediction for layer, prediction in output["predictions"].items()}
         return {**dict(enumerate(output["hidden_states"])), **heads}
 

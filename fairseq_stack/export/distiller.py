@@ -6,8 +6,8 @@ import sys
 import torch
 
 from fairseq_stack.errors import InputError
+from fairseq_stack.export.limits import check
 from fairseq_stack.export.plain import head_tensors, heads_on_top
-from fairseq_stack.export.s3prl import check_frames
 
 _SHAPE = (
     "extractor_mode",
@@ -37,7 +37,7 @@ def export_distiller(student, file):
     Raises:
         InputError: s3prl's distiller has no place for a part of the student; names the field.
     """
-    _check(student)
+    check(student, "s3prl-distiller")
     layers = heads_on_top(student)
     first, second = zip(*(_as_two_maps(head_tensors(student, layer)) for layer in layers))
     inner, outer = first[0][0].size(0), second[0][0].size(0)
@@ -70,32 +70,6 @@ def export_distiller(student, file):
         },
         file,
     )
-
-
-def _check(student):
-    config = student.config
-    layers = {int(name.split(".")[1]) for name in student.heads}
-    for missing, text in (
-        (
-            config.get("feature_layer_norm", True),
-            "model.feature_layer_norm=true: s3prl's distiller has no norm behind the CNN",
-        ),
-        (config["conv_bias"], "model.conv_bias=true: the CNN of s3prl's distiller has no biases"),
-        (
-            config["layer_norm_first"],
-            "model.layer_norm_first=true: s3prl's distiller hands out the last layer without its final norm",
-        ),
-        (student.normalize, "task.normalize=true: s3prl's distiller takes the waveform as it is"),
-        (not layers, f"criterion.loss={config['loss']}: s3prl's distiller needs prediction heads, and there are none"),
-        (
-            layers != set(heads_on_top(student)),
-            f"criterion.intermediate_style={config['intermediate_style']}: the heads of s3prl's distiller are all on"
-            " the last layer",
-        ),
-    ):
-        if missing:
-            raise InputError(f"{text}; export it with --to huggingface or onnx")
-    check_frames(student)
 
 
 def _as_two_maps(maps):

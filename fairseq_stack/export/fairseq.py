@@ -3,8 +3,10 @@
 import torch
 
 from fairseq_stack.data.audio import SAMPLE_RATE
+from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.verify import padded_batch
+from fairseq_stack.export.limits import check
+from fairseq_stack.export.verify import ExportMismatch, padded_batch
 from fairseq_stack.lengths import samples_per_frame
 
 _SHAPE = (
@@ -55,6 +57,7 @@ def export_fairseq(student, file):
     Raises:
         InputError: the student has no layer norm behind the CNN, which HuBERT has.
     """
+    check(student, "fairseq")
     torch.save(
         {
             "args": None,
@@ -83,16 +86,7 @@ def export_fairseq(student, file):
 
 
 def hubert_config(student):
-    """The student's shape in the fields of fairseq's HubertConfig, which s3prl's HuBERT shares.
-
-    Raises:
-        InputError: the student has no layer norm behind the CNN, which both take for granted.
-    """
-    if not student.config.get("feature_layer_norm", True):
-        raise InputError(
-            "model.feature_layer_norm=false: HuBERT in fairseq and s3prl has a layer norm behind the CNN; export it"
-            " with --to huggingface, onnx or s3prl-distiller"
-        )
+    """The student's shape in the fields of fairseq's HubertConfig, which s3prl's HuBERT shares."""
     return {
         **{field: student.config[field] for field in _SHAPE},
         # fairseq and s3prl evaluate this string: write it from the parsed layers.
@@ -136,10 +130,13 @@ def load_fairseq(file, student):
     except ImportError as error:
         raise InputError(f"fairseq cannot be imported ({error}), and this export is verified in it") from None
     (model,), _, _ = load_model_ensemble_and_task([str(file)], strict=True)
+    if student.mask_emb is not None and not torch.equal(model.mask_emb, student.mask_emb):
+        raise ExportMismatch("fairseq loads another mask embedding than the student's")
     model.eval()
 
     def outputs(waveforms):
-        inputs, lengths = padded_batch(waveforms, student.normalize)
+        # fairseq's datasets normalise each waveform by F.layer_norm, before padding.
+        inputs, lengths = padded_batch(waveforms, FAIRSEQ_EPSILON if student.normalize else None)
         padding = torch.arange(inputs.size(1)) >= lengths[:, None]
         states, hooks = [], []
         layers = model.encoder.layers

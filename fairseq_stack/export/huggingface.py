@@ -1,11 +1,13 @@
 """A student as a folder that transformers' HubertModel loads."""
 
 import torch
-from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+from transformers import AutoFeatureExtractor, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.data.audio import SAMPLE_RATE
-from fairseq_stack.errors import InputError
-from fairseq_stack.export.verify import ExportMismatch, padded_batch
+from fairseq_stack.export.verify import ExportMismatch
+
+# transformers' own default, for fine-tuning with masks (SpecAugment).
+MASK_TIME_PROB = 0.05
 
 # fairseq's names on the left, transformers' on the right.
 _NORMS = {"default": "group", "layer_norm": "layer"}
@@ -46,16 +48,13 @@ def export_huggingface(student, folder):
     """Write config.json, model.safetensors and preprocessor_config.json.
 
     `transformers.HubertModel.from_pretrained(folder)` and s3prl's `hf_hubert_custom` load the folder.
-    A single utterance gives the features of training; so does a padded batch with its attention mask,
-    unless the CNN has a group norm (`extractor_mode=default`), whose statistics transformers takes
-    over the padding too: such a student wants utterances of one length, or one at a time.
+    With the preprocessor a single utterance gives the features of training, if that normalised with transformers'
+    epsilon or not at all. So does a padded batch, unless the CNN has a group norm (`extractor_mode=default`), whose
+    statistics transformers takes over the padding too: such a student wants utterances of one length, or one at a time.
 
     Args:
         student: a Student.
         folder: where to write; made where it is missing.
-
-    Raises:
-        InputError: transformers has no counterpart of the activation function.
     """
     model = HubertModel(_config(student))
     model.load_state_dict(_weights(student), strict=True)
@@ -78,32 +77,31 @@ def load_huggingface(folder, student):
         student: the Student.
 
     Returns:
-        a function from a list of [S] to {0: [B, T, D], ..., depth: [B, T, D]}.
+        a function from a list of [S] to {0: [B, T, D], ..., depth: [B, T, D]}, which calls preprocessor and model as
+        the model card does.
 
     Raises:
-        ExportMismatch: transformers finds a key missing or left over.
+        ExportMismatch: transformers finds a key missing or left over, or the mask embedding is another.
     """
     model, report = HubertModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     problems = {kind: sorted(keys) for kind, keys in report.items() if keys}
     if problems:
         raise ExportMismatch(f"transformers does not load all of the export: {problems}")
+    if student.mask_emb is not None and not torch.equal(model.masked_spec_embed, student.mask_emb):
+        raise ExportMismatch("transformers loads another mask embedding than the student's")
     model.eval()
+    preprocess = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
 
     def outputs(waveforms):
-        inputs, lengths = padded_batch(waveforms, student.normalize)
-        mask = (torch.arange(inputs.size(1)) < lengths[:, None]).long()
-        return dict(enumerate(model(inputs, attention_mask=mask, output_hidden_states=True).hidden_states))
+        waveforms = [waveform.numpy() for waveform in waveforms]
+        inputs = preprocess(waveforms, sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
+        return dict(enumerate(model(**inputs, output_hidden_states=True).hidden_states))
 
     return outputs
 
 
 def _config(student):
     config = student.config
-    if config["activation_fn"] not in _ACTIVATIONS:
-        raise InputError(
-            f"model.activation_fn={config['activation_fn']} is unknown to transformers;"
-            f" a student for it has one of {', '.join(_ACTIVATIONS)}"
-        )
     channels, kernels, strides = zip(*student.conv_layers)
     return HubertConfig(
         feat_extract_norm=_NORMS[config["extractor_mode"]],
@@ -125,9 +123,9 @@ def _config(student):
         activation_dropout=config["activation_dropout"],
         feat_proj_dropout=config["dropout_input"],
         layerdrop=0.0,
-        # Distillation masks nothing, so there is no mask embedding to hand over. Who fine-tunes with
-        # SpecAugment sets mask_time_prob when loading and gets a fresh embedding.
-        mask_time_prob=0.0,
+        # transformers has a place for the mask embedding where this is above 0, and masks in training only. A student
+        # that was trained without masks has none to hand over.
+        mask_time_prob=0.0 if student.mask_emb is None else MASK_TIME_PROB,
         mask_feature_prob=0.0,
         # From version 5 on transformers leaves the final layer norm of a pre-norm encoder out of the
         # last hidden state unless told otherwise; versions before, fairseq and s3prl include it.
@@ -151,6 +149,8 @@ def _weights(student):
     for name, tensor in student.weights.items():
         module, _, parameter = name.rpartition(".")
         weights[f"{modules[module]}.{_PARAMETERS[parameter]}"] = tensor
+    if student.mask_emb is not None:
+        weights["masked_spec_embed"] = student.mask_emb
     width = student.config["encoder_embed_dim"]
     if student.conv_layers[-1][0] == width:
         # fairseq has no projection between equal widths; transformers always has one.

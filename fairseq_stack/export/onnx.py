@@ -25,7 +25,7 @@ def export_onnx(student, file):
         file: where to write.
 
     Raises:
-        InputError: onnx is not installed, or the activation function cannot be exported.
+        InputError: onnx is not installed.
     """
     _import("onnx")
     samples = 2 * receptive_field(student.conv_layers)
@@ -34,10 +34,12 @@ def export_onnx(student, file):
     axes.update(waveforms={0: "utterances", 1: "samples"}, lengths={0: "utterances"}, frames={0: "utterances"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        model = PlainStudent(student).eval()
+        model.attend = torch.jit.script(model.attend)
         # torch's exporter by tracing: nothing in the forward pass hangs on the data, it needs no onnxscript,
         # and unlike its successor writes no paths of this machine into the file.
         torch.onnx.export(
-            PlainStudent(student).eval(),
+            model,
             (torch.zeros(2, samples), torch.tensor([samples, samples // 2])),
             str(file),
             dynamo=False,
@@ -64,7 +66,7 @@ def load_onnx(file, student):
     session = _import("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def outputs(waveforms):
-        inputs, lengths = padded_batch(waveforms, normalize=False)  # the graph normalises by itself
+        inputs, lengths = padded_batch(waveforms)  # the graph normalises by itself
         *states, _ = session.run(None, {"waveforms": inputs.numpy(), "lengths": lengths.numpy()})
         return {number: torch.from_numpy(state) for number, state in enumerate(states)}
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fairseq_stack.errors import InputError
+EPSILON = 1e-5  # of every norm in the network
 
-EPSILON = 1e-5  # of every norm, that of the waveform included
+# Queries that attend at once. Four minutes of speech would otherwise need 0.6 GB for the weights of each head.
+_QUERIES = 512
 
 _TANH_GELU = partial(F.gelu, approximate="tanh")
 _ACTIVATIONS = {
@@ -31,21 +32,14 @@ class PlainStudent(nn.Module):
 
     Args:
         student: a Student.
-
-    Raises:
-        InputError: the activation function has no counterpart here.
     """
 
     def __init__(self, student):
         super().__init__()
         self.student = student
         self.config = student.config
-        name = self.config["activation_fn"]
-        if name not in _ACTIVATIONS:
-            raise InputError(
-                f"model.activation_fn={name} cannot be exported; a student has one of {', '.join(_ACTIVATIONS)}"
-            )
-        self.activation = _ACTIVATIONS[name]
+        self.activation = _ACTIVATIONS[self.config["activation_fn"]]
+        self.attend = attend
         weights = dict(student.weights)
         # Weight norm: for each position in the kernel a length and a direction.
         length, direction = (weights.pop(f"encoder.pos_conv.0.weight_{part}") for part in "gv")
@@ -75,7 +69,7 @@ class PlainStudent(nn.Module):
             depth + 1 times [B, T, D], and [B], the frames of each utterance.
         """
         if self.student.normalize:
-            waveforms = standardized(waveforms, lengths)
+            waveforms = normalize(waveforms, lengths, self.student.normalize_epsilon)
         x, frames = self.features(waveforms, lengths)
         x = x.transpose(1, 2)
         if "layer_norm.weight" in self.student.weights:
@@ -118,14 +112,15 @@ class PlainStudent(nn.Module):
         x, frames = waveforms[:, None], lengths
         for index, (_, kernel, stride) in enumerate(self.student.conv_layers):
             block = f"feature_extractor.conv_layers.{index}"
-            x = F.conv1d(x, *self.parameters_of(f"{block}.0"), stride=stride)
             frames = (frames - kernel) // stride + 1
+            if index == 0 and self.config["extractor_mode"] == "default":
+                x = normed_convolution(
+                    waveforms, frames, self.parameters_of(f"{block}.0")[0], stride, *self.parameters_of(f"{block}.2")
+                )
+            else:
+                x = F.conv1d(x, *self.parameters_of(f"{block}.0"), stride=stride)
             if self.config["extractor_mode"] == "layer_norm":
                 x = self.norm(x.transpose(1, 2), f"{block}.2.1").transpose(1, 2)
-            elif index == 0:
-                # A group norm with one channel to the group.
-                weight, bias = self.parameters_of(f"{block}.2")
-                x = standardized(x, frames[:, None]) * weight[:, None] + bias[:, None]
             x = F.gelu(x)
         return x, frames
 
@@ -134,7 +129,7 @@ class PlainStudent(nn.Module):
         query, key, value = (
             self.linear(x, f"{module}.{part}_proj").unflatten(2, (heads, -1)).transpose(1, 2) for part in "qkv"
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=inside[:, None, None])
+        mixed = self.attend(query, key, value, inside[:, None, None], _QUERIES)
         return self.linear(mixed.transpose(1, 2).flatten(2), f"{module}.out_proj")
 
     def feed_forward(self, x, layer):
@@ -147,12 +142,55 @@ class PlainStudent(nn.Module):
         return {**dict(enumerate(states)), **heads}
 
 
-def standardized(x, lengths):
-    """Zero mean and unit variance over the first `lengths` entries of the last axis, zero behind them."""
-    inside = mask(x.size(-1), lengths)
-    count = lengths[..., None]
-    centred = (x - (x * inside).sum(-1, keepdim=True) / count) * inside
-    return centred * torch.rsqrt(centred.pow(2).sum(-1, keepdim=True) / count + EPSILON)
+def normalize(waveforms, lengths, epsilon):
+    """[B, S] to zero mean and unit variance over the first `lengths` [B] samples, zeros behind them.
+
+    In float64: onnxruntime adds up one by one, and over a minute of fp32 that costs three digits.
+    """
+    inside, count = mask(waveforms.size(1), lengths), lengths[:, None]
+    wide = waveforms.double()
+    centred = (wide - (wide * inside).sum(1, keepdim=True) / count) * inside
+    return (centred / torch.sqrt(centred.pow(2).sum(1, keepdim=True) / count + epsilon)).float()
+
+
+def normed_convolution(waveforms, frames, weight, stride, scale, shift):
+    """The first convolution and its group norm, with one channel to the group, over an utterance's own frames.
+
+    The mean and the covariance of the waveform's windows, in float64, give those of every channel. A bias of the
+    convolution would have no effect.
+
+    Args:
+        waveforms: [B, S].
+        frames: [B], the frames that count.
+        weight: [C, 1, K], the convolution's; `stride` is its stride.
+        scale, shift: [C], the norm's.
+
+    Returns:
+        [B, C, T].
+    """
+    size, kernel = waveforms.size(1), weight.size(2)
+    windows = torch.stack([waveforms[:, tap : size - kernel + tap + 1 : stride] for tap in range(kernel)], 1).double()
+    inside, count = mask(windows.size(2), frames)[:, None], frames[:, None, None]
+    centred = windows - (windows * inside).sum(2, keepdim=True) / count  # [B, K, T]
+    within = centred * inside
+    # No product with a transposition: onnxruntime up to 1.23 joins the two, and has no such product in float64.
+    covariance = torch.einsum("bit,bjt->bij", within, within) / count
+    taps = weight[:, 0].double()
+    variance = ((taps @ covariance) * taps).sum(2)  # [B, C]
+    kernels = taps * (scale / torch.sqrt(variance + EPSILON))[:, :, None]
+    return kernels.float() @ centred.float() + shift[:, None]
+
+
+def attend(query, key, value, inside, queries: int):
+    """Attention [B, H, T, D] to the frames `inside` [B, 1, 1, T], for `queries` frames at a time.
+
+    Scripted, the loop becomes one of ONNX.
+    """
+    blocks = []
+    for start in range(0, inside.size(3), queries):
+        block = query[:, :, start : start + queries]
+        blocks.append(F.scaled_dot_product_attention(block, key, value, attn_mask=inside))
+    return torch.cat(blocks, dim=2)
 
 
 def mask(size, lengths):

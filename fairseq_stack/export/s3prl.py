@@ -5,10 +5,7 @@ import torch
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.fairseq import hubert_config, hubert_weights
-from fairseq_stack.lengths import samples_per_frame
-
-# What s3prl's upstreams take for granted.
-SAMPLES_PER_FRAME = 320
+from fairseq_stack.export.limits import check
 
 
 def export_s3prl(student, file):
@@ -26,7 +23,7 @@ def export_s3prl(student, file):
         InputError: the student's frames are not 20 ms apart, or it has no layer norm behind the CNN, which
             s3prl's HuBERT takes for granted.
     """
-    check_frames(student)
+    check(student, "s3prl")
     torch.save(
         {
             "task_cfg": {"sample_rate": SAMPLE_RATE, "normalize": student.normalize},
@@ -37,16 +34,6 @@ def export_s3prl(student, file):
         },
         file,
     )
-
-
-def check_frames(student):
-    """Raise InputError unless the student's frames are 20 ms apart."""
-    hop = samples_per_frame(student.conv_layers)
-    if hop != SAMPLES_PER_FRAME:
-        raise InputError(
-            f"model.conv_feature_layers={student.config['conv_feature_layers']} makes a frame of {hop} samples,"
-            f" and s3prl takes {SAMPLES_PER_FRAME} for granted; export it with --to huggingface"
-        )
 
 
 def load_s3prl(file, student):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import accumulate, chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,13 +22,29 @@ PADDING_AGREES = "an utterance in a padded batch gives what it gives alone"
 
 _RECORDINGS = 4
 _MAX_SAMPLES = 16 * SAMPLE_RATE
+_LONG_SAMPLES = 60 * SAMPLE_RATE
+_HARD_SAMPLES = 5 * SAMPLE_RATE
+_QUIET = 1e-3  # root mean square, where full scale is 1
+_OFFSET = 0.1
 
 
 class ExportMismatch(RuntimeError):
     """The export computes something else than the training model."""
 
 
-def write_verified(write, load, reference, waveforms, conv_layers, output, force=False, padding=None, facts=None):
+def write_verified(
+    write,
+    load,
+    reference,
+    waveforms,
+    conv_layers,
+    output,
+    force=False,
+    padding=None,
+    normalization=None,
+    facts=None,
+    card=None,
+):
     """Write an export, compare it with the reference, and only then give it its name.
 
     The comparison is stored too: as verification.json in a folder, as FILE.verification.json beside a file.
@@ -42,7 +59,10 @@ def write_verified(write, load, reference, waveforms, conv_layers, output, force
         output: path of the finished export, a file or a folder.
         force: replace an export that is there already.
         padding: why the format cannot agree in a padded batch and what to use, or None where it has to agree.
+        normalization: where the format normalises waveforms in another way than the training did: why, and the
+            reference with waveforms normalised as the format does, which it has to agree with.
         facts: more for the stored comparison, plain values.
+        card: makes the README.md of an export that is a folder from the comparison.
 
     Returns:
         what is stored, a dict of plain values; see compare.
@@ -57,18 +77,25 @@ def write_verified(write, load, reference, waveforms, conv_layers, output, force
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         draft = Path(folder) / output.name
         write(draft)
-        proof = {**(facts or {}), **compare(reference, load(draft), waveforms, conv_layers)}
-        largest = proof["largest_difference_alone"]
+        exported = load(draft)
+        proof = {**(facts or {}), **compare(reference, exported, waveforms, conv_layers)}
+        alike = compare(normalization[1], exported, waveforms, conv_layers) if normalization else proof
+        largest = alike["largest_difference_alone"]
         if padding is None:
-            largest = _largest([largest, proof["largest_difference_padded"]])
+            largest = _largest([largest, alike["largest_difference_padded"]])
         if not largest <= TOLERANCE:  # a NaN is no match either
             raise ExportMismatch(
-                f"{output} is not written: its hidden states differ from those of {proof.get('compared_with', 'the reference')} by"
-                f" {largest:.3g}, more than {TOLERANCE:g}"
+                f"{output} is not written: its hidden states differ from those of"
+                f" {proof.get('compared_with', 'the reference')} by {largest:.3g}, more than {TOLERANCE:g}"
             )
+        if normalization:
+            proof["normalization"] = normalization[0]
+            proof["largest_difference_normalized_alike"] = largest
         proof["padding"] = padding or PADDING_AGREES
         text = json.dumps(proof, indent=1) + "\n"
         _proof_of(draft).write_text(text)
+        if card and draft.is_dir():
+            (draft / "README.md").write_text(card(proof))
         # A folder takes no other's place: what is there goes aside, and then with the temporary folder.
         if os.path.lexists(output) and (output.is_dir() or draft.is_dir()):
             if output.is_file():
@@ -107,20 +134,27 @@ def compare(reference, exported, waveforms, conv_layers):
     Args:
         reference, exported: functions from a list of [S] to {name: [B, T, D]}. The reference may know more
             names than the export.
-        waveforms: list of [S]; each is compared alone, and three of them in one batch.
+        waveforms: list of [S]; each is compared alone, and three of them, none of more than 16 s, in one batch.
         conv_layers: the CNN of the student.
 
     Returns:
-        a dict: `alone`, for each waveform its samples and {name: difference}; `padded_batch`, the same for the
-        batch, over the frames that belong to an utterance; the largest of each, NaN if there is one.
+        a dict: `alone`, for each waveform its samples, its level (the root mean square around the mean), its offset
+        (the mean) and {name: difference}; `padded_batch`, the same for the batch, over the frames that belong to an
+        utterance; the largest of each, NaN if there is one.
 
     Raises:
         ExportMismatch: the hidden states differ in number or shape.
     """
     ordered = sorted(waveforms, key=len)
-    batch = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    short = [waveform for waveform in ordered if len(waveform) <= _MAX_SAMPLES] or ordered[:1]
+    batch = [short[0], short[len(short) // 2], short[-1]]
     alone = [
-        {"samples": len(waveform), "difference": _differences(reference, exported, [waveform], conv_layers)}
+        {
+            "samples": len(waveform),
+            "level": round(waveform.std(unbiased=False).item(), 6),
+            "offset": round(waveform.mean().item(), 6),
+            "difference": _differences(reference, exported, [waveform], conv_layers),
+        }
         for waveform in ordered
     ]
     padded = {
@@ -162,51 +196,65 @@ def _largest(values):
 
 
 def table(proof):
-    """The stored comparison as lines of text: a row for each length, a column for each hidden state."""
+    """The stored comparison as lines of text: a row for each waveform, a column for each hidden state."""
     names = list(proof["padded_batch"]["difference"])
-    entries = [*((str(one["samples"]), one) for one in proof["alone"]), ("in a batch", proof["padded_batch"])]
-    rows = [("samples", *names)]
-    rows += [(label, *(f"{entry['difference'][name]:.0e}" for name in names)) for label, entry in entries]
+    rows = [("samples", "level", "offset", *names)]
+    described = [((str(one["samples"]), f"{one['level']:.3f}", f"{one['offset']:.3f}"), one) for one in proof["alone"]]
+    for label, entry in (*described, (("batch", "", ""), proof["padded_batch"])):
+        rows.append((*label, *(f"{entry['difference'][name]:.0e}" for name in names)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
-def padded_batch(waveforms, normalize):
-    """A list of [S] to [B, S] and lengths [B], each first given zero mean and unit variance if asked for.
+def padded_batch(waveforms, epsilon=None):
+    """A list of [S] to [B, S] and lengths [B].
 
-    As fairseq does it, with an epsilon of 1e-5. The preprocessor of transformers has 1e-7 written into its
-    code: a recording of variance v comes out louder by a factor of about 1 + 5e-6 / v.
+    With an epsilon each waveform first gets zero mean and unit variance, where epsilon is added to its variance.
     """
-    if normalize:
-        waveforms = [F.layer_norm(waveform, waveform.shape) for waveform in waveforms]
+    if epsilon is not None:
+        waveforms = [F.layer_norm(waveform, waveform.shape, eps=epsilon) for waveform in waveforms]
     return pad_sequence(waveforms, batch_first=True), torch.tensor([len(waveform) for waveform in waveforms])
 
 
 def read_speech(path, conv_layers):
-    """Excerpts of recorded speech to verify with: up to four recordings, whole and in part.
+    """Recorded speech to verify with: up to four recordings, whole and in part, and what loses digits.
+
+    That is one at a level of 0.001, the same at 0.01 with an offset of 0.1, the same at full scale, and up to a minute
+    of speech at a stretch, the longest recordings one behind another.
 
     Args:
         path: an audio file or a manifest (.tsv).
         conv_layers: the CNN of the student; excerpts shorter than its first frame are left out.
 
     Returns:
-        list of [S], of several lengths, at most 16 s each.
+        list of [S], of several lengths, at most 60 s each.
 
     Raises:
         InputError: a file is missing or cannot be used, or all are too short.
     """
     path = Path(path)
-    files = [(path, None)]
+    files, longest = [(path, None)], [(path, None)]
     if path.suffix == ".tsv":
         manifest = read_manifest(path)
-        # The shortest, the longest, and evenly spaced ones in between.
         order = manifest.samples.argsort()
+        listed = [(manifest.path(index), min(int(manifest.samples[index]), _MAX_SAMPLES)) for index in order]
+        # The shortest, the longest, and evenly spaced ones in between.
         picks = {round(index * (len(order) - 1) / (_RECORDINGS - 1)) for index in range(_RECORDINGS)}
-        chosen = [order[pick] for pick in sorted(picks)]
-        files = [(manifest.path(index), min(int(manifest.samples[index]), _MAX_SAMPLES)) for index in chosen]
-    recordings = [torch.from_numpy(read_audio(file, 0, stop))[:_MAX_SAMPLES] for file, stop in files]
+        files = [listed[pick] for pick in sorted(picks)]
+        together = accumulate(samples for _, samples in reversed(listed))
+        longest = [file for file, before in zip(reversed(listed), chain([0], together)) if before < _LONG_SAMPLES]
+
+    def read(file, stop):
+        return torch.from_numpy(read_audio(file, 0, stop))[:_MAX_SAMPLES]
+
+    recordings = [read(*file) for file in files]
     # What holds for a whole recording may hang on its length: verify an odd part of it too.
     excerpts = [part for whole in recordings for part in (whole, whole[: len(whole) // 3 | 1])]
+    part = recordings[len(recordings) // 2][:_HARD_SAMPLES]
+    centred = part - part.mean()
+    quiet = _QUIET * centred / centred.pow(2).mean().sqrt().clamp(min=1e-9)
+    loud = centred / centred.abs().max().clamp(min=1e-9)
+    excerpts += [quiet, 10 * quiet + _OFFSET, loud, torch.cat([read(*file) for file in longest])[:_LONG_SAMPLES]]
     excerpts = [excerpt for excerpt in excerpts if len(excerpt) >= receptive_field(conv_layers)]
     if not excerpts:
         raise InputError(f"{path}: the speech is shorter than one frame; verify with a longer recording")

@@ -186,6 +186,11 @@ class StackedHubert(HubertEncoder):
                 "model.share_teacher_cnn=true needs a teacher from a checkpoint of fairseq, model.feature_grad_mult=0"
                 " and task.normalize as the teacher was trained; correct them or set it to false"
             )
+        if cfg.share_teacher_cnn and cfg.normalize and task.cfg.normalize_epsilon != teacher.epsilon:
+            raise InputError(
+                "model.share_teacher_cnn=true takes over the teacher's normalisation too; set"
+                f" task.normalize_epsilon={teacher.epsilon:g} in place of {task.cfg.normalize_epsilon:g}"
+            )
         if cfg.loss == "temporal_gram" and cfg.mask_prob > 0:
             raise InputError(
                 f"criterion.loss=temporal_gram relates all frames, and task.mask_prob={cfg.mask_prob} asks for a"

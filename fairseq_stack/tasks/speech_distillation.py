@@ -19,7 +19,7 @@ from fairseq_stack.data.manifest import missing_files, read_manifest
 from fairseq_stack.data.speech import SpeechDataset
 from fairseq_stack.data.target_formats import FORMATS, decode, encode
 from fairseq_stack.data.target_store import CNN, TargetStore, size_text
-from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.data.waveforms import TRANSFORMERS_EPSILON, normalize_waveforms
 from fairseq_stack.errors import InputError, check_choice, one_line_errors
 from fairseq_stack.finite import check_loss
 from fairseq_stack.growth.surgery import copy_optimizer_state
@@ -59,6 +59,13 @@ class SpeechDistillationConfig(FairseqDataclass):
     normalize: bool = field(
         default=False,
         metadata={"help": "give the student waveforms of zero mean and unit variance (the teacher gets what it needs)"},
+    )
+    normalize_epsilon: float = field(
+        default=TRANSFORMERS_EPSILON,
+        metadata={
+            "help": "what normalize adds to the variance: 1e-7 as transformers does, or 1e-5 as fairseq and s3prl do."
+            " A library with another one gives other features for quiet recordings"
+        },
     )
     mask_prob: float = field(
         default=0.0,
@@ -124,6 +131,8 @@ class SpeechDistillation(FairseqTask):
             path = getattr(cfg, name)
             if not os.path.exists(path):
                 raise InputError(f"task.{name}={path} does not exist")
+        if not 0 < cfg.normalize_epsilon < 1:
+            raise InputError(f"task.normalize_epsilon={cfg.normalize_epsilon} must lie between 0 and 1; take 1e-7 or 1e-5")
         if not 0 <= cfg.mask_prob <= 1:
             raise InputError(f"task.mask_prob={cfg.mask_prob} must lie between 0 and 1")
         if cfg.mask_length < 1:
@@ -250,7 +259,7 @@ class SpeechDistillation(FairseqTask):
         features = arrays.pop(CNN).transpose(1, 2) if self.shares_cnn else None
         waveforms = sample["waveforms"]
         if self.cfg.normalize and features is None:
-            waveforms = normalize_waveforms(waveforms, sample["lengths"])
+            waveforms = normalize_waveforms(waveforms, sample["lengths"], self.cfg.normalize_epsilon)
         return {**sample, "waveforms": waveforms, "features": features, "targets": arrays}
 
     def computed(self, sample, layers, cnn):

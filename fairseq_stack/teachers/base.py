@@ -24,6 +24,7 @@ class Teacher(ABC):
         conv_layers: [(channels, kernel, stride)], the convolutions by which frames are counted.
         longest: the most samples that it can take; None where there is no limit.
         normalize: whether its training normalised the waveforms; None where it computes a spectrogram.
+        epsilon: what that added to the variance of a waveform.
         model: the network; a student can start from it where it is a HubertEncoder.
     """
 
@@ -34,6 +35,7 @@ class Teacher(ABC):
     conv_layers: list
     longest: int = None
     normalize: bool = None
+    epsilon: float = None
     model: torch.nn.Module
 
     @property

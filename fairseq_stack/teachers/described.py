@@ -12,7 +12,7 @@ from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import Teacher
 
 DESCRIPTION = "teacher.json"
-FIELDS = ("family", "depth", "width", "normalize", "conv_layers", "longest")
+FIELDS = ("family", "depth", "width", "normalize", "epsilon", "conv_layers", "longest")
 VERSION = 1  # of how targets are computed and stored; another number makes another store
 BLOCK = 1 << 20  # bytes
 
@@ -30,7 +30,7 @@ class DescribedTeacher(Teacher):
         self.name = str(path)
         self.options = options
         self.family, self.depth, self.width = fields["family"], fields["depth"], fields["width"]
-        self.normalize, self.longest = fields["normalize"], fields["longest"]
+        self.normalize, self.epsilon, self.longest = fields["normalize"], fields["epsilon"], fields["longest"]
         self.conv_layers = [tuple(layer) for layer in fields["conv_layers"]]
 
     @cached_property

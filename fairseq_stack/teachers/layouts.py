@@ -72,7 +72,7 @@ def _fairseq(content, name):
     if config.get("_name") == "stacked_hubert":
         student = student_from_checkpoint(content, f"task.teacher={name}")
         config = {**student.config, "encoder_layers": student.depth}
-        return Encoder(config, student.normalize, student.weights, task.get("normalize_epsilon", FAIRSEQ_EPSILON))
+        return Encoder(config, student.normalize, student.weights, student.normalize_epsilon)
     if config.get("_name") in FINE_TUNED:
         place = next((place for place in ENCODER_PLACES if any(str(key).startswith(place) for key in weights)), "")
         weights = {key[len(place) :]: weights[key] for key in weights if str(key).startswith(place)}

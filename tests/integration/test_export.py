@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -89,9 +90,9 @@ def hubert_and_state(shape, stage, normalize):
 
 
 @torch.no_grad()
-def fairseq_hidden_states(model, waveform, normalize):
+def fairseq_hidden_states(model, waveform, normalize, epsilon=1e-5):
     """Hidden states 0 to D of one waveform [S], the last one behind the final norm of a pre-norm encoder."""
-    source = (F.layer_norm(waveform, waveform.shape) if normalize else waveform)[None]
+    source = (F.layer_norm(waveform, waveform.shape, eps=epsilon) if normalize else waveform)[None]
     inputs = []
     hook = model.encoder.layers[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     depth = len(model.encoder.layers)
@@ -199,9 +200,9 @@ def test_the_plain_forward_pass_equals_the_training_model_in_a_padded_batch(tmp_
     state["cfg"]["task"]["normalize"] = normalize
     student, waveforms = student_from_checkpoint(state), [waveform(length) for length in LENGTHS]
     with torch.no_grad():
-        trained = StackedHubert.from_checkpoint(state)(*padded_batch(waveforms, normalize))
-        states, frames = PlainStudent(student)(*padded_batch(waveforms, normalize=False))
-        heads = PlainStudent(student).outputs(*padded_batch(waveforms, normalize=False))
+        trained = StackedHubert.from_checkpoint(state)(*padded_batch(waveforms, 1e-5 if normalize else None))
+        states, frames = PlainStudent(student)(*padded_batch(waveforms))
+        heads = PlainStudent(student).outputs(*padded_batch(waveforms))
     assert frames.tolist() == trained["frames"].tolist() == [1, 24, 49, 50]
     for row, count in enumerate(frames):
         expected = [state[row, :count] for state in trained["hidden_states"]]
@@ -209,29 +210,49 @@ def test_the_plain_forward_pass_equals_the_training_model_in_a_padded_batch(tmp_
         assert difference([heads["head 12"][row, :count]], [trained["predictions"][12][row, :count]]) < TOLERANCE
 
 
+def levels():
+    """Waveforms [S] from the level of a whisper far away to full scale, one with an offset."""
+    short, middle, long = map(waveform, LENGTHS[1:])  # s3prl's frozen upstreams pad what is shorter than 0.05 s
+    return [0.01 * short, 0.07 * middle, 0.01 * long + 0.1, short, middle, 2 * long]
+
+
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+def test_a_student_that_normalised_as_transformers_does_agrees_there_at_every_level(tmp_path, shape):
+    model, state = hubert_and_state(shape, 1, True)
+    state["cfg"]["task"]["normalize_epsilon"] = 1e-7
+    student = student_from_checkpoint(state)
+    export_huggingface(student, tmp_path)
+    loaded = FORMATS["huggingface"].load(tmp_path, student=student)
+    upstreams = [lambda source: loaded([source]).values()]
+    if S3PRL_FITS:
+        import s3prl.hub
+
+        from fairseq_stack.evaluation.upstreams import load_export
+
+        s3prls, evaluated = s3prl.hub.hf_hubert_custom(str(tmp_path)).eval(), load_export(tmp_path)
+        upstreams.append(lambda source: s3prls([source])["hidden_states"])
+        upstreams.append(lambda source: evaluated(source[None], torch.tensor([len(source)]))[0])
+    for source in levels():
+        expected = fairseq_hidden_states(model, source, True, 1e-7)
+        for upstream in upstreams:
+            with torch.no_grad():
+                states = [state[:, : expected[0].size(1)] for state in upstream(source)]  # s3prl repeats the last frame
+            assert difference(states, expected) < TOLERANCE
+
+
 @pytest.mark.s3prl
-@pytest.mark.parametrize(
-    "shape, normalize, tolerance",
-    [
-        (BASE, False, TOLERANCE),
-        # A group norm undoes what the preprocessor's epsilon (1e-7 for fairseq's 1e-5) does to the scale.
-        (BASE, True, TOLERANCE),
-        (LARGE, False, TOLERANCE),
-        # Biases in the first convolution keep the scale: noise of variance 0.01 comes out 0.05 % louder.
-        (LARGE, True, 2e-3),
-    ],
-)
-def test_s3prl_loads_the_huggingface_export_with_its_preprocessing(tmp_path, shape, normalize, tolerance):
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+def test_s3prl_loads_the_huggingface_export_with_its_preprocessing(tmp_path, shape):
     import s3prl.hub
 
-    model, state = hubert_and_state(shape, 1, normalize)
+    model, state = hubert_and_state(shape, 1, False)
     export_huggingface(student_from_checkpoint(state), tmp_path)
     upstream = s3prl.hub.hf_hubert_custom(str(tmp_path)).eval()
-    assert upstream.extracter.do_normalize is normalize
+    assert upstream.extracter.do_normalize is False
     for length in LENGTHS:
         with torch.no_grad():
             states = upstream([waveform(length)])["hidden_states"]
-        assert difference(states, fairseq_hidden_states(model, waveform(length), normalize)) < tolerance
+        assert difference(states, fairseq_hidden_states(model, waveform(length), False)) < TOLERANCE
 
 
 def test_padding_changes_nothing_in_transformers_unless_a_group_norm_sees_it(tmp_path):
@@ -256,13 +277,36 @@ def test_onnxruntime_computes_batches_of_any_size_and_length_as_if_alone(tmp_pat
     export_onnx(student_from_checkpoint(state), tmp_path / "student.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
     for lengths in ([400], [16_000, 7_777], [12_345, 16_080, 401]):
-        inputs, _ = padded_batch([waveform(length) for length in lengths], normalize=False)
+        inputs, _ = padded_batch([waveform(length) for length in lengths])
         *states, frames = session.run(None, {"waveforms": inputs.numpy(), "lengths": np.array(lengths)})
         for row, length in enumerate(lengths):
             expected = fairseq_hidden_states(model, waveform(length), normalize)
             assert frames[row] == expected[0].size(1)
             ours = [torch.from_numpy(state[row : row + 1, : frames[row]]) for state in states]
             assert difference(ours, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape, normalize", [(BASE, False), (LARGE, True)], ids=["base", "large"])
+def test_onnxruntime_loses_no_digits_over_a_minute_with_an_offset(tmp_path, shape, normalize):
+    model, state = hubert_and_state(shape, 0, normalize)
+    export_onnx(student_from_checkpoint(state), tmp_path / "student.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
+    model.double()
+    for seconds, level, offset in ((60, 0.01, 0.1), (20, 1, 0)):
+        source = level * waveform(seconds * 16_000) + offset
+        *states, _ = session.run(None, {"waveforms": source[None].numpy(), "lengths": np.array([len(source)])})
+        expected = fairseq_hidden_states(model, source.double(), normalize)
+        assert difference([torch.from_numpy(state) for state in states], expected) < TOLERANCE
+
+
+def test_attention_in_onnx_has_a_loop_over_blocks_of_queries(tmp_path):
+    _, state = hubert_and_state(BASE, 0, False)
+    export_onnx(student_from_checkpoint(state), tmp_path / "student.onnx")
+    nodes = onnx.load(tmp_path / "student.onnx").graph.node
+    loops = [node for node in nodes if node.op_type == "Loop"]
+    assert len(loops) == 3 and not any(node.op_type == "Softmax" for node in nodes)
+    for loop in loops:
+        assert [node.op_type for node in loop.attribute[0].g.node].count("Softmax") == 1
 
 
 @pytest.mark.parametrize("format", ["s3prl", "s3prl-distiller", "fairseq"])
@@ -309,10 +353,15 @@ def test_an_export_that_computes_something_else_leaves_nothing(tmp_path, format,
 
 
 def test_excerpts_have_several_lengths_and_at_least_a_frame(speech):
-    lengths = [len(excerpt) for excerpt in read_speech(speech / "valid.tsv", CONV_LAYERS)]
+    *excerpts, quiet, offset, loud, together = read_speech(speech / "valid.tsv", CONV_LAYERS)
+    lengths = [len(excerpt) for excerpt in excerpts]
     assert len(set(lengths)) == 8 and min(lengths) >= 400
+    assert quiet.pow(2).mean().sqrt().item() == pytest.approx(0.001) and loud.abs().max() == 1
+    assert offset.mean().item() == pytest.approx(0.1) and torch.allclose(offset - 0.1, 10 * quiet, atol=1e-7)
+    samples = [int(line.split("\t")[1]) for line in (speech / "valid.tsv").read_text().splitlines()[1:]]
+    assert len(together) == sum(samples)
     with pytest.raises(InputError, match="shorter than one frame"):
-        read_speech(speech / "valid.tsv", [(8, 16_000, 1)])
+        read_speech(speech / "valid.tsv", [(8, 160_000, 1)])
 
 
 # The script, with this package's own student
@@ -393,7 +442,7 @@ def test_the_script_exports_a_student_at_any_stage_and_stores_the_proof(
         error, output = export_student(checkpoint, "--to", format, "--output", tmp_path / format)
         assert error is None
         *rows, summary, padding = output.splitlines()
-        assert rows[0].split() == ["samples", *map(str, range(depth + 1))] and len(rows) == 10
+        assert rows[0].split() == ["samples", "level", "offset", *map(str, range(depth + 1))] and len(rows) == 14
         assert summary.startswith(f"{format}: {tmp_path / format}, largest difference to the training model")
         folder = tmp_path / format / "verification.json"
         proof = json.loads((folder if folder.exists() else tmp_path / f"{format}.verification.json").read_text())
@@ -401,7 +450,7 @@ def test_the_script_exports_a_student_at_any_stage_and_stores_the_proof(
         # In a padded batch the differences are what the line about padding says.
         agrees = proof["largest_difference_padded"] <= TOLERANCE
         assert agrees is (FORMATS[format].padding(student_from_checkpoint(load_checkpoint(checkpoint))) is None)
-        assert [len(one["difference"]) for one in (*proof["alone"], proof["padded_batch"])] == [depth + 1] * 9
+        assert [len(one["difference"]) for one in (*proof["alone"], proof["padded_batch"])] == [depth + 1] * 13
     assert HubertModel.from_pretrained(tmp_path / "huggingface").config.num_hidden_layers == depth
 
 
@@ -428,7 +477,7 @@ def test_a_student_without_a_norm_behind_the_cnn_goes_to_s3prls_distiller_heads_
         upstream = s3prl.hub.distiller_local(ckpt=str(tmp_path / "s3prl-distiller")).eval()
         states = upstream([waveform(8_000)])["hidden_states"]
         trained = StackedHubert.from_checkpoint(load_checkpoint(checkpoint))
-        expected = trained(*padded_batch([waveform(8_000)], False))
+        expected = trained(*padded_batch([waveform(8_000)]))
     predictions = [expected["predictions"][layer] for layer in layers]
     assert difference(states[1:], expected["hidden_states"][1:] + predictions) < TOLERANCE
     proof = json.loads((tmp_path / "s3prl-distiller.verification.json").read_text())
@@ -446,16 +495,26 @@ def test_a_student_without_a_norm_behind_the_cnn_goes_to_s3prls_distiller_heads_
         ("s3prl-distiller", {"loss": "temporal_gram", "teacher_layers": []}, "criterion.loss=temporal_gram"),
         ("s3prl-distiller", {"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 3"}, "model.conv_feature_layers="),
         ("s3prl", {}, "model.feature_layer_norm=false"),
+        ("s3prl", {"layer_norm_first": True}, "model.feature_layer_norm=false"),
+        ("s3prl", {"feature_layer_norm": True, "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 3"}, "model.conv_feat"),
         ("fairseq", {}, "model.feature_layer_norm=false"),
     ],
 )
-def test_what_a_format_has_no_place_for_is_refused_with_the_field_and_the_format_to_use(
+def test_what_a_format_has_no_place_for_is_refused_with_the_field_and_formats_that_take_the_student(
     tmp_path, speech, export_student, format, shape, words
 ):
     checkpoint = student_file(tmp_path, speech, 2, **{**DISTILHUBERT, **shape})
     error, _ = export_student(checkpoint, "--to", format, "--output", tmp_path / "student")
     assert error.startswith(f"error: {words}") and "; export it with --to huggingface" in error
     assert "\n" not in error and [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+    advised = error.split("export it with --to ")[1].split(" or ")
+    student = student_from_checkpoint(load_checkpoint(checkpoint))
+    for other in FORMATS:
+        if other in advised:
+            FORMATS[other].write(student, tmp_path / other)
+        else:
+            with pytest.raises(InputError):
+                FORMATS[other].write(student, tmp_path / other)
 
 
 @pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
@@ -474,13 +533,101 @@ def test_the_model_card_tells_how_the_student_was_made(tmp_path, speech, export_
     assert str(speech) not in card and "2606.11766" in card and "None" not in card
 
 
+def used_as_the_card_says(folder, waveform):
+    """Run the Python examples of a model card on a waveform [S]; returns the hidden states of each."""
+    found = []
+    for code in re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL):
+        if "s3prl" not in code or S3PRL_FITS:
+            names = {"waveform": waveform.numpy(), "torch": torch}
+            exec(code.replace("FOLDER", str(folder)), names)
+            found.append([state.detach() for state in names["hidden_states"]])
+    return found
+
+
+@pytest.mark.parametrize("epsilon", [1e-7, 1e-5])
+def test_the_card_and_the_verification_tell_what_its_examples_give(tmp_path, speech, export_student, epsilon):
+    checkpoint = student_file(tmp_path, speech, 2, normalize=True, **LARGE)
+    state = load_checkpoint(checkpoint)
+    state["cfg"]["task"].update({"normalize": True, "normalize_epsilon": epsilon})
+    torch.save(state, checkpoint)
+    error, output = export_student(checkpoint, "--to", "huggingface", "--output", tmp_path / "student")
+    assert error is None
+    trained = StackedHubert.from_checkpoint(state)
+    proof = json.loads((tmp_path / "student" / "verification.json").read_text())
+    card = (tmp_path / "student" / "README.md").read_text()
+    largest = 0
+    for source in read_speech(speech / "valid.tsv", CONV_LAYERS):
+        with torch.no_grad():
+            expected = trained(*padded_batch([source], epsilon))["hidden_states"]
+        differences = [difference(states, expected) for states in used_as_the_card_says(tmp_path / "student", source)]
+        assert max(differences) == pytest.approx(min(differences), abs=1e-6)
+        largest = max(largest, *differences)
+    assert proof["largest_difference_alone"] == pytest.approx(largest, rel=0.01, abs=1e-6)
+    assert f"by at most {proof['largest_difference_alone']:.2g}" in card
+    assert (largest <= TOLERANCE) is (epsilon == 1e-7) is ("normalization" not in proof)
+    if epsilon == 1e-5:
+        assert largest > 0.1 and "transformers adds 1e-07 to the variance" in card and "normalisation: transf" in output
+        assert proof["largest_difference_normalized_alike"] <= TOLERANCE
+        # What the card gives for such a student, on the quiet recording.
+        quiet = read_speech(speech / "valid.tsv", CONV_LAYERS)[-4]
+        call = re.search(r"`(torch\.nn\.functional\.layer_norm\(.*?\[None\])`", card)[1]
+        inputs = eval(call, {"waveform": quiet.numpy(), "torch": torch})
+        with torch.no_grad():
+            states = HubertModel.from_pretrained(tmp_path / "student")(inputs, output_hidden_states=True).hidden_states
+            assert difference(states, trained(*padded_batch([quiet], 1e-5))["hidden_states"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("format", [format for format in FORMATS_HERE if format in ("fairseq", "s3prl", "onnx")])
+def test_the_verification_says_where_a_library_normalises_in_another_way(tmp_path, speech, export_student, format):
+    checkpoint = student_file(tmp_path, speech, 2, normalize=True, **LARGE)
+    for epsilon in (1e-7, 1e-5):
+        state = load_checkpoint(checkpoint)
+        state["cfg"]["task"].update({"normalize": True, "normalize_epsilon": epsilon})
+        torch.save(state, checkpoint)
+        assert export_student(checkpoint, "--to", format, "--output", tmp_path / format, "--force")[0] is None
+        proof = json.loads((tmp_path / f"{format}.verification.json").read_text())
+        exact = format == "onnx" or epsilon == 1e-5
+        assert (proof["largest_difference_alone"] <= TOLERANCE) is exact is ("normalization" not in proof)
+        assert {(0.001, 0.0), (0.01, 0.1)} <= {(one["level"], round(one["offset"], 4)) for one in proof["alone"]}
+
+
+def test_the_mask_embedding_goes_along_and_masks_as_in_training(tmp_path, speech, export_student):
+    from fairseq.checkpoint_utils import load_model_ensemble_and_task
+
+    checkpoint = student_file(tmp_path, speech, 2, mask_prob=0.65, **LARGE)
+    for format in ("huggingface", "fairseq"):
+        assert export_student(checkpoint, "--to", format, "--output", tmp_path / format)[0] is None
+    trained = StackedHubert.from_checkpoint(load_checkpoint(checkpoint))
+    in_transformers, report = HubertModel.from_pretrained(tmp_path / "huggingface", output_loading_info=True)
+    assert not any(report.values()) and in_transformers.config.mask_time_prob == 0.05
+    (in_fairseq,), _, _ = load_model_ensemble_and_task([str(tmp_path / "fairseq")])
+    assert torch.equal(in_fairseq.mask_emb, trained.mask_emb)
+
+    source, mask = waveform(16_000), torch.arange(49)[None] % 7 < 3
+    with torch.no_grad():
+        expected = trained(*padded_batch([source]), mask=mask)["hidden_states"]
+        states = in_transformers(source[None], mask_time_indices=mask, output_hidden_states=True).hidden_states
+    assert difference(states, expected) < TOLERANCE
+    assert difference(states[:1], trained(*padded_batch([source]))["hidden_states"][:1]) > 0.1
+    assert "mask embedding of the distillation" in (tmp_path / "huggingface/README.md").read_text()
+
+    # Of a student without masks there is nothing to hand over, and fine-tuning may start one.
+    checkpoint = student_file(tmp_path, speech, 2, **LARGE)
+    assert export_student(checkpoint, "--to", "huggingface", "--output", tmp_path / "unmasked")[0] is None
+    assert "there is no mask embedding" in (tmp_path / "unmasked/README.md").read_text()
+    assert HubertModel.from_pretrained(tmp_path / "unmasked").config.mask_time_prob == 0
+    masking = HubertModel.from_pretrained(tmp_path / "unmasked", mask_time_prob=0.05)
+    assert 0 <= masking.masked_spec_embed.min() < masking.masked_spec_embed.max() <= 1
+
+
 def test_the_model_card_tells_the_papers_recipe():
     cfg = OmegaConf.to_container(composed("librispeech_base", ["task.data=manifests/ls960", "task.teacher=t/hubert.pt"]))
     shape = SimpleNamespace(config={**cfg["model"], "encoder_layers": 12}, depth=12, weights={}, normalize=False,
-                            conv_layers=parse_conv_layers(StackedHubertConfig.conv_feature_layers))  # fmt: skip
+                            mask_emb=None, conv_layers=parse_conv_layers(StackedHubertConfig.conv_feature_layers))  # fmt: skip
     cfg["distributed_training"]["distributed_world_size"] = 4
     cfg["dataset"]["batch_size"] = 16
-    card = model_card(shape, {"cfg": cfg}, padding="none")
+    proof = {"alone": [{"samples": 400, "level": 0.1}], "largest_difference_alone": 0.0, "padding": "", "compared_with": ""}
+    card = model_card(shape, {"cfg": cfg}, proof)
     for row in (
         "| teacher | hubert.pt |",
         "| data | ls960 |",

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
+from conftest import TINY, stock_hubert
 from training import tiny, train
+from transformers import Wav2Vec2FeatureExtractor
+
+from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.export.command import export
 
 
 def load(path):
@@ -63,6 +68,7 @@ def test_one_head_can_serve_all_teacher_layers(speech, teacher_file, tmp_path):
         ({"model.stack_method": "none"}, "model.stack_stages=4 has no meaning with model.stack_method=none"),
         ({"model.stack_method": "stackbert"}, "model.encoder_layers=12"),
         ({"+model.share_teacher_cnn": True}, "model.share_teacher_cnn=true needs"),
+        ({"+task.normalize_epsilon": 0.0}, "task.normalize_epsilon=0.0 must lie between 0 and 1"),
         ({"+model.init_cnn_from_teacher": True, "model.conv_feature_layers": "[(4,10,5)] + [(4,3,2)] * 4 + [(4,2,2)] * 2"},
          "model.init_cnn_from_teacher=true"),
     ],
@@ -71,3 +77,31 @@ def test_a_wrong_name_or_combination_gets_one_line(speech, teacher_file, tmp_pat
     with pytest.raises(SystemExit) as ended:
         train("librispeech_base", tiny(speech, teacher_file, tmp_path, **options))
     assert str(ended.value).startswith(f"error: {message}") and "\n" not in str(ended.value)
+
+
+def test_a_student_hears_waveforms_normalised_as_transformers_does_and_agrees_there(speech, teacher_file, tmp_path):
+    options = {"criterion.teacher_layers": [4, 8, 12], "optimization.max_update": 10}
+    trainer = train("hubert_large", tiny(speech, teacher_file, tmp_path, **options))
+    data = trainer.task.dataset("valid")
+    sample = data.collater([data[index] for index in range(3)])
+    sample["waveforms"] *= 0.01
+    heard = trainer.task.with_targets(sample, trainer.get_model())["waveforms"]
+    recorded = [row[:length].numpy() for row, length in zip(sample["waveforms"], sample["lengths"])]
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True)
+    expected = extractor(recorded, padding=True, sampling_rate=16_000, return_tensors="pt").input_values
+    torch.testing.assert_close(heard, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(heard, normalize_waveforms(sample["waveforms"], sample["lengths"], 1e-5), atol=1e-3)
+
+    proof = export(tmp_path / "checkpoints/checkpoint_last.pt", "huggingface", tmp_path / "student")
+    assert proof["largest_difference_alone"] < 1e-4 and min(one["level"] for one in proof["alone"]) == 0.001
+
+
+def test_a_shared_cnn_needs_the_teachers_normalisation(speech, tmp_path):
+    model, cfg = stock_hubert(normalize=True, **TINY)
+    torch.save({"args": None, "cfg": cfg, "model": model.state_dict()}, tmp_path / "teacher.pt")
+    options = {"+model.share_teacher_cnn": True, "+model.feature_grad_mult": 0, "task.normalize": True}
+    with pytest.raises(SystemExit, match="^error: model.share_teacher_cnn=true .* set task.normalize_epsilon=1e-05"):
+        train("librispeech_base", tiny(speech, tmp_path / "teacher.pt", tmp_path, **options))
+    options.update({"+task.normalize_epsilon": 1e-5, "optimization.max_update": 10})
+    train("librispeech_base", tiny(speech, tmp_path / "teacher.pt", tmp_path, **options))
+    assert load(tmp_path / "checkpoints/checkpoint_last.pt")["cfg"]["task"]["normalize_epsilon"] == 1e-5

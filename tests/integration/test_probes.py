@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import soundfile
 import torch
 from conftest import LINKED, TINY, stock_hubert
 from training import tiny, train
+from transformers import HubertModel
 
 from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.data import prepare
@@ -279,8 +281,17 @@ def test_what_is_no_export_is_refused(tmp_path, teacher_file):
             load_export(path)
 
 
+def test_frames_that_s3prl_cannot_count_are_refused(exports, tmp_path):
+    model = HubertModel.from_pretrained(exports / "student")
+    model.config.update({"num_feat_extract_layers": 4, "conv_dim": (8,) * 4, "conv_kernel": (10, 3, 3, 3), "conv_stride": (5, 2, 2, 2)})
+    HubertModel(model.config).save_pretrained(tmp_path)
+    shutil.copy(exports / "student/preprocessor_config.json", tmp_path)
+    with pytest.raises(InputError, match="a frame of 40 samples"):
+        load_export(tmp_path)
+
+
 def test_predictions_of_another_width_cannot_be_weighed_with_the_layers(exports):
-    with pytest.raises(InputError, match="--to s3prl"):
+    with pytest.raises(InputError, match="--to huggingface$"):  # which takes every student, as --to s3prl does not
         load_export(exports / "narrow.pt")
 
 
