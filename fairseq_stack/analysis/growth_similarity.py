@@ -46,14 +46,23 @@ def similarity_of(hidden_states, valid):
 
 
 def write_growth(folder, growth):
-    """Write a GrowthSimilarity as growth_at_{update}.json, with four digits."""
-    os.makedirs(folder, exist_ok=True)
+    """Write a GrowthSimilarity as growth_at_{update}.json, with four digits.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
     path = os.path.join(folder, f"growth_at_{growth.update}.json")
     content = {"update": growth.update, "before": growth.before, "after": growth.after}
     beside = f"{path}.part"
-    with open(beside, "w", encoding="utf-8") as file:
-        json.dump({name: np.round(value, 4).tolist() for name, value in content.items()}, file)
-    os.replace(beside, path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(beside, "w", encoding="utf-8") as file:
+            json.dump({name: np.round(value, 4).tolist() for name, value in content.items()}, file)
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(
+            f"checkpoint.save_dir={folder} cannot be written ({error.strerror}); choose another folder"
+        ) from None
 
 
 def read_growths(folder):
