@@ -21,6 +21,10 @@ from fairseq_stack.stand_ins import HARMLESS, HELD, plain, stand_ins
 
 LFS_POINTER = b"version https://git-lfs.github.com"
 
+# Beside the weights of a student: for each of its layers whether it is in use, [N] bool. The stage beside it counts
+# in the plan of the run that saved it.
+SEATS = "stage_seats"
+
 
 class DamagedCheckpoint(InputError):
     """The file is cut off, altered or no checkpoint at all."""
@@ -200,8 +204,8 @@ def with_moving_average(state, name="the checkpoint"):
         raise InputError(f"{name} has no moving average; train with ema.store_ema=true, or export without --ema")
     # With ema.ema_fp32 there is a copy in single precision.
     average = {**average, **state["extra_state"].get("ema_fp32_params", {})}
-    # The stage is a count, which averaging could only round.
-    average.update({key: value for key, value in state["model"].items() if key == "stage"})
+    # What is in use has no average; the copy in single precision keeps what was in use at its beginning.
+    average.update({key: value for key, value in state["model"].items() if key in ("stage", SEATS)})
     return {**state, "model": average}
 
 
@@ -225,24 +229,15 @@ def student_from_checkpoint(state, name="the checkpoint"):
     broken = [key for key in weights if not isinstance(key, str) or not torch.is_tensor(weights[key])]
     if broken:
         raise InputError(f"{name} has {weights[broken[0]]!r} for the weight {broken[0]}; it is damaged")
-    try:
-        check_shape(SimpleNamespace(**config))
-        stages = plan_growth(config["stack_method"], config["encoder_layers"], config["stack_stages"]).stages
-        stage = weights["stage"].item()
+    seats = seats_in_use(config, weights, name)
+    with _described_student(name):
         conv_layers = _conv_layers(config["conv_feature_layers"])
         normalize = task["normalize"]
         epsilon = task.get("normalize_epsilon", FAIRSEQ_EPSILON)  # what it was before it could be chosen
-    except KeyError as error:
-        raise InputError(f"{name} lacks {error}, which every checkpoint of a stacked_hubert has") from None
-    except (InputError, AttributeError, TypeError, RuntimeError) as error:
-        raise InputError(f"{name} has a configuration that describes no student: {error}") from None
-    if stage not in range(len(stages)):
-        raise InputError(f"{name} has stage {stage}, not one of 0 to {len(stages) - 1}; it is damaged")
     if not isinstance(normalize, bool):
         raise InputError(f"{name} has task.normalize={normalize}, neither true nor false; it is damaged")
     if type(epsilon) is not float or not 0 < epsilon < 1:
         raise InputError(f"{name} has task.normalize_epsilon={epsilon}, not a number between 0 and 1; it is damaged")
-    seats = stages[int(stage)]
     shapes = hubert_shapes(config, conv_layers, seats)
 
     # Layers of seats that the stage does not use stay behind, and what only training needs.
@@ -250,7 +245,7 @@ def student_from_checkpoint(state, name="the checkpoint"):
     found = {
         key: tensor
         for key, tensor in weights.items()
-        if not key.startswith((*idle, "heads.")) and key not in ("mask_emb", "stage", "plateau")
+        if not key.startswith((*idle, "heads.")) and key not in ("mask_emb", "stage", SEATS, "plateau")
     }
     for key in {**shapes, **found}:
         if key not in found:
@@ -271,6 +266,57 @@ def student_from_checkpoint(state, name="the checkpoint"):
     mask_emb = weights.get("mask_emb")
     mask_emb = None if mask_emb is None else mask_emb.float()
     return Student(config, conv_layers, normalize, epsilon, len(seats), kept, heads, mask_emb)
+
+
+@contextmanager
+def _described_student(name):
+    """Turn what a configuration that describes no student makes of its readers into an InputError."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{name} lacks {error}, which every checkpoint of a stacked_hubert has") from None
+    except (InputError, AttributeError, TypeError, RuntimeError) as error:
+        raise InputError(f"{name} has a configuration that describes no student: {error}") from None
+
+
+def seats_in_use(config, weights, name="the checkpoint"):
+    """The layers of the training model that the student in a checkpoint uses.
+
+    Args:
+        config: the model's configuration in the same checkpoint, in whose plan the stage counts.
+        weights: the state dict of the model.
+        name: what an error calls the checkpoint, such as its path.
+
+    Returns:
+        tuple of the indices N of `encoder.layers.N`, in the order of the forward pass.
+
+    Raises:
+        InputError: the configuration describes no student, or the weights do not belong to it.
+    """
+    with _described_student(name):
+        check_shape(SimpleNamespace(**config))
+        plan = plan_growth(config["stack_method"], config["encoder_layers"], config["stack_stages"])
+        stage = weights["stage"].item()
+        used = weights[SEATS].tolist() if SEATS in weights else None  # older checkpoints have the stage alone
+    if stage not in range(len(plan.stages)):
+        raise InputError(f"{name} has stage {stage}, not one of 0 to {len(plan.stages) - 1}; it is damaged")
+    stage = int(stage)
+    if used is not None and used != plan.uses(stage):
+        raise InputError(
+            f"{name} does not use the layers that its configuration says, which are those of stage {stage + 1} of"
+            f" {plan_text(SimpleNamespace(**config))}; it is damaged"
+        )
+    return plan.stages[stage]
+
+
+def plan_text(config):
+    """The fields that make the growth plan of a model's configuration, as one types them."""
+    return f"model.stack_method={config.stack_method} model.stack_stages={config.stack_stages}"
+
+
+def layers_text(seats):
+    """Layers of the training model by their names in its state dict."""
+    return f"encoder.layers {', '.join(map(str, seats))}"
 
 
 def _conv_layers(text):

@@ -5,6 +5,7 @@ tests/integration/test_guards.py fails where fairseq no longer calls it.
 
 - A checkpoint is copied beside and renamed; fairseq copies in place, and a kill leaves half of one.
 - Before a run resumes, recovery.py makes checkpoint_last.pt the newest whole checkpoint.
+- What is loaded fits this configuration (resume.py), or ends in one line that says what does not.
 - A file is unpickled only after checkpoint.py has found that nothing in it can run. (torch refuses
   the rest since 2.6, with a traceback.)
 - An update whose gradient is not finite ends the run in one line; fairseq would save the state as
@@ -28,6 +29,7 @@ from fairseq.dataclass import utils as dataclass_utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_stack import preemption, progress
@@ -35,6 +37,7 @@ from fairseq_stack.checkpoint import load_checkpoint
 from fairseq_stack.errors import InputError, one_line_errors
 from fairseq_stack.finite import gradient_stop, loss_scale_stop
 from fairseq_stack.recovery import LAST, UNFINISHED, recover
+from fairseq_stack.resume import fit, saved_configuration
 
 
 def _guard(owner, name):
@@ -71,15 +74,55 @@ def _resume_from_the_newest(load, cfg, trainer, **kwargs):
             recover(cfg.save_dir)
         if trainer.data_parallel_world_size > 1:
             torch.distributed.barrier()  # every process looks for the file
+    if not trainer.checkpoint_suffix:
+        _check_where_from(cfg)
+    return load(cfg, trainer, **kwargs)
+
+
+def _check_where_from(cfg):
+    """Refuse a file that is not there, for which fairseq trains from the beginning, and fields that contradict it."""
+    others = [f"checkpoint.{name}=true" for name in cfg if name.startswith("reset_") and cfg[name]]
+    if cfg.restore_file != LAST:
+        others.append(f"checkpoint.restore_file={cfg.restore_file}")
+    if cfg.finetune_from_model and others:
+        raise InputError(
+            f"checkpoint.finetune_from_model={cfg.finetune_from_model} takes the weights alone of that file and"
+            f" excludes {', '.join(others)}; set one of the two"
+        )
+    names = ["restore_file"]
+    if cfg.restore_file == LAST:  # without which a run starts from others
+        names = [] if PathManager.exists(os.path.join(cfg.save_dir, LAST)) else ["continue_once", "finetune_from_model"]
+    for name in names:
+        if cfg.get(name) and not PathManager.isfile(cfg[name]):
+            raise InputError(f"checkpoint.{name}={cfg[name]} is no file; give the path of a checkpoint")
+
+
+@_guard(Trainer, "load_checkpoint")
+def _load_what_fits(load, trainer, filename, reset_optimizer=False, *args, **kwargs):
+    if not _trains_a_student(trainer):
+        return load(trainer, filename, reset_optimizer, *args, **kwargs)
+    cfg = OmegaConf.to_container(trainer.cfg, resolve=True, enum_to_str=True)
+    read = checkpoint_utils.load_checkpoint_to_cpu
+    ways = ("restore_file", "finetune_from_model", "continue_once")
+    field = "checkpoint." + next((name for name in ways if cfg["checkpoint"].get(name) == filename), "save_dir")
+
+    def read_what_fits(path, *args, **kwargs):
+        header = load_checkpoint(PathManager.get_local_path(path), header_only=True)
+        saved = saved_configuration(header, path, field)
+        state = read(path, *args, **kwargs)
+        new_run = reset_optimizer or state.get("last_optimizer_state") is None
+        fit(state, path, field, saved, cfg, trainer.get_model(), trainer.task.state_dict().get("teacher"), new_run)
+        return state
+
+    checkpoint_utils.load_checkpoint_to_cpu = read_what_fits
     try:
-        return load(cfg, trainer, **kwargs)
-    except Exception as error:
-        if str(error).startswith("Cannot load model parameters"):
-            raise InputError(
-                f"the checkpoint in checkpoint.save_dir={cfg.save_dir} does not fit the model of this configuration;"
-                " choose another folder, or go on with the configuration that it was saved with"
-            ) from None
-        raise
+        return load(trainer, filename, reset_optimizer, *args, **kwargs)
+    finally:
+        checkpoint_utils.load_checkpoint_to_cpu = read
+
+
+def _trains_a_student(trainer):
+    return hasattr(trainer.get_model(), "plan")
 
 
 @_guard(checkpoint_utils, "load_checkpoint_to_cpu")

@@ -10,12 +10,15 @@ where fairseq's trainer looks it up:
 """
 
 import functools
+from contextlib import nullcontext
 
 import torch
 from fairseq import optim, trainer
 from fairseq.logging import metrics
 from fairseq.models.ema import EMA
 
+from fairseq_stack.checkpoint import SEATS
+from fairseq_stack.errors import input_errors, one_line_errors
 from fairseq_stack.growth.surgery import copy_weights
 
 # Of fairseq's DynamicLossScaler; it saves loss_scale itself, and the rest is configuration.
@@ -95,9 +98,13 @@ class MovingAverage(EMA):
     The task finds it as `moving_average` of the averaged student, which is all that fairseq hands over.
     """
 
+    @one_line_errors
     def __init__(self, model, config, device=None):
-        # Neither the stage nor the state of the plateau schedule has an average: they follow the student.
-        super().__init__(model, config, device, skip_keys={"stage", "plateau"})
+        seed = config.ema_seed_model
+        problem = f"ema.ema_seed_model={seed} has no moving average of a student that fits this configuration"
+        # Neither the layers in use nor the state of the plateau schedule have an average: they follow the student.
+        with input_errors(problem) if seed else nullcontext():
+            super().__init__(model, config, device, skip_keys={"stage", SEATS, "plateau"})
         self.model.moving_average = self
         if self.fp32_params:  # a shared head has several names in the state dict, and one average
             names = {parameter: name for name, parameter in self.model.named_parameters()}

@@ -29,6 +29,14 @@ class GrowthPlan:
         """Layers in use at each stage."""
         return tuple(len(seats) for seats in self.stages)
 
+    def uses(self, stage):
+        """For each seat whether the stage (from 0) has it in use: what a checkpoint says of its layers."""
+        return [seat in self.stages[stage] for seat in self.stages[-1]]
+
+    def stage_that_uses(self, seats):
+        """The stage (from 0) for which `uses` gives the list `seats`, or None."""
+        return next((stage for stage in range(len(self.stages)) if self.uses(stage) == seats), None)
+
 
 # The next stack, from bottom to top, out of the present one; K, the block, is the depth of the first
 # stage, `layers` that of the last. Where a layer is named again, its copy will stand.

@@ -10,6 +10,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.models import register_model
 from omegaconf import II, OmegaConf
 
+from fairseq_stack.checkpoint import SEATS, layers_text, plan_text
 from fairseq_stack.encoder_shape import LARGEST_WIDTH
 from fairseq_stack.errors import InputError, check_choice, check_numbers, input_errors, one_line_errors
 from fairseq_stack.growth.plan import plan_growth
@@ -135,7 +136,8 @@ class StackedHubert(HubertEncoder):
     """A HuBERT student with one prediction head for each teacher layer that it learns from.
 
     All layers exist from the start, each in its final seat. `stage`, a buffer, says how many of them
-    are in use; it is saved with the weights and is the only truth about the depth.
+    are in use; it is the only truth about the depth. It counts in the plan of this configuration. So the
+    weights are saved with the seats in use too, and loading finds the stage that uses the same.
 
     Args:
         cfg: a StackedHubertConfig.
@@ -172,6 +174,7 @@ class StackedHubert(HubertEncoder):
         self.register_buffer("stage", torch.zeros(()))
         self._stage_index = 0
         self._unfinished = []
+        self._updates = 0  # as set_num_updates was told last
 
     @classmethod
     @one_line_errors
@@ -312,6 +315,7 @@ class StackedHubert(HubertEncoder):
         Called again at the same update (gradient accumulation) it does nothing more.
         """
         super().set_num_updates(num_updates)
+        self._updates = num_updates
         due = self.due_stage(num_updates)
         if due == self.stage_number:
             return
@@ -335,19 +339,35 @@ class StackedHubert(HubertEncoder):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + SEATS] = torch.tensor(self.plan.uses(self._stage_index))
         if self.plateau is not None:
             # fairseq saves its tasks' state but does not load it when training resumes, so it is here.
             # No buffer: training in half precision would round it.
             destination[prefix + "plateau"] = torch.tensor(self.plateau.state, dtype=torch.float64)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        seats = state_dict.pop(prefix + SEATS, None)
+        if seats is not None:
+            stage = self.plan.stage_that_uses(seats.tolist())
+            if stage is None:
+                raise InputError(
+                    f"the weights use {layers_text(seats.nonzero().flatten().tolist())}, and no stage of"
+                    f" {plan_text(self.cfg)} uses the same layers"
+                )
+            state_dict[prefix + "stage"] = torch.tensor(float(stage))
         plateau = state_dict.pop(prefix + "plateau", None)
-        if plateau is not None and self.plateau is not None:
-            self.plateau.state = plateau.tolist()
+        if self.plateau is not None:
+            # Without a state of it the wait begins here: nothing tells when the stage began.
+            self.plateau.begin(self._updates)
+            if plateau is not None:
+                self.plateau.state = plateau.tolist()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        stage = self.stage.item()
+        if stage not in range(len(self.plan.stages)):
+            raise InputError(f"the weights have stage {stage}, not one of 0 to {len(self.plan.stages) - 1}")
         # fairseq calls set_num_updates on a fresh model before it loads the weights of a resumed
         # run. What grew then was a copy of random weights, and the checkpoint has replaced it.
-        self._stage_index = round(self.stage.item())
+        self._stage_index = int(stage)
         self._unfinished = []
 
     # Forward pass

@@ -29,7 +29,7 @@ from fairseq_stack.progress import COUNTS, Progress
 from fairseq_stack.run_state import save_whole_state
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import PRECISIONS
-from fairseq_stack.teachers.described import described_teacher
+from fairseq_stack.teachers.described import described_teacher, weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,12 @@ class SpeechDistillation(FairseqTask):
         save_whole_state()
         options = {"whisper_pad": cfg.whisper_pad, "precision": cfg.teacher_precision}
         if cfg.target_store:
-            return cls(cfg, *described_teacher(cfg.teacher, cfg.target_store, **options))
-        return cls(cfg, load_teacher(cfg.teacher, **options))
+            task = cls(cfg, *described_teacher(cfg.teacher, cfg.target_store, **options))
+        else:
+            task = cls(cfg, load_teacher(cfg.teacher, **options))
+        # Saved with every checkpoint, so that a run resumes with the teacher that it began with.
+        task.state.merge_state_dict({"teacher": weights_digest(cfg.teacher)})
+        return task
 
     @one_line_errors
     def load_dataset(self, split, **kwargs):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from fairseq_stack.errors import InputError
@@ -96,21 +96,43 @@ def fingerprint(path, **options):
         InputError: a file cannot be read.
     """
     path = Path(path)
-    files = [path]
-    if path.is_dir():  # of Hugging Face's format: nothing else is read of a teacher
-        weights = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
-        files = sorted([*path.glob("*.json"), *weights])
-    whole = hashlib.sha256(json.dumps([VERSION, options], sort_keys=True).encode())
+    # Nothing else is read of a teacher.
+    files = sorted([*path.glob("*.json"), *_weights(path)]) if path.is_dir() else [path]
+    return _digest(path, files, [VERSION, options])
+
+
+def weights_digest(path):
+    """SHA-256 of the files that hold a teacher's weights, in hex: the same wherever they lie.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    path = Path(path)
+    return _digest(path, sorted(_weights(path)) if path.is_dir() else [path])
+
+
+def _weights(folder):
+    return [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+
+
+def _digest(path, files, beside=None):
+    whole = hashlib.sha256(json.dumps(beside, sort_keys=True).encode())
     for each in files:
-        digest = hashlib.sha256()
         try:
-            with open(each, "rb") as file:
-                while block := file.read(BLOCK):
-                    digest.update(block)
+            digest = _digest_of_file(each, each.stat().st_mtime_ns)
         except OSError as error:
             raise InputError(f"task.teacher={path}: {each.name} cannot be read ({error.strerror})") from None
-        whole.update(f"{each.name if path.is_dir() else ''}\0{digest.hexdigest()}".encode())
+        whole.update(f"{each.name if path.is_dir() else ''}\0{digest}".encode())
     return whole.hexdigest()
+
+
+@lru_cache(maxsize=None)
+def _digest_of_file(path, changed):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sum(fields):

@@ -115,7 +115,8 @@ def test_a_run_whose_last_checkpoint_is_cut_off_says_what_it_goes_on_from(run, s
 
 def test_a_checkpoint_of_another_model_gives_one_line(run, speech, teacher_file):
     message = one_line(tiny(speech, teacher_file, run, **{"model.encoder_ffn_embed_dim": 64}))
-    assert f"checkpoint.save_dir={run}/checkpoints does not fit the model" in message
+    assert f"{run}/checkpoints/checkpoint_last.pt" in message and "another checkpoint.save_dir" in message
+    assert "model.encoder_ffn_embed_dim=32 there and 64 here" in message
 
 
 @pytest.mark.parametrize(

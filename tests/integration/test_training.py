@@ -49,7 +49,7 @@ def test_the_teacher_is_not_in_the_checkpoint(finished):
     folder, _ = finished
     names = load(folder / "checkpoints/checkpoint_last.pt")["model"]
     assert all(name.split(".")[0] in
-               {"feature_extractor", "layer_norm", "post_extract_proj", "encoder", "heads", "stage"}
+               {"feature_extractor", "layer_norm", "post_extract_proj", "encoder", "heads", "stage", "stage_seats"}
                for name in names)  # fmt: skip
 
 

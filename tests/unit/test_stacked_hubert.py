@@ -8,6 +8,7 @@ import torch
 from conftest import LINKED, TINY, stock_hubert
 from omegaconf import OmegaConf
 
+from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.supervision import student_position
@@ -73,7 +74,7 @@ def test_a_growth_copies_every_weight_of_its_source_and_touches_nothing_else():
             seat = int(name.split(".")[2])
             source = name.replace(f"layers.{seat}.", f"layers.{copied.get(seat, seat)}.")
             assert torch.equal(value, before[source]), name
-        elif name != "stage":
+        elif name not in ("stage", "stage_seats"):
             assert torch.equal(value, before[name]), name
 
 
@@ -175,6 +176,58 @@ def test_a_checkpoint_gives_back_the_student_at_its_depth():
         ours, theirs = student(WAVEFORMS, LENGTHS), loaded(WAVEFORMS, LENGTHS)
     assert loaded.depth == 9 and set(theirs["predictions"]) == {4, 8, 12}
     assert torch.equal(ours["predictions"][12], theirs["predictions"][12])
+
+
+def stacked(method, stages, stage):
+    student = tiny_student(stack_method=method, stack_stages=stages, teacher_layers=[12])
+    student.grow_to(stage)
+    return student
+
+
+@pytest.mark.parametrize(
+    "saved, loaded, stage",
+    [
+        (("interleaved", 4, 4), ("none", 1, 1), 1),
+        (("none", 1, 1), ("midas", 6, 1), 6),
+        (("gradual", 4, 2), ("gradual", 2, 1), 1),
+        (("gradual", 4, 2), ("stackbert", 3, 1), 2),
+        (("stackbert", 3, 2), ("gradual", 4, 4), 2),
+        (("interleaved", 4, 3), ("interleaved", 4, 1), 3),
+    ],
+)
+def test_weights_are_loaded_into_the_stage_with_their_layers(saved, loaded, stage):
+    saved, loaded = stacked(*saved), stacked(*loaded).half()
+    loaded.load_state_dict(saved.half().state_dict())
+    assert loaded.stage_number == stage == loaded.stage + 1 and loaded.seats == saved.seats
+
+
+@pytest.mark.parametrize(
+    "saved, loaded",
+    [
+        (("interleaved", 4, 2), ("gradual", 4, 1)),
+        (("interleaved", 4, 2), ("interleaved", 2, 1)),
+        (("interleaved", 4, 3), ("none", 1, 1)),
+        (("gstack", 4, 1), ("interleaved", 4, 1)),
+        (("gradual", 6, 1), ("gradual", 4, 1)),
+    ],
+)
+def test_weights_without_a_stage_of_their_layers_are_refused(saved, loaded):
+    saved, loaded = stacked(*saved), stacked(*loaded)
+    with pytest.raises(InputError, match="the weights use encoder.layers 0, .* no stage of model.stack_method"):
+        loaded.load_state_dict(saved.state_dict())
+
+
+def test_a_checkpoint_whose_layers_are_not_those_of_its_configuration_is_refused():
+    student = tiny_student()
+    student.grow_to(2)
+    cfg = OmegaConf.to_container(student.cfg, enum_to_str=True)
+    cfg = {"model": {**cfg, "_name": "stacked_hubert"}, "task": {"normalize": False}}
+    state = {"model": student.state_dict(), "cfg": cfg}
+    assert student_from_checkpoint(state).depth == StackedHubert.from_checkpoint(state).depth == 6
+    state["cfg"]["model"].update(stack_method="gradual")
+    for read in (student_from_checkpoint, StackedHubert.from_checkpoint):
+        with pytest.raises(InputError, match="model.stack_method=gradual model.stack_stages=4"):
+            read(state)
 
 
 def test_idle_layers_neither_learn_nor_matter():
