@@ -6,6 +6,7 @@ tests/integration/test_guards.py fails where fairseq no longer calls it.
 - A checkpoint is copied beside and renamed; fairseq copies in place, and a kill leaves half of one.
 - Before a run resumes, recovery.py makes checkpoint_last.pt the newest whole checkpoint.
 - What is loaded fits this configuration (resume.py), or ends in one line that says what does not.
+- A run that cannot, or did not, reach full depth says so (full_depth.py).
 - A file is unpickled only after checkpoint.py has found that nothing in it can run. (torch refuses
   the rest since 2.6, with a traceback.)
 - An update whose gradient is not finite ends the run in one line; fairseq would save the state as
@@ -20,6 +21,7 @@ tests/integration/test_guards.py fails where fairseq no longer calls it.
 """
 
 import functools
+import logging
 import os
 
 import torch
@@ -36,8 +38,11 @@ from fairseq_stack import preemption, progress
 from fairseq_stack.checkpoint import load_checkpoint
 from fairseq_stack.errors import InputError, one_line_errors
 from fairseq_stack.finite import gradient_stop, loss_scale_stop
+from fairseq_stack.full_depth import check_depth, depth_at_end
 from fairseq_stack.recovery import LAST, UNFINISHED, recover
 from fairseq_stack.resume import fit, saved_configuration
+
+logger = logging.getLogger(__name__)
 
 
 def _guard(owner, name):
@@ -76,7 +81,12 @@ def _resume_from_the_newest(load, cfg, trainer, **kwargs):
             torch.distributed.barrier()  # every process looks for the file
     if not trainer.checkpoint_suffix:
         _check_where_from(cfg)
-    return load(cfg, trainer, **kwargs)
+    state, epoch_itr = load(cfg, trainer, **kwargs)
+    if _trains_a_student(trainer):
+        check_depth(trainer.cfg, trainer.get_model(), len(epoch_itr))
+        if 0 < trainer.cfg.optimization.max_epoch < epoch_itr.next_epoch_idx:
+            _say_the_depth(trainer, epoch_itr.next_epoch_idx)
+    return state, epoch_itr
 
 
 def _check_where_from(cfg):
@@ -125,6 +135,14 @@ def _trains_a_student(trainer):
     return hasattr(trainer.get_model(), "plan")
 
 
+def _say_the_depth(trainer, next_epoch):
+    """Log, once, the depth of a run that ends before full depth."""
+    line = depth_at_end(trainer.cfg, trainer, next_epoch)
+    if line and trainer.is_data_parallel_master and not getattr(trainer, "depth_is_said", False):
+        trainer.depth_is_said = True
+        logger.warning(line)
+
+
 @_guard(checkpoint_utils, "load_checkpoint_to_cpu")
 @_guard(checkpoint_utils, "load_ema_from_checkpoint")
 def _unpickle_only_what_is_safe(load, path, *args, **kwargs):
@@ -149,10 +167,21 @@ def _stop_at_a_gradient_that_is_not_finite(clip, trainer, clip_norm):
 
 
 @_guard(fairseq_train, "train")
-def _leave_a_finished_run_alone(train, cfg, trainer, *args):
-    if 0 < cfg.optimization.max_update <= trainer.get_num_updates():
-        return [None], True
-    return train(cfg, trainer, *args)
+def _leave_a_finished_run_alone(train, cfg, trainer, task, epoch_itr):
+    finished = 0 < cfg.optimization.max_update <= trainer.get_num_updates()
+    losses, should_stop = ([None], True) if finished else train(cfg, trainer, task, epoch_itr)
+    next_epoch = epoch_itr.next_epoch_idx
+    if _trains_a_student(trainer) and (should_stop or 0 < cfg.optimization.max_epoch < next_epoch):
+        _say_the_depth(trainer, next_epoch)
+    return losses, should_stop
+
+
+@_guard(Trainer, "lr_step")
+def _say_that_the_learning_rate_ends_the_run(lr_step, trainer, *args, **kwargs):
+    lr = lr_step(trainer, *args, **kwargs)
+    if _trains_a_student(trainer) and lr <= trainer.cfg.optimization.stop_min_lr:
+        _say_the_depth(trainer, next_epoch=1)
+    return lr
 
 
 @_guard(fairseq_train, "validate_and_save")

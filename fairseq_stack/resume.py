@@ -35,7 +35,7 @@ NETWORK = (
 )
 # What the heads and the optimiser's moments were made for. Weights of the loss are not among it.
 TRAINING = {
-    "task": ("whisper_pad", "normalize"),
+    "task": ("whisper_pad", "normalize", "normalize_epsilon"),
     "criterion": ("loss", "teacher_layers", "intermediate_style", "target_normalization"),
 }
 # What decides which heads there are, their width, and whether there is an embedding of masked frames.

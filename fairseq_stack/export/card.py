@@ -21,7 +21,7 @@ tags:
 A speech encoder, distilled from a foundation model with fairseq_stack after
 [Kim & Lee, Interspeech 2026](https://arxiv.org/abs/2606.11766).
 16 kHz mono waveforms in, {depth} + 1 hidden states of {width} features out, one frame for every {hop} ms.
-
+{note}
 | | |
 | --- | --- |
 {rows}
@@ -80,6 +80,14 @@ _NO_MASKS = (
 )
 
 
+def before_full_depth(student):
+    """One line that says so where a Student has fewer layers than its training was to give it, else an empty one."""
+    layers = student.config["encoder_layers"]
+    if student.depth == layers:
+        return ""
+    return f"its growth has not ended, the student has {student.depth} of {layers} layers"
+
+
 def model_card(student, state, proof, moving_average=False):
     """The text of README.md.
 
@@ -121,7 +129,9 @@ def model_card(student, state, proof, moving_average=False):
         f"best validation {metric}": f"{extra['best']:g}" if extra.get("best") is not None else None,
         "weights": "exponential moving average" if moving_average else "as the last update left them",
     }
+    note = before_full_depth(student)
     return _CARD.format(
+        note=f"\n**From the middle of a training: {note}.**\n" if note else "",
         title=f"HuBERT student, {student.depth} layers x {model['encoder_embed_dim']}",
         depth=student.depth,
         width=model["encoder_embed_dim"],

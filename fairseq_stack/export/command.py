@@ -18,7 +18,7 @@ from fairseq_stack.checkpoint import (
 )
 from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON, TRANSFORMERS_EPSILON
 from fairseq_stack.errors import InputError, input_errors
-from fairseq_stack.export.card import model_card
+from fairseq_stack.export.card import before_full_depth, model_card
 from fairseq_stack.export.distiller import export_distiller, load_distiller
 from fairseq_stack.export.fairseq import export_fairseq, load_fairseq
 from fairseq_stack.export.huggingface import export_huggingface, load_huggingface
@@ -33,6 +33,8 @@ from fairseq_stack.export.verify import (
     table,
     write_verified,
 )
+
+logger = logging.getLogger(__name__)
 
 _ONE_BY_ONE = "give it one utterance at a time, or use --to onnx"
 
@@ -172,6 +174,10 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
     if ema:
         state = with_moving_average(state, checkpoint)
     student = student_from_checkpoint(state, checkpoint)
+    if before_full_depth(student):
+        logger.warning(
+            f"{checkpoint}: {before_full_depth(student)}; export a later checkpoint of the run, or let it train on"
+        )
     speech = speech or Path(state["cfg"]["task"].get("data") or "") / "valid.tsv"
     if not speech.is_file():
         raise InputError(f"{speech} does not exist; give --speech an audio file or a manifest to verify with")

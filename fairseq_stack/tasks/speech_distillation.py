@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
+from fairseq import checkpoint_utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import FairseqTask, register_task
+from fairseq_cli import train as fairseq_train
 from omegaconf import II, MISSING
 
 from fairseq_stack import preemption
@@ -315,6 +317,9 @@ class SpeechDistillation(FairseqTask):
         copy_optimizer_state(optimizer, model.finish_growth(), model.stack_optimizer_state)
         if ema_model is not None:
             ema_model.moving_average.grow_to(model.stage_number)
+        # checkpoint_best.pt is the best of the deepest stage, and a growth that raises the loss costs no patience.
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
+        vars(fairseq_train.should_stop_early).pop("best", None)
         after = self._loss(sample, model, criterion, optimizer)
         if writes:
             grown = self._similarity(sample, model, optimizer)
