@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from fairseq_stack.checkpoint import SEATS, configurations, layers_text, plan_text, seats_in_use
+from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
 from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import parse_conv_layers
 
@@ -35,7 +36,7 @@ NETWORK = (
 )
 # What the heads and the optimiser's moments were made for. Weights of the loss are not among it.
 TRAINING = {
-    "task": ("whisper_pad", "normalize", "normalize_epsilon"),
+    "task": ("whisper_pad", "normalize"),
     "criterion": ("loss", "teacher_layers", "intermediate_style", "target_normalization"),
 }
 # What decides which heads there are, their width, and whether there is an embedding of masked frames.
@@ -76,7 +77,8 @@ def saved_configuration(state, path, field):
     extra, history = state.get("extra_state"), state.get("optimizer_history")
     if not isinstance(extra, dict) or "train_iterator" not in extra or not history:
         raise InputError(f"{path} holds weights without the state of a training; choose another {field}")
-    return state["cfg"]
+    # What it was before it could be chosen.
+    return {**state["cfg"], "task": {"normalize_epsilon": FAIRSEQ_EPSILON, **task}}
 
 
 def fit(state, path, field, saved, cfg, model, teacher, new_run):
@@ -205,7 +207,10 @@ def _check_training(state, path, keep, saved, cfg, teacher):
         f"{keep}; checkpoint.finetune_from_model={path} with a new checkpoint.save_dir starts a new run from its"
         " weights"
     )
-    different = differences(saved, cfg, TRAINING)
+    sections = TRAINING
+    if saved["task"].get("normalize"):
+        sections = {**TRAINING, "task": (*TRAINING["task"], "normalize_epsilon")}
+    different = differences(saved, cfg, sections)
     if different:
         raise InputError(f"{path} cannot resume under another training: {different}; {advice}")
     known = (state.get("task_state") or {}).get("teacher")

@@ -299,3 +299,16 @@ def test_a_teacher_is_known_by_its_weights(tmp_path):
 
     assert folder("one", "weights", "{}") == folder("two", "weights", '{"transformers_version": "5"}')
     assert folder("three", "others", "{}") != weights_digest(tmp_path / "one")
+
+
+def test_a_run_from_before_epsilon_could_be_chosen_keeps_its_own(fields, tmp_path):
+    equal = {"model.stack_schedule": "equal", "optimization.max_update": 4}
+    normalised = {"task.normalize": True, **equal, "+task.normalize_epsilon": "1.0e-5"}
+    train("librispeech_base", fields(**normalised))
+    path = tmp_path / "checkpoints/checkpoint_last.pt"
+    state = load(path)
+    del state["cfg"]["task"]["normalize_epsilon"]  # as the version before wrote it
+    torch.save(state, path)
+    more = {**normalised, "optimization.max_update": 6}
+    assert "task.normalize_epsilon=1e-05 there and 1e-07 here" in one_line(fields(**{**more, "+task.normalize_epsilon": "1.0e-7"}))
+    assert train("librispeech_base", fields(**more)).get_num_updates() == 6
