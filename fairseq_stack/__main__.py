@@ -15,7 +15,7 @@ def main(arguments=None):
         description="Check the installation and, where they are given, the speech and the teacher. One line each: ok,"
         " note (may be in order) or fix. Exits with 1 if something has to be fixed.",
     )
-    doctor.add_argument("--data", metavar="FOLDER", help="folder with train.tsv and valid.tsv, as task.data")
+    doctor.add_argument("--data", metavar="FOLDER", help="folder of manifests, as task.data")
     doctor.add_argument("--teacher", metavar="PATH", help="a fairseq checkpoint or Hugging Face folder, as task.teacher")
     args = parser.parse_args(arguments)
     broken = 0

@@ -175,29 +175,67 @@ def libsndfile():
 
 
 def speech(folder):
-    """One Finding for each manifest: it is well-formed, all its files exist, and some of them can be read."""
-    from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
-    from fairseq_stack.data.manifest import missing_files, read_manifest
+    """One Finding for each manifest: it is well-formed, and at most a few of its recordings are of no use.
+
+    Only the first, the shortest and the longest are read: reading all is the job of prepare_speech.py --check.
+    """
     from fairseq_stack.errors import InputError
 
-    for name in ("train.tsv", "valid.tsv"):
-        path = Path(folder) / name
+    folder = Path(folder)
+    defaults = {"train.tsv": "dataset.train_subset", "valid.tsv": "dataset.valid_subset"}
+    found = [path.name for path in sorted(folder.glob("*.tsv")) if path.name in defaults or _is_manifest(path)]
+    named = [name for name in found if name not in (*defaults, "test.tsv")]
+    for name, field in defaults.items():
+        if name not in found and named:
+            other = named[0].removesuffix(".tsv")
+            yield Finding(name, "note", f"is not there; name another with {field}, such as {other}")
+    wanted = [name for name in defaults if name in found or not named]
+    for name in dict.fromkeys([*wanted, *found]):
         try:
-            manifest = read_manifest(path)
-            missing = missing_files(manifest)
-            if missing:
-                raise InputError(f"{path} lists {len(missing)} files that do not exist, first {missing[0]}; prepare again")
-            # The shortest, the longest and the first: reading all is the job of prepare_speech.py --check.
-            for index in {0, int(manifest.samples.argmin()), int(manifest.samples.argmax())}:
-                read_audio(manifest.path(index), 0, int(manifest.samples[index]))
+            yield _manifest(folder / name)
         except InputError as error:
             yield Finding(name, "fix", str(error))
-            continue
-        seconds = manifest.samples / SAMPLE_RATE
-        yield Finding(
-            name, "ok", f"{len(manifest):,} recordings of {seconds.min():.1f} to {seconds.max():.1f} s,"
-            f" {seconds.sum() / 3600:.2f} h",
-        )  # fmt: skip
+
+
+def _is_manifest(path):
+    """Whether a TSV file can be one: a table's first line has several columns, a manifest's has the root folder."""
+    try:
+        with open(path, "rb") as file:
+            return b"\t" not in file.readline()
+    except OSError:
+        return True  # whoever reads it tells more
+
+
+def _manifest(path):
+    """The Finding on a manifest that can be trained with; raises InputError for another."""
+    import numpy as np
+
+    from fairseq_stack.data.audio import SAMPLE_RATE, SHORTEST, read_audio
+    from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, listed_problems
+    from fairseq_stack.data.manifest import read_manifest
+    from fairseq_stack.errors import InputError
+
+    manifest = read_manifest(path)
+    bad_audio = BadAudio(path, len(manifest), "skip", BAD_AUDIO_LIMIT)
+    problems = listed_problems(manifest, SHORTEST)
+    bad_audio.report(problems)
+    usable = np.flatnonzero([name not in problems for name in manifest.paths])
+    lengths = manifest.samples[usable]
+    for index in {usable[0], usable[lengths.argmin()], usable[lengths.argmax()]}:
+        try:
+            read_audio(manifest.path(index), 0, int(manifest.samples[index]))
+        except InputError as error:
+            problems[manifest.paths[index]] = str(error)
+    bad_audio.report(problems)
+    seconds = lengths / SAMPLE_RATE
+    found = (
+        f"{len(manifest) - len(problems):,} recordings of {seconds.min():.1f} to {seconds.max():.1f} s,"
+        f" {seconds.sum() / 3600:.2f} h"
+    )
+    if problems:
+        first = next(iter(problems.values()))
+        return Finding(path.name, "note", f"{found}; training skips {len(problems)} more, first {first}")
+    return Finding(path.name, "ok", found)
 
 
 def foundation_model(path):

@@ -14,6 +14,9 @@ tests/integration/test_guards.py fails where fairseq no longer calls it.
 - A run that has done its updates and is started again does none; fairseq does one more.
 - A job that is told to end (preemption.py) saves a checkpoint first.
 - A field of the wrong type or name is answered in one line.
+- Validation on a subset that is trained on too hears it as validation does: fairseq keeps one dataset for a name, and
+  would set its epoch back in the middle of the training's.
+- Validation subsets that nothing names are answered in one line.
 - The wait for the batches of an update is on the clock (progress.py).
 - Data workers end with their epoch. fairseq lets them wait for a next one, which gets workers of its own, and leaves
   them to Python's garbage collector: it takes their queues apart before they have heard that it is over, and the
@@ -26,7 +29,7 @@ import os
 
 import torch
 from fairseq import checkpoint_utils
-from fairseq.data import iterators
+from fairseq.data import data_utils, iterators
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
@@ -36,6 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fairseq_stack import preemption, progress
 from fairseq_stack.checkpoint import load_checkpoint
+from fairseq_stack.data.speech import SpeechDataset
 from fairseq_stack.errors import InputError, one_line_errors
 from fairseq_stack.finite import gradient_stop, loss_scale_stop
 from fairseq_stack.full_depth import check_depth, depth_at_end
@@ -200,6 +204,30 @@ def _name_the_field(merge, dc, cfg, *args, **kwargs):
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise InputError(f"{error.full_key or error.key}: {reason}; correct the configuration") from None
+
+
+@_guard(Trainer, "get_valid_iterator")
+def _validate_as_validation_hears(get_iterator, trainer, subset, *args):
+    datasets = trainer.task.datasets
+    dataset = datasets.get(subset)
+    if not isinstance(dataset, SpeechDataset):
+        return get_iterator(trainer, subset, *args)
+    datasets[subset] = dataset.for_validation()
+    try:
+        return get_iterator(trainer, subset, *args)
+    finally:
+        datasets[subset] = dataset
+
+
+@_guard(data_utils, "raise_if_valid_subsets_unintentionally_ignored")
+def _name_the_ignored_subsets(check, cfg):
+    try:
+        check(cfg)
+    except ValueError as error:
+        raise InputError(
+            f"task.data={cfg.task.data}: {str(error).split('. ')[0]}; name them in dataset.valid_subset, or set"
+            " dataset.combine_valid_subsets=true or dataset.ignore_unused_valid_subsets=true"
+        ) from None
 
 
 @_guard(iterators, "_chunk_iterator")

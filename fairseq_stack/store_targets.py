@@ -41,6 +41,13 @@ def compose_recipe(config_dir, config_name, overrides):
     return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
 
+def subsets(loading):
+    """The names by which a training asks for its datasets, from a recipe's `dataset`."""
+    if loading.disable_validation:
+        return [loading.train_subset]
+    return list(dict.fromkeys([loading.train_subset, *loading.valid_subset.split(",")]))
+
+
 def store_targets(cfg, splits, processes=1):
     """Store what a training with this configuration may ask for, as far as it is not there yet.
 
@@ -75,7 +82,7 @@ def set_up(cfg, splits):
     task.build_model(cfg.model)
     task.build_criterion(cfg.criterion)
     for split in splits:
-        task.load_dataset(split)
+        task.load_dataset(split, combine=bool(cfg.dataset.combine_valid_subsets))
     return task
 
 

@@ -22,7 +22,7 @@ from fairseq_stack.experiment.grid import read_grid
 from fairseq_stack.experiment.measures import cannot_measure, collect, is_measured, measure, write_results
 from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
 from fairseq_stack.experiment.training import train, trainings
-from fairseq_stack.store_targets import compose_recipe, store_targets
+from fairseq_stack.store_targets import compose_recipe, store_targets, subsets
 from fairseq_stack.teachers import load_teacher
 
 
@@ -61,7 +61,7 @@ def main():
         say_what_stays_empty(due, configurations, load_teacher(args.teacher).depth)
     for cfg in configurations:  # so that all trainings find the targets that they will ask for
         if cfg.task.get("target_store"):
-            store_targets(cfg, [cfg.dataset.train_subset, *cfg.dataset.valid_subset.split(",")])
+            store_targets(cfg, subsets(cfg.dataset))
     torch.set_num_threads(max(1, os.cpu_count() // args.processes))  # for measuring beside the trainings
     failed = []
     with tqdm(total=len(planned), initial=len(planned) - len(due), desc="trainings", unit="") as bar:

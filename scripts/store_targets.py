@@ -4,7 +4,7 @@ import argparse
 import logging
 
 from fairseq_stack.errors import one_line_errors
-from fairseq_stack.store_targets import compose_recipe, store_targets
+from fairseq_stack.store_targets import compose_recipe, store_targets, subsets
 
 DESCRIPTION = """\
 Store the teacher's targets ahead of a training.
@@ -42,8 +42,7 @@ def main():
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("fairseq_stack").setLevel(logging.INFO)
     cfg = compose_recipe(args.config_dir, args.config_name, args.overrides)
-    splits = args.splits or [cfg.dataset.train_subset, *cfg.dataset.valid_subset.split(",")]
-    store_targets(cfg, splits, args.processes)
+    store_targets(cfg, args.splits or subsets(cfg.dataset), args.processes)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ from fairseq_stack.errors import InputError
 
 SAMPLE_RATE = 16_000  # Hz; HuBERT, wav2vec 2.0, WavLM and Whisper all take this rate
 BLOCK = 60 * SAMPLE_RATE  # samples of all channels together
+SHORTEST = 400  # samples that one frame of these models sees
+# Full scale is 1. Decoders and resamplers overshoot it by up to a third for speech, and loud noise through Opus can reach
+# 2.3. What goes farther was never scaled: integers of 16 bits written as floats, or waveforms of unit variance.
+LOUDEST = 4.0
+CANCELLED = 0.05  # share of the power that channels without relation would keep in their mean
 
 
 def read_audio(path, start=0, stop=None):
@@ -24,7 +29,7 @@ def read_audio(path, start=0, stop=None):
 
     Raises:
         InputError: the file is missing, unreadable, empty or shorter than asked for, has another
-            rate or several channels, or holds samples that are not finite.
+            rate or several channels, or holds samples that are not finite or far beyond full scale.
     """
     with _opened(path) as file:
         _check_format(path, file)
@@ -36,21 +41,27 @@ def read_audio(path, start=0, stop=None):
         samples = file.read(stop - start, dtype="float32")
     if len(samples) != stop - start:
         raise InputError(f"{path}: breaks off at sample {start + len(samples)} of {stop}; replace it")
-    return _finite(path, samples)
+    return _checked(path, samples)
 
 
-def read_any_audio(path):
-    """Read a whole file of any rate and any number of channels; `.gsm` is raw GSM 06.10.
+def any_audio(path):
+    """Open a file of any rate and any number of channels; `.gsm` is raw GSM 06.10.
 
     Returns:
-        float32 array [samples], the mean of the channels, and the rate in Hz.
+        the rate in Hz, and an iterator of the samples: float32 blocks [samples], the mean of the channels.
 
     Raises:
-        InputError: the file is missing, unreadable or empty, breaks off, or holds samples that are not
-            finite.
+        InputError: at once or from the iterator: the file is missing, unreadable or empty, breaks off, holds
+            samples that are not finite or far beyond full scale, or its channels cancel each other.
     """
-    with _opened(path) as file:
-        return np.concatenate([block.mean(axis=1) for block in _blocks(path, file)]), file.samplerate
+
+    def read():
+        with _opened(path) as file:
+            yield file.samplerate
+            yield from _mixed(path, file)
+
+    parts = read()
+    return next(parts), parts
 
 
 def count_samples(path):
@@ -71,7 +82,7 @@ def _opened(path):
     raw = {"samplerate": 8_000, "channels": 1, "format": "RAW", "subtype": "GSM610"}
     try:
         os.stat(path)  # libsndfile does not tell a missing file from others
-        with soundfile.SoundFile(path, **(raw if str(path).endswith(".gsm") else {})) as file:
+        with soundfile.SoundFile(path, **(raw if str(path).lower().endswith(".gsm") else {})) as file:
             if file.frames < 1:
                 raise InputError(f"{path}: has no samples; replace or remove it")
             yield file
@@ -80,6 +91,8 @@ def _opened(path):
         raise InputError(f"{path}: cannot be read as audio ({reason}); replace or remove it") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); replace or remove it") from error
+    except TypeError as error:  # soundfile's answer to the suffix .raw
+        raise InputError(f"{path}: has no header that tells its rate; write it again as WAV or FLAC") from error
 
 
 def _blocks(path, file):
@@ -90,9 +103,21 @@ def _blocks(path, file):
     count = 0
     while len(block := file.read(max(BLOCK // file.channels, 1), dtype="float32", always_2d=True)):
         count += len(block)
-        yield _finite(path, block)
+        yield _checked(path, block)
     if not count or count < file.frames and file.format != "MP3":  # whose header need not tell the length
         raise InputError(f"{path}: breaks off at sample {count} of {file.frames}; replace or remove it")
+
+
+def _mixed(path, file):
+    """Yield the mean of a file's channels in blocks."""
+    before = after = 0.0
+    for block in _blocks(path, file):
+        mean = block.mean(axis=1)
+        before += np.square(block, dtype=np.float64).sum()
+        after += np.square(mean, dtype=np.float64).sum()
+        yield mean
+    if after * file.channels**2 < CANCELLED * before:
+        raise InputError(f"{path}: its channels cancel each other, since one is another upside down; keep one of them")
 
 
 def _check_format(path, file):
@@ -103,7 +128,13 @@ def _check_format(path, file):
         )
 
 
-def _finite(path, samples):
-    if not np.isfinite(samples).all():
+def _checked(path, samples):
+    peak = np.abs(samples).max()
+    if not np.isfinite(peak):
         raise InputError(f"{path}: holds samples that are not finite; replace or remove it")
+    if peak > LOUDEST:
+        raise InputError(
+            f"{path}: holds samples up to {peak:g}, but full scale is 1; divide them by the full scale of the numbers"
+            " that they were (32768 for 16 bits)"
+        )
     return samples

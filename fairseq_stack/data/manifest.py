@@ -5,6 +5,7 @@ audio file below the root and its length in samples, separated by a tab. An utte
 its path without the suffix.
 """
 
+import codecs
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,22 +80,16 @@ def utterance_id(path):
 def read_manifest(path):
     """Read a manifest. The listed files are not touched: see `missing_files` and `check_manifest`.
 
+    What editors and other programs leave is understood: byte order marks, any line ends, blank lines at
+    the end. Names that are absolute or spelled with "./", ".." or "//" become plain paths below the root.
+
     Raises:
         InputError: the manifest or its root is missing, it lists nothing, or a line is malformed
             or lists an utterance for the second time.
     """
-    try:
-        # File names need not be UTF-8; surrogateescape keeps their bytes.
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot read this manifest ({error.strerror}); make one with scripts/prepare_speech.py"
-        ) from error
-    if not text or "\0" in text:
-        problem = "is not a text file" if text else "is empty"
-        raise InputError(f"{path}: {problem}; make a manifest with scripts/prepare_speech.py")
-    root, *lines = text.removesuffix("\n").split("\n")
+    root, *lines = _lines(path)
+    if not os.path.isdir(root):
+        root = root.strip()
     if not os.path.isdir(root):
         raise InputError(f"{path}:1: the root folder {root!r} does not exist; correct it or prepare again")
     if not lines:
@@ -102,24 +97,84 @@ def read_manifest(path):
 
     paths, samples, seen = [], np.empty(len(lines), dtype=np.int64), set()
     for number, line in enumerate(lines):
-        name, tab, count = line.partition("\t")
-        utterance = utterance_id(name)
+        listed, tab, count = line.partition("\t")
+        count = count.strip()
+        name = _below(root, listed)
         problem = None
-        if not name or not tab:
+        if not listed or not tab:
             problem = f"{line!r} is not a path, a tab and a number of samples"
         # Eighteen digits still fit an int64.
         elif not (count.isascii() and count.isdigit() and len(count) <= 18 and int(count) > 0):
             problem = f"{count!r} is not a positive whole number of samples"
-        elif name[0] == "/" or (".." in name and ".." in name.split("/")):
-            problem = f"{name!r} does not lie below the root folder"
-        elif utterance in seen:
-            problem = f"the utterance {utterance!r} is listed before"
+        elif name is None:
+            problem = f"{listed!r} does not lie below the root folder {root!r}"
+        elif (utterance := utterance_id(name)) in seen:
+            line = 2 + [utterance_id(each) for each in paths].index(utterance)
+            problem = f"the utterance {utterance!r} is listed before, in line {line}"
         if problem:
             raise InputError(f"{path}:{number + 2}: {problem}; correct the line or prepare again")
         seen.add(utterance)
         paths.append(name)
         samples[number] = int(count)
     return Manifest(root=root, paths=Names(paths), samples=samples)
+
+
+def read_manifests(paths):
+    """Read several manifests as one, whose root is the folder that their roots have in common.
+
+    Raises:
+        InputError: as read_manifest, or two of them list the same utterance.
+    """
+    manifests = [read_manifest(path) for path in paths]
+    if len(manifests) == 1:
+        return manifests[0]
+    root = os.path.commonpath([os.path.abspath(manifest.root) for manifest in manifests])
+    names, listed = [], {}
+    for path, manifest in zip(paths, manifests):
+        folder = os.path.relpath(manifest.root, root)
+        for name in manifest.paths:
+            name = name if folder == "." else f"{folder}/{name}"
+            utterance = utterance_id(name)
+            if listed.setdefault(utterance, path) != path:
+                raise InputError(
+                    f"{path}: the utterance {utterance!r} is listed in {listed[utterance]} too; take it out of one"
+                )
+            names.append(name)
+    return Manifest(root, Names(names), np.concatenate([manifest.samples for manifest in manifests]))
+
+
+def _lines(path):
+    """The lines of a text file, without blank ones at its end."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot read this manifest ({error.strerror}); make one with scripts/prepare_speech.py"
+        ) from error
+    # File names need not be UTF-8; surrogateescape keeps their bytes.
+    encoding, errors = "utf-8-sig", "surrogateescape"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as Windows' shell redirects
+        encoding, errors = "utf-16", "replace"
+    text = content.decode(encoding, errors).replace("\r\n", "\n").replace("\r", "\n")
+    if not text or "\0" in text:
+        problem = "is not a text file" if text else "is empty"
+        raise InputError(f"{path}: {problem}; make a manifest with scripts/prepare_speech.py")
+    lines = text.split("\n")
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def _below(root, name):
+    """A listed name as a plain path below the root; None where it is not below."""
+    if not (name.startswith(("/", "./", "../")) or "//" in name or "/." in name):
+        return name  # as nearly all are, and there can be millions
+    if not os.path.isabs(name):
+        names = [os.path.normpath(name)]
+    else:  # the root may be a link to where the files are
+        names = (os.path.relpath(name, folder) for folder in (root, os.path.realpath(root)))
+    return next((name for name in names if name != ".." and not name.startswith("../")), None)
 
 
 def missing_files(manifest):

@@ -6,22 +6,26 @@ the columns LABELS (empty where unknown), and in `audio/` what had to be convert
 
 import gzip
 import hashlib
+import io
+import logging
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple, Optional
 
+import numpy as np
 import soundfile
-import torch
-from torchaudio.functional import resample
 from tqdm import tqdm
 
-from fairseq_stack.data.audio import SAMPLE_RATE, read_any_audio
+from fairseq_stack.data.audio import SAMPLE_RATE, SHORTEST, any_audio
+from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, too_short
 from fairseq_stack.data.manifest import (
     check_manifest,
     check_name,
@@ -30,12 +34,26 @@ from fairseq_stack.data.manifest import (
     write_lines,
     write_manifest,
 )
+from fairseq_stack.data.resample import resample
+from fairseq_stack.data.splits import SPLITS, choose_splits
 from fairseq_stack.errors import InputError
 
-SPLITS = ("train", "valid", "test")
-HELD_OUT = 0.05  # the share of the prompts that valid and test get each
+logger = logging.getLogger(__name__)
+
 LABELS = ("utterance", "speaker", "language", "text", "keyword")
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+# What libsndfile opens, by its names for the formats and by what files are called.
+SUFFIXES = frozenset(
+    f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"
+) | frozenset(
+    ".aif .aifc .aff .wave .bwf .oga .opus .mp1 .mp2 .mpga .snd .sph .sf .8svx .iff .mat .gsm".split()
+)
+# Audio, but of a kind that libsndfile does not open.
+_OTHER_AUDIO = frozenset(
+    ".m4a .m4b .aac .mp4 .mov .wma .webm .mka .mkv .avi .amr .awb .3gp .ac3 .ape .wv .tta .spx .shn .dss .ra .mid"
+    " .raw .pcm .vox .ul .al .ulaw .alaw .g722 .g729 .adpcm .lpc .sil".split()
+)
+_OFTEN_DATA = frozenset((".mat", ".mat4", ".mat5", ".htk", ".iff", ".xi", ".sds", ".sf"))  # and audio at times
+QUIET = 2**-8  # of full scale: with a lower peak, 16 bits hold less than 8 of the waveform
 
 # Debian's recordings of telephone prompts; the first package has the English texts and no audio.
 PACKAGES = (
@@ -75,6 +93,8 @@ class Recording:
         utterance: its id, which is its path below the manifest's root without the suffix.
         speaker, language, text: empty where unknown.
         keyword: the digit or letter that is said, if it is one alone.
+        prompt: what is to be said, by a name that other speakers' recordings of it have too; empty where
+            unknown.
     """
 
     source: Path
@@ -83,21 +103,27 @@ class Recording:
     language: str = ""
     text: str = ""
     keyword: str = ""
+    prompt: str = ""
 
 
-def prepare(source, output):
+def prepare(source, output, grouping="prompt", bad_audio_limit=BAD_AUDIO_LIMIT):
     """Prepare `source`, a folder or the word "asterisk", in the folder `output`.
 
     Runs again where it was stopped: packages and audio that are there are reused, the manifests are
     written last.
 
+    Args:
+        source, output: see above.
+        grouping: what is to be in one split only: "prompt" or "speaker" (see choose_splits).
+        bad_audio_limit: the share of the recordings that may be unusable; they are logged and left out.
+
     Raises:
-        InputError: the source is missing, has no audio or audio that cannot be read, its prompts do
+        InputError: the source is missing or has no audio, more of it than that is unusable, its prompts do
             not suffice for three splits, or a package cannot be fetched.
     """
     output = Path(os.path.abspath(output))
     if source == "asterisk":
-        prepare_asterisk(output)
+        prepare_asterisk(output, grouping, bad_audio_limit)
         return
     source = Path(os.path.abspath(source))
     if not source.is_dir():
@@ -105,15 +131,18 @@ def prepare(source, output):
     if any((source / "LibriSpeech").glob("train-*")):
         source = source / "LibriSpeech"
     if any(source.glob("train-*/*/*/*.flac")):
-        prepare_librispeech(source, output)
-    else:
-        prepare_recordings(folder_recordings(source, output), output)
+        prepare_librispeech(source, output, bad_audio_limit)
+        return
+    recordings = folder_recordings(source, output)
+    if grouping == "speaker":
+        recordings = [_named_after_folder(recording) for recording in recordings]
+    prepare_recordings(recordings, output, grouping, bad_audio_limit)
 
 
 # Debian's recordings
 
 
-def prepare_asterisk(output):
+def prepare_asterisk(output, grouping, bad_audio_limit):
     """Fetch and unpack Debian's recordings below `output`, and prepare them."""
     packages = output / "packages"
     unpacked = packages / "unpacked"
@@ -123,7 +152,7 @@ def prepare_asterisk(output):
         for archive in fetch_packages(PACKAGES, packages):
             complaint = f"{archive}: cannot be unpacked; remove it and start again"
             _run(["dpkg", "-x", archive, unpacked], complaint)
-        prepare_recordings(asterisk_recordings(unpacked), output)
+        prepare_recordings(asterisk_recordings(unpacked), output, grouping, bad_audio_limit)
     finally:
         shutil.rmtree(unpacked)
 
@@ -178,7 +207,7 @@ def asterisk_recordings(unpacked):
     recordings = []
     for folder, (speaker, language) in VOICES.items():
         root = Path(unpacked, "usr/share/asterisk/sounds", folder)
-        for path in _audio_files(root, (".wav", ".gsm")):
+        for path in _files(root, (".wav", ".gsm")):
             name = utterance_id(path.relative_to(root).as_posix())
             text = texts.get(name, "")
             # "[ascending tones]" and "(1 second of silence)" tell what is heard instead of speech.
@@ -192,6 +221,7 @@ def asterisk_recordings(unpacked):
                 # "at [@]" is said as "at".
                 text=re.sub(r" \[.*\]", "", text) if language == "en" else "",
                 keyword=name[-1] if re.fullmatch("digits/[0-9]|letters/[a-z]", name) else "",
+                prompt=os.path.basename(name),
             ))
     return recordings
 
@@ -200,19 +230,53 @@ def asterisk_recordings(unpacked):
 
 
 def folder_recordings(source, output):
-    """Return the audio files below `source`, apart from those that lie in `output`."""
+    """Return the audio files below `source`, apart from those in `output`; log what is left aside and why."""
     if source == output or output / "audio" in (source, *source.parents):
         raise InputError(f"--output {output}: would mix with the audio of --source; choose another folder")
-    recordings = [
-        Recording(source=path, utterance=utterance_id(path.relative_to(source).as_posix()))
-        for path in _audio_files(source, SUFFIXES) if output not in path.parents
-    ]
+    recordings, aside = [], defaultdict(Counter)
+    for path in _files(source):
+        if output in path.parents:
+            continue
+        reason = _reason_to_leave(path)
+        if reason:
+            aside[reason][path.suffix.lower() or "without suffix"] += 1
+        else:
+            recordings.append(Recording(path, utterance_id(path.relative_to(source).as_posix())))
+    left = []
+    for reason, counts in sorted(aside.items()):
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(10))
+        left.append(f"{sum(counts.values())} files left aside: {reason} ({kinds})")
     if not recordings:
-        raise InputError(f"--source {source}: has no audio; looked for {', '.join(SUFFIXES)} in every folder")
+        raise InputError("; ".join([f"--source {source}: has no audio that can be read, nor its subfolders", *left]))
+    for line in left:
+        logger.warning(line)
     return recordings
 
 
-def _audio_files(root, suffixes):
+def _reason_to_leave(path):
+    """Why a file is no recording; None if it is one."""
+    suffix = path.suffix.lower()
+    if path.name.startswith("."):
+        return "their names begin with a dot"
+    if suffix in _OTHER_AUDIO:
+        return "audio of a kind that cannot be read here; convert it to FLAC, such as with ffmpeg"
+    if suffix not in SUFFIXES:
+        return "no audio by their suffix"
+    if suffix in _OFTEN_DATA:
+        try:
+            soundfile.info(path)
+        except soundfile.SoundFileError:
+            return "no audio in them"
+    return None
+
+
+def _named_after_folder(recording):
+    """The recording with its first folder below the source as the speaker."""
+    folder, slash, _ = recording.utterance.partition("/")
+    return replace(recording, speaker=folder if slash else "")
+
+
+def _files(root, suffixes=""):
     """List the files below `root` in a fixed order; a folder with two names is visited once."""
     found, visited = [], set()
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -221,14 +285,11 @@ def _audio_files(root, suffixes):
             folders.clear()
             continue
         visited.add(os.path.realpath(folder))
-        found += [
-            Path(folder, name) for name in sorted(names)
-            if name.lower().endswith(suffixes) and not name.startswith(".")
-        ]
+        found += [Path(folder, name) for name in sorted(names) if name.lower().endswith(suffixes)]
     return found
 
 
-def prepare_librispeech(source, output):
+def prepare_librispeech(source, output, bad_audio_limit):
     """Write manifests and labels of LibriSpeech, whose FLAC files and splits are used as they are."""
     recordings, split = [], {}
     for name, folders in LIBRISPEECH.items():
@@ -246,72 +307,78 @@ def prepare_librispeech(source, output):
     if "valid" not in split.values():
         raise InputError(f"--source {source}: has no dev-* folder to validate on; add dev-clean")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        lengths = _finished(pool.map(_librispeech_length, recordings), recordings, "reading")
-    _write(output, source, recordings, split, lengths)
+        results = _finished(pool.map(_librispeech_length, recordings), recordings, "reading")
+    _check_bad_audio(results, recordings, bad_audio_limit)
+    _write(output, source, recordings, split, results)
 
 
 def _librispeech_length(recording):
-    """Return the samples of a file and None, or None and what is wrong with it."""
+    """The Result of a file that is used as it is."""
     try:
         info = soundfile.info(recording.source)
     except soundfile.SoundFileError:
-        return None, f"{recording.source}: cannot be read as audio; unpack it again"
-    if (info.samplerate, info.channels) == (SAMPLE_RATE, 1) and info.frames > 0:
-        return info.frames, None
-    return None, (
-        f"{recording.source}: has {info.frames} samples, {info.samplerate} Hz, {info.channels} channel(s)"
-        f" instead of {SAMPLE_RATE} Hz mono speech; unpack it again"
-    )
+        return Result(problem=f"{recording.source}: cannot be read as audio; unpack it again")
+    if (info.samplerate, info.channels) != (SAMPLE_RATE, 1):
+        return Result(problem=(
+            f"{recording.source}: has {info.samplerate} Hz and {info.channels} channel(s) instead of"
+            f" {SAMPLE_RATE} Hz mono speech; unpack it again"
+        ))
+    return Result(info.frames, problem=too_short(recording.source, info.frames, SHORTEST))
 
 
-# Splits
+# Conversion
 
 
-def split_prompts(recordings, copies):
-    """Return {utterance: split} such that no prompt, text or audio is in two splits.
+class Result(NamedTuple):
+    """What became of a recording.
 
-    Recordings with the same file name are taken for the same prompt, whoever says it.
-
-    Args:
-        recordings: all of them, copies included.
-        copies: {utterance: utterance with the same audio}.
-
-    Raises:
-        InputError: there are fewer than three prompts.
+    Attributes:
+        samples: of the audio to train on.
+        problem: a line that names the file and says why it cannot be used.
+        peak: of the waveform, if it was converted just now; full scale is 1.
+        digest: of the samples.
     """
-    group = {}  # a union-find forest over prompts and texts
 
-    def find(key):
-        while group.setdefault(key, key) != key:
-            group[key] = key = group[group[key]]
-        return key
+    samples: int = 0
+    problem: Optional[str] = None
+    peak: float = 0.0
+    digest: bytes = b""
 
-    def prompt(utterance):
-        return "prompt", os.path.basename(utterance).casefold()
 
-    for recording in recordings:
-        alike = [prompt(recording.utterance), prompt(copies.get(recording.utterance, recording.utterance))]
-        words = re.findall(r"\w+", recording.text.casefold())
-        if words:
-            alike.append(("text", " ".join(words)))
-        roots = sorted(find(key) for key in alike)
-        for root in roots:
-            group[root] = roots[0]  # the first by name, a prompt, whatever the order of the recordings
+def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BAD_AUDIO_LIMIT):
+    """Convert recordings to FLAC in output/audio, split them, write manifests and labels."""
+    for utterance, count in Counter(recording.utterance for recording in recordings).items():
+        check_name(utterance)
+        if count > 1:
+            raise InputError(f"--source has {count} files named {utterance} of different suffix; keep one")
+    copies = find_copies(recordings)
+    choose_splits(recordings, copies, grouping)  # before the work: is there enough to split?
 
-    # The hash shuffles the groups, always in the same way.
-    groups = sorted(
-        {find(prompt(recording.utterance)) for recording in recordings},
-        key=lambda key: hashlib.sha256(key[1].encode("utf-8", "surrogateescape")).digest(),
-    )
-    if len(groups) < len(SPLITS):
-        raise InputError(
-            f"--source has {len(groups)} different prompts; train, valid and test need one each: add more"
-            f" (files with the same name or text count as one prompt)"
+    audio = output / "audio"
+    results = _convert_all([recording for recording in recordings if recording.utterance not in copies], audio)
+    # What has the same bytes as an unusable file is as unusable, and is to be named too.
+    lost = [recording for recording in recordings if copies.get(recording.utterance) in results
+            and results[copies[recording.utterance]].problem]
+    results.update(_convert_all(lost, audio))
+    loud = {utterance: result.peak for utterance, result in results.items() if result.peak > 1}
+    if loud:
+        loudest = max(loud, key=loud.get)
+        logger.warning(
+            f"{len(loud)} recordings overshoot full scale; each was scaled down to it as a whole, most"
+            f" {loudest} with a peak of {loud[loudest]:.3f}"
         )
-    held_out = max(1, round(HELD_OUT * len(groups)))
-    split = {key: "test" if rank < held_out else "valid" if rank < 2 * held_out else "train"
-             for rank, key in enumerate(groups)}
-    return {recording.utterance: split[find(prompt(recording.utterance))] for recording in recordings}
+    _check_bad_audio(results, recordings, bad_audio_limit)
+    if copies:
+        logger.warning(f"{len(copies)} files left aside: the same as another (such as {next(iter(copies))})")
+
+    good = [recording for recording in recordings if not results.get(recording.utterance, Result()).problem]
+    first = {}  # by what they sound like, whatever the format
+    same = {
+        utterance: first.setdefault(result.digest, utterance)
+        for utterance, result in results.items() if not result.problem
+    }
+    split = choose_splits(good, {**same, **copies}, grouping)
+    _write(output, audio, [recording for recording in good if recording.utterance not in copies], split, results)
 
 
 def find_copies(recordings):
@@ -324,89 +391,144 @@ def find_copies(recordings):
     for same_size in by_size.values():
         first = {}
         for recording in same_size if len(same_size) > 1 else ():
-            digest = hashlib.sha256(recording.source.read_bytes()).digest()
-            original = first.setdefault(digest, recording.utterance)
+            original = first.setdefault(_digest(recording.source), recording.utterance)
             if original != recording.utterance:
                 copies[recording.utterance] = original
     return copies
 
 
-# Conversion
+def _digest(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.digest()
 
 
-def prepare_recordings(recordings, output):
-    """Convert recordings to FLAC in output/audio, split them by prompt, write manifests and labels."""
-    for utterance, count in Counter(recording.utterance for recording in recordings).items():
-        check_name(utterance)
-        if count > 1:
-            raise InputError(f"--source has {count} files named {utterance} of different suffix; keep one")
-    copies = find_copies(recordings)
-    split = split_prompts(recordings, copies)
-    recordings = [recording for recording in recordings if recording.utterance not in copies]
-
-    audio = output / "audio"
+def _convert_all(recordings, audio):
+    """{utterance: Result} of recordings, converted to FLAC in the folder `audio` on all cores."""
     jobs = [(recording.source, audio / f"{recording.utterance}.flac") for recording in recordings]
     for folder in {target.parent for _, target in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
-    # Workers are forked from a server that has imported torch once and has no threads.
+    if not jobs:
+        return {}
+    # Workers are forked from a server that has imported everything once and has no threads.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(mp_context=context)
     try:
-        lengths = _finished(pool.map(_convert, jobs, chunksize=16), recordings, "converting")
+        return _finished(pool.map(_convert, jobs, chunksize=16), recordings, "converting")
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
-    _write(output, audio, recordings, split, lengths)
 
 
 def _convert(job):
-    """Convert (source, target); return the target's samples and None, or None and what is wrong."""
+    """Convert (source, target), unless that was done before; returns a Result.
+
+    Raises:
+        InputError: the target cannot be written.
+    """
     source, target = job
     try:
         status = os.stat(source)
-        version = f"source: {status.st_size} bytes, modified {status.st_mtime_ns} ns"
-        if target.exists():
-            with soundfile.SoundFile(target) as file:
-                if file.comment == version:
-                    return file.frames, None
-        samples, rate = read_any_audio(source)
-    except (InputError, OSError) as error:
-        return None, str(error)
-    samples = resample(torch.from_numpy(samples), rate, SAMPLE_RATE).numpy()
-    # FLAC has checksums, so that later damage does not go unnoticed.
+    except OSError as error:
+        return Result(problem=f"{source}: cannot be read ({error.strerror}); replace or remove it")
+    version = f"source: {status.st_size} bytes, modified {status.st_mtime_ns} ns, unclipped"
+    samples, peak = _converted_before(target, version), 0.0
     beside = f"{target}.part"
-    with soundfile.SoundFile(beside, "w", SAMPLE_RATE, channels=1, format="FLAC", subtype="PCM_16") as file:
-        file.comment = version
-        file.write(samples)
-    os.replace(beside, target)
-    return len(samples), None
+    try:
+        if samples is None:
+            samples, peak = _write_flac(source, beside, version)
+            # 16 bits would clip what is louder, and would lose what is much quieter.
+            if peak > 1:
+                _write_flac(source, beside, version, gain=1 / peak)
+            elif 0 < peak < QUIET:
+                _write_flac(source, beside, version, subtype="PCM_24")
+            os.replace(beside, target)
+        with open(target, "rb") as file:
+            digest = file.read(42)[26:]  # the MD5 of the samples, which FLAC keeps in its header
+    except InputError as error:
+        with suppress(FileNotFoundError):  # not even begun
+            os.remove(beside)
+        return Result(problem=str(error))
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(beside)
+        raise InputError(f"{target}: cannot be written ({error.strerror}); make room and start again") from None
+    return Result(samples, too_short(source, samples, SHORTEST), peak, digest)
+
+
+def _converted_before(target, version):
+    """The samples of a converted file; None if there is none, or one of another version of its source."""
+    with suppress(soundfile.LibsndfileError, OSError):
+        with soundfile.SoundFile(target) as file:
+            if file.comment == version:
+                return file.frames
+    return None
+
+
+def _write_flac(source, target, comment, gain=1.0, subtype="PCM_16"):
+    """Write any audio as 16 kHz mono FLAC; returns its samples, and its peak without the gain.
+
+    FLAC has checksums, so that later damage does not go unnoticed.
+    """
+    samples, peak = 0, 0.0
+    rate, blocks = any_audio(source)
+    with _Output(target, "w+") as output:
+        with soundfile.SoundFile(output, "w", SAMPLE_RATE, channels=1, format="FLAC", subtype=subtype) as file:
+            file.comment = comment
+            for block in resample(blocks, rate, SAMPLE_RATE):
+                samples += len(block)
+                peak = max(peak, float(np.abs(block).max(initial=0)))
+                file.write(block * np.float32(gain))
+        if output.failure:
+            raise output.failure
+    return samples, peak
+
+
+class _Output(io.FileIO):
+    """A file that keeps the OSError of a write that failed, such as on a full disk: libsndfile does not tell of it."""
+
+    failure = None
+
+    def write(self, data):
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.failure = error
+        return len(data)
 
 
 def _finished(results, recordings, doing):
-    """Collect (samples, problem) for each recording into {utterance: samples}."""
-    lengths, problems = {}, []
+    """Collect the Result of each recording into {utterance: Result}."""
     bar = tqdm(results, total=len(recordings), desc=doing, unit=" files", mininterval=1)
-    for (samples, problem), recording in zip(bar, recordings):  # the bar first, so that it sees its end
-        lengths[recording.utterance] = samples
-        if problem:
-            problems.append(problem)
-    if problems:
-        more = f" (and {len(problems) - 1} more of {len(recordings)} files)" if len(problems) > 1 else ""
-        raise InputError(f"{problems[0]}{more}; no manifest was written")
-    return lengths
+    # The bar first, so that it sees its end.
+    return {recording.utterance: result for result, recording in zip(bar, recordings)}
+
+
+def _check_bad_audio(results, recordings, limit):
+    """Log each recording that cannot be used; raise InputError if there are too many."""
+    problems = {utterance: result.problem for utterance, result in results.items() if result.problem}
+    try:
+        BadAudio("--source", len(recordings), "skip", limit, "--bad-audio-limit").report(problems)
+    except InputError as error:
+        raise InputError(f"{error}; no manifest was written") from None
 
 
 # Results
 
 
-def _write(output, root, recordings, split, lengths):
+def _write(output, root, recordings, split, results):
     """Write the labels, then the manifests of FLAC files below `root`; train.tsv comes last."""
     output.mkdir(parents=True, exist_ok=True)
+    recordings = [recording for recording in recordings if not results[recording.utterance].problem]
     rows = (tuple(getattr(recording, label) for label in LABELS) for recording in recordings)
     write_lines(output / "labels.tsv", map("\t".join, (LABELS, *rows)))
     for name in reversed(SPLITS):
-        chosen = [utterance for utterance in lengths if split[utterance] == name]
-        entries = [(f"{utterance}.flac", lengths[utterance]) for utterance in chosen]
+        chosen = [recording.utterance for recording in recordings if split[recording.utterance] == name]
+        entries = [(f"{utterance}.flac", results[utterance].samples) for utterance in chosen]
         if entries:
             write_manifest(output / f"{name}.tsv", root, entries)
         else:  # LibriSpeech without its test folders

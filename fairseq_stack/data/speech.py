@@ -1,5 +1,6 @@
 """The dataset: recordings of a manifest, cropped and padded into batches."""
 
+import copy
 import zlib
 from dataclasses import replace
 from multiprocessing.util import register_after_fork
@@ -29,11 +30,12 @@ class SpeechDataset(FairseqDataset):
         random_crop: a window drawn for every epoch (training) or the first (validation).
         split: what batches are to call the dataset.
         store: a TargetStore; None: there are no stored targets.
+        shortest: recordings of fewer samples are left out.
     """
 
     can_reuse_epoch_itr_across_epochs = False
 
-    def __init__(self, manifest, max_samples, seed, random_crop, split="train", store=None):
+    def __init__(self, manifest, max_samples, seed, random_crop, split="", store=None, shortest=1):
         super().__init__()
         self.split = split
         self.manifest = manifest
@@ -43,11 +45,18 @@ class SpeechDataset(FairseqDataset):
         self.store = store
         self.sizes = np.minimum(manifest.samples, max_samples)
         # How many windows of each recording can be asked for.
-        counts = count_windows(manifest.samples, max_samples)
-        self.window_counts = counts if random_crop else np.ones_like(counts)
+        counts = np.where(manifest.samples < shortest, 0, count_windows(manifest.samples, max_samples))
+        self.window_counts = counts if random_crop else np.minimum(counts, 1)
         self.epoch = 1
         # At a worker's birth: torch gives it a handler that dies of any SIGTERM before it reads its first recording.
         register_after_fork(self, lambda _: obey_parent_alone())
+
+    def for_validation(self):
+        """The same recordings as validation hears them, whatever epoch the training is in."""
+        validation = copy.copy(self)
+        validation.random_crop = False
+        validation.window_counts = np.minimum(self.window_counts, 1)
+        return validation
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -67,7 +76,9 @@ class SpeechDataset(FairseqDataset):
 
     def ordered_indices(self):
         """Indices by length, equal lengths in an order drawn for the epoch, so that batches hold little padding."""
-        order = self._random("order").permutation(len(self)) if self.random_crop else np.arange(len(self))
+        order = np.flatnonzero(self.window_counts)
+        if self.random_crop:
+            order = self._random("order").permutation(order)
         return order[np.argsort(self.sizes[order], kind="stable")]
 
     def window_number(self, index):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.manifest import read_manifest
-from fairseq_stack.data.prepare import LABELS, SPLITS
+from fairseq_stack.data.prepare import LABELS
+from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError
 
 LONGEST_SECONDS = 10  # of a recording: longer ones are cut, or left out where their text would not fit

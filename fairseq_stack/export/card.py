@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fairseq_stack.data.audio import SAMPLE_RATE
-from fairseq_stack.data.manifest import read_manifest
+from fairseq_stack.data.manifest import read_manifests
 from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import samples_per_frame
 
@@ -114,7 +114,7 @@ def model_card(student, state, proof, moving_average=False):
         "growth": growth,
         # Names only: a path tells about a machine and not about a model.
         "teacher": Path(task["teacher"]).name if task.get("teacher") else None,
-        "data": _data(task.get("data")),
+        "data": _data(task.get("data"), (cfg.get("dataset") or {}).get("train_subset", "train")),
         "input": _input(student),
         "loss": criterion.get("loss", model.get("loss")),
         "teacher layers": ", ".join(map(str, criterion.get("teacher_layers") or [])) or None,
@@ -171,12 +171,12 @@ def _agreement(student, proof):
     )
 
 
-def _data(folder):
-    """The name of the folder of manifests, and what its train.tsv lists where it still is there."""
+def _data(folder, subset):
+    """The name of the folder of manifests, and what the training's lists where it still is there."""
     if not folder:
         return None
     try:
-        manifest = read_manifest(Path(folder) / "train.tsv")
+        manifest = read_manifests([Path(folder) / f"{name.strip()}.tsv" for name in subset.split(",")])
     except InputError:
         return Path(folder).name
     hours = manifest.samples.sum() / SAMPLE_RATE / 3600

@@ -123,7 +123,7 @@ def main():
         "--speech",
         type=Path,
         help="audio file or manifest (.tsv), 16 kHz mono, to compare the export with the training model on"
-        " (default: valid.tsv of the data that the student was trained on)",
+        " (default: the student's validation data)",
     )
     parser.add_argument("--ema", action="store_true", help="export the moving average of the weights")
     parser.add_argument(
@@ -158,7 +158,7 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
         checkpoint: path of a fairseq checkpoint.
         to: a name in FORMATS.
         output: path of the folder or file to make.
-        speech: audio file or manifest to verify with (default: valid.tsv of the training data).
+        speech: audio file or manifest to verify with (default: the validation data of the training).
         ema: take the moving average of the weights.
         force: replace an export that is there already.
 
@@ -178,7 +178,8 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
         logger.warning(
             f"{checkpoint}: {before_full_depth(student)}; export a later checkpoint of the run, or let it train on"
         )
-    speech = speech or Path(state["cfg"]["task"].get("data") or "") / "valid.tsv"
+    subsets = (state["cfg"].get("dataset") or {}).get("valid_subset", "valid")
+    speech = speech or Path(state["cfg"]["task"].get("data") or "") / f"{subsets.split(',')[0]}.tsv"
     if not speech.is_file():
         raise InputError(f"{speech} does not exist; give --speech an audio file or a manifest to verify with")
     waveforms = read_speech(speech, student.conv_layers)

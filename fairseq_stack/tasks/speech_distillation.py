@@ -1,5 +1,6 @@
 """The task: owns the teacher, reads the manifests, and completes a growth before it trains on a batch."""
 
+import itertools
 import logging
 import os
 import zlib
@@ -16,8 +17,8 @@ from omegaconf import II, MISSING
 
 from fairseq_stack import preemption
 from fairseq_stack.analysis.growth_similarity import GrowthSimilarity, similarity_of, write_growth
-from fairseq_stack.data.bad_audio import BadAudio, check_bad_audio
-from fairseq_stack.data.manifest import missing_files, read_manifest
+from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, check_bad_audio, listed_problems
+from fairseq_stack.data.manifest import read_manifests
 from fairseq_stack.data.speech import SpeechDataset
 from fairseq_stack.data.target_formats import FORMATS, decode, encode
 from fairseq_stack.data.target_store import CNN, TargetStore, size_text
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 class SpeechDistillationConfig(FairseqDataclass):
     """Where the speech and the teacher are."""
 
-    data: str = field(default=MISSING, metadata={"help": "folder with the manifests train.tsv and valid.tsv"})
+    data: str = field(default=MISSING, metadata={"help": "folder with the manifests, NAME.tsv for each subset"})
     teacher: str = field(
         default=MISSING, metadata={"help": "the teacher: a fairseq checkpoint or a folder in Hugging Face's format"}
     )
@@ -82,7 +83,7 @@ class SpeechDistillationConfig(FairseqDataclass):
         metadata={"help": "what to do about a recording that cannot be used: skip (and log) it, or fail"},
     )
     bad_audio_limit: float = field(
-        default=0.01, metadata={"help": "share of a manifest's recordings to skip; one more stops the training"}
+        default=BAD_AUDIO_LIMIT, metadata={"help": "share of a manifest's recordings to skip; one more stops the training"}
     )
     target_store: Optional[str] = field(
         default=None,
@@ -95,6 +96,8 @@ class SpeechDistillationConfig(FairseqDataclass):
         default="fp16",
         metadata={"help": "how targets are stored: fp16, or int8 with a scale for each frame, half the size"},
     )
+    train_subset: str = II("dataset.train_subset")
+    valid_subset: str = II("dataset.valid_subset")
     seed: int = II("common.seed")
     save_dir: str = II("checkpoint.save_dir")
 
@@ -153,22 +156,28 @@ class SpeechDistillation(FairseqTask):
         return task
 
     @one_line_errors
-    def load_dataset(self, split, **kwargs):
-        """Read the manifest `split`.tsv of task.data and check that its files are there."""
-        path = os.path.join(self.cfg.data, f"{split}.tsv")
-        manifest = read_manifest(path)
+    def load_dataset(self, split, combine=False, **kwargs):
+        """Read the manifest `split`.tsv of task.data and check what can be known without opening its files.
+
+        The subset of dataset.train_subset is trained on, which may be several with commas between; any other is
+        validated on. fairseq asks for "valid" with `combine` where dataset.combine_valid_subsets is set.
+        """
+        training = split == self.cfg.train_subset
+        names = dict.fromkeys(name.strip() for name in split.split(","))
+        paths = [os.path.join(self.cfg.data, f"{name}.tsv") for name in names]
+        if combine and not training:
+            if split != self.cfg.valid_subset:
+                raise InputError(
+                    f"dataset.combine_valid_subsets=true combines {split}.tsv, {split}1.tsv and so on, but"
+                    f" dataset.valid_subset={self.cfg.valid_subset}; leave one of the two out"
+                )
+            numbered = (os.path.join(self.cfg.data, f"{split}{number}.tsv") for number in itertools.count(1))
+            paths += itertools.takewhile(os.path.exists, numbered)
+        path = ", ".join(paths)
+        manifest = read_manifests(paths)
+        shortest = receptive_field(self.teacher.conv_layers)
         bad_audio = BadAudio(path, len(manifest), self.cfg.bad_audio, self.cfg.bad_audio_limit)
-        missing = missing_files(manifest)
-        if len(missing) > bad_audio.allowed:
-            raise InputError(
-                f"{path} lists {len(missing)} files that do not exist, first {missing[0]}; prepare the speech again"
-            )
-        shortest = int(manifest.samples.argmin())
-        if self.teacher.frames(int(manifest.samples[shortest])) < 1:
-            raise InputError(
-                f"{path} lists {manifest.path(shortest)} with {manifest.samples[shortest]} samples, which is shorter"
-                " than one frame of the teacher; remove it from the manifest"
-            )
+        bad_audio.report(listed_problems(manifest, shortest))
         self.bad_audio[split] = bad_audio
         if self.store_folder and self.store is None:
             self.store = TargetStore(
@@ -180,7 +189,7 @@ class SpeechDistillation(FairseqTask):
                 self.teacher.conv_layers,
             )
         self.datasets[split] = SpeechDataset(
-            manifest, self.cfg.max_sample_size, self.cfg.seed, split == "train", split, self.store
+            manifest, self.cfg.max_sample_size, self.cfg.seed, training, split, self.store, shortest
         )
         if self.store is not None:
             windows, missing, missing_bytes = self.store.plan(self.datasets[split])

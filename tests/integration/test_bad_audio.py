@@ -12,6 +12,7 @@ from training import tiny, train
 from fairseq_stack.data.audio import read_audio
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.speech import SpeechDataset
+from fairseq_stack.doctor import speech as look_at_speech
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
 GOOD = 10
@@ -41,6 +42,10 @@ def zero_length(path):
     soundfile.write(path, noise(0), 16_000)
 
 
+def integers_as_floats(path):
+    soundfile.write(path, 32768 * noise(), 16_000, subtype="FLOAT")
+
+
 def zero_bytes(path):
     path.touch()
 
@@ -54,6 +59,7 @@ DAMAGES = {
     wrong_header: "8000 Hz",
     no_number: "samples that are not finite",
     zero_length: "has no samples",
+    integers_as_floats: "but full scale is 1",
     zero_bytes: "cannot be read as audio",
     no_audio: "cannot be read as audio",
 }
@@ -94,7 +100,7 @@ def test_every_kind_of_damage_is_skipped_and_logged_once_with_its_reason(
 ):
     caplog.set_level("INFO")
     fields = {
-        "+task.bad_audio_limit": 0.4,
+        "+task.bad_audio_limit": 0.45,
         "dataset.batch_size": batch_size,
         "dataset.num_workers": workers,
         "dataset.disable_validation": True,
@@ -128,6 +134,54 @@ def test_one_bad_recording_in_a_hundred_is_skipped_by_default_and_two_stop(data,
     assert f"(2 of 102 recordings in {folder}/train.tsv cannot be used" in message and "task.bad_audio_limit=0.01" in message
 
 
+@pytest.mark.parametrize("store, workers", [(False, 0), (True, 2)])
+def test_recordings_shorter_than_a_frame_are_skipped_and_change_nothing_else(
+    data, teacher_file, tmp_path, caplog, store, workers
+):
+    """Skipped and named once, they leave the run that a manifest without them gives; more than the limit stop it."""
+    folder = data()
+    good = (folder / "train.tsv").read_text()
+    for number, samples in enumerate((1, 399)):
+        soundfile.write(folder / f"click{number}.wav", noise(samples), 16_000)
+    clicks = "click0.wav\t1\nclick1.wav\t399\n"
+    root, _, lines = good.partition("\n")
+    weights = []
+    for name, text in (("without", good), ("with", f"{root}\n{clicks}{lines}")):
+        (folder / "train.tsv").write_text(text)
+        fields = {"+task.bad_audio_limit": 0.2, "dataset.num_workers": workers, "dataset.batch_size": 1,
+                  "task.max_sample_size": 3000, "optimization.max_update": 12}  # fmt: skip
+        if store:
+            fields["+task.target_store"] = tmp_path / f"{name}_targets"
+        weights.append(run(folder, teacher_file, tmp_path / name, **fields).model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert [line.split(": ")[1] for line in skipped(caplog)] == [
+        "has 1 samples at 16 kHz, but one frame takes 400; remove it",
+        "has 399 samples at 16 kHz, but one frame takes 400; remove it",
+    ]
+    if not store:
+        with pytest.raises(SystemExit, match=r"click0.wav: has 1 samples .* \(2 of 12 recordings in .*train.tsv"):
+            run(folder, teacher_file, tmp_path / "stopped", **{**fields, "+task.bad_audio_limit": 0.15})
+
+
+def test_the_doctor_counts_as_the_training_does(data, tmp_path):
+    folder = data()
+    soundfile.write(folder / "click.wav", noise(399), 16_000)
+    lines = (folder / "train.tsv").read_text() + "click.wav\t399\n"
+    more = [f"more{number}.wav" for number in range(89)]
+    for name in more:
+        (folder / name).write_bytes((folder / "good0.wav").read_bytes())
+    (folder / "train.tsv").write_text(lines + "".join(f"{name}\t{SAMPLES}\n" for name in more))
+    finding = next(look_at_speech(folder))
+    assert finding.verdict == "note" and "99 recordings" in finding.text
+    assert "click.wav: has 399 samples" in finding.text
+    (folder / "train.tsv").write_text(lines)
+    finding = next(look_at_speech(folder))
+    assert finding.verdict == "fix" and "1 of 11 recordings" in finding.text
+    integers_as_floats(folder / "valid.wav")
+    (folder / "valid.tsv").write_text(f"{folder}\nvalid.wav\t{SAMPLES}\n")
+    assert [f.verdict for f in look_at_speech(folder)] == ["fix", "fix"]
+
+
 def test_fail_stops_at_the_first(data, teacher_file, tmp_path, caplog):
     with pytest.raises(SystemExit) as ended:
         run(data(no_audio), teacher_file, tmp_path / "run", **{"+task.bad_audio": "fail", "+task.bad_audio_limit": 0.5})
@@ -143,7 +197,8 @@ def test_a_field_that_cannot_be(data, teacher_file, tmp_path, field, value):
 def test_a_resumed_run_equals_the_uninterrupted_one_with_bad_recordings_too(
     data, teacher_file, tmp_path, monkeypatch
 ):
-    fields = {"+task.bad_audio_limit": 0.4, "dataset.batch_size": 2, "checkpoint.save_interval_updates": 1}
+    fields = {"+task.bad_audio_limit": 0.45, "dataset.batch_size": 2, "checkpoint.save_interval_updates": 1,
+              "optimization.max_update": 14}  # fmt: skip
     folder = data(*DAMAGES)
     whole = run(folder, teacher_file, tmp_path / "whole", **fields).model.state_dict()
     train_step = SpeechDistillation.train_step

@@ -47,7 +47,7 @@ def test_missing_and_broken_speech_is_named_by_manifest(speech, tmp_path):
     (tmp_path / "train.tsv").write_text("\n".join([root, *lines, "audio/gone.flac\t5000"]) + "\n")
     train, valid = look_at_speech(tmp_path)
     assert valid == Finding("valid.tsv", "ok", valid.text) and valid.text.startswith("6 recordings")
-    assert train.verdict == "fix" and "1 files that do not exist, first audio/gone.flac" in train.text
+    assert train.verdict == "fix" and "audio/gone.flac: does not exist; prepare again (1 of 25 recordings" in train.text
 
     name, samples = max((line.split("\t") for line in lines), key=lambda entry: int(entry[1]))
     (tmp_path / "train.tsv").write_text(f"{root}\n{name}\t{int(samples) + 1}\n")

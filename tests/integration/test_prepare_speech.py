@@ -4,6 +4,7 @@ import csv
 import gzip
 import math
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -12,8 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from fairseq.data.audio.hubert_dataset import load_audio
+from torchaudio.functional import resample as torchaudio_resample
 
+from fairseq_stack.data import prepare as prepare_module
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.prepare import (
     PACKAGES,
@@ -22,8 +26,8 @@ from fairseq_stack.data.prepare import (
     fetch_packages,
     prepare,
     prepare_recordings,
-    split_prompts,
 )
+from fairseq_stack.data.splits import choose_splits
 from fairseq_stack.errors import InputError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_speech.py"
@@ -160,14 +164,14 @@ def test_an_unreadable_file_is_named_and_costs_nothing(folder, tmp_path):
     with pytest.raises(InputError) as caught:
         prepare(str(folder), output)
     assert str(caught.value).startswith(f"{folder}/broken.wav: cannot be read as audio")
-    assert "1 more of 6 files" in str(caught.value) and "\n" not in str(caught.value)
+    assert "2 of 6 recordings in --source cannot be used" in str(caught.value) and "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_unusable_folders_are_refused_before_anything_is_written(folder, tmp_path):
     output = tmp_path / "output"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no audio; looked for \.wav, \.flac, \.ogg, \.mp3"):
+    with pytest.raises(InputError, match="has no audio that can be read"):
         prepare(str(tmp_path / "empty"), output)
     with pytest.raises(InputError, match="absent: is not a folder"):
         prepare(str(tmp_path / "absent"), output)
@@ -192,19 +196,167 @@ def test_what_was_prepared_inside_the_source_is_not_a_source(folder):
         assert set(listed(folder / "prepared")) == {"one", "two", "three", "four"}
 
 
+# Files of every kind
+
+
+# By format: the subtype that libsndfile takes for it, where the default does not do.
+SUBTYPES = {"SDS": "PCM_16", "XI": "DPCM_16", "WVE": "ALAW"}
+OTHER_SUFFIXES = {"aif": "AIFF", "aifc": "AIFF", "wave": "WAV", "oga": "OGG", "opus": "OGG", "snd": "AU", "sph": "NIST",
+                  "sf": "IRCAM", "iff": "SVX", "mat": "MAT5"}  # fmt: skip
+
+
+def test_every_format_of_libsndfile_is_taken_and_the_rest_is_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    source, written = tmp_path / "source", set()
+    kinds = {**{format.lower(): format for format in soundfile.available_formats()}, **OTHER_SUFFIXES}
+    for seed, (suffix, format) in enumerate(kinds.items()):
+        rate = 8_000 if format == "WVE" else 44_100 if format == "XI" else 16_000
+        subtype = "OPUS" if suffix == "opus" else SUBTYPES.get(format)
+        path = source / (f"{suffix}.{suffix.upper()}" if seed % 2 else f"{suffix}.{suffix}")
+        if format in ("RAW", "SD2"):  # without a header; a resource fork's, which only Apple's disks keep
+            continue
+        write(path, noise(seed, 6400), rate, format=format, subtype=subtype)
+        written.add(suffix)
+    write(source / "phone.gsm", noise(0), 8_000, format="RAW", subtype="GSM610")
+    (source / "weights.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(200))
+    for name in ("a.m4a", "b.M4A", "c.wma", "d.raw", "notes.txt", "README", ".hidden.wav"):
+        (source / name).write_text("not to be opened")
+    (source / ".git").mkdir()
+    prepare(str(source), tmp_path / "output")
+    assert set(listed(tmp_path / "output")) == {*written, "phone"} and len(written) > 30
+    assert [line for line in caplog.messages if "left aside" in line] == [
+        "4 files left aside: audio of a kind that cannot be read here; convert it to FLAC, such as with ffmpeg"
+        " (2 .m4a, 1 .wma, 1 .raw)",
+        "2 files left aside: no audio by their suffix (1 without suffix, 1 .txt)",
+        "1 files left aside: no audio in them (1 .mat)",
+        "1 files left aside: their names begin with a dot (1 .wav)",
+    ]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.m4a").touch()
+    with pytest.raises(InputError, match=r"no audio that can be read.*; 1 files left aside: audio .* \(1 \.m4a\)"):
+        prepare(str(tmp_path / "other"), tmp_path / "none")
+
+
+def test_recordings_that_cannot_be_used_are_named_and_left_out_up_to_the_limit(tmp_path, caplog):
+    source, output = tmp_path / "source", tmp_path / "output"
+    for index in range(96):
+        write(source / f"good{index}.wav", noise(index, 400))
+    (source / "empty.wav").touch()
+    (source / "empty too.wav").touch()  # the same bytes: named nevertheless
+    (source / "text.flac").write_text("not audio")
+    write(source / "short.wav", noise(0, 399))
+    bad = ["empty", "empty too", "text", "short"]
+    with pytest.raises(InputError, match=r"\(4 of 100 recordings in --source cannot .*--bad-audio-limit=0.03 of"):
+        prepare(str(source), output, bad_audio_limit=0.03)
+    assert not (output / "train.tsv").exists() and not list(output.rglob("*.part"))
+    for _ in range(2):  # the second time most are there already
+        caplog.clear()
+        prepare(str(source), output, bad_audio_limit=0.04)
+        lines = sorted(line for line in caplog.messages if line.startswith("bad audio | skipped "))
+        assert len(lines) == 4 and all(f"{source}/{name}." in "".join(lines) for name in bad)
+        assert set(listed(output)) == set(labels(output)) == {f"good{index}" for index in range(96)}
+    (source / "text.flac").unlink(), (source / "short.wav").unlink(), (source / "empty too.wav").unlink()
+    for index in range(96, 104):
+        write(source / f"good{index}.wav", noise(index, 400))
+    prepare(str(source), output)  # one in a hundred by default
+    assert len(listed(output)) == 104
+
+
+def test_a_full_disk_is_no_fault_of_the_recording(folder, tmp_path):
+    write(folder / "one.wav", noise(0, 16_000))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for room in (30, 9_000, 20_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))  # Python ignores the signal
+            with pytest.raises(InputError, match="one.flac: cannot be written .File too large.; make room") as caught:
+                prepare_module._convert((folder / "one.wav", tmp_path / "one.flac"))
+            assert "\n" not in str(caught.value) and not list(tmp_path.glob("one.flac*"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+# Levels
+
+
+def test_no_waveform_is_clipped(tmp_path, caplog):
+    source, output = tmp_path / "source", tmp_path / "output"
+    speech = noise(0, 8000) / 0.3
+    loud = np.clip(8 * tone(44_100, 1000), -1, 1)  # touches full scale and overshoots it once it is resampled
+    quiet = 1e-4 * tone(16_000)
+    write(source / "full.wav", loud, 44_100)
+    write(source / "over.wav", 1.3 * speech, subtype="FLOAT")
+    write(source / "quiet.wav", quiet, subtype="FLOAT")
+    write(source / "silent.wav", np.zeros(8000))
+    ranges = {"int16": 2**15, "int24": 2**23, "int32": 2**31, "unit variance": 5}
+    for name, scale in ranges.items():
+        write(source / f"{name}.wav", scale * speech, subtype="DOUBLE" if name == "int32" else "FLOAT")
+    both = np.stack([speech, -0.99 * speech], axis=1)
+    write(source / "upside down.wav", both)
+    write(source / "one side.wav", both * [1, 0])
+    with pytest.raises(InputError, match=r"int16.wav: holds samples up to 327\d\d.*, but full scale is 1; .*5 of 10"):
+        prepare(str(source), output)
+    prepare(str(source), output, bad_audio_limit=0.5)
+    bad = [line for line in caplog.messages if line.startswith("bad audio | skipped")]
+    assert len(bad) == 5 and sum("full scale is 1" in line for line in bad) == 4
+    assert any("upside down.wav: its channels cancel" in line for line in bad)
+    found = listed(output)
+    assert set(found) == {"full", "over", "quiet", "silent", "one side"}
+    heard = {name: soundfile.read(path)[0] for name, (_, path, _) in found.items()}
+    np.testing.assert_allclose(heard["over"], speech / np.abs(speech).max(), atol=2**-15)
+    np.testing.assert_allclose(heard["quiet"], quiet, atol=2**-23)
+    np.testing.assert_allclose(heard["one side"], speech / 2, atol=2**-14)
+    assert not heard["silent"].any()
+    reference = torchaudio_resample(torch.from_numpy(loud), 44_100, 16_000).numpy()
+    assert np.abs(reference).max() > 1.01
+    np.testing.assert_allclose(heard["full"], reference / np.abs(reference).max(), atol=2**-14)
+    (line,) = [line for line in caplog.messages if "overshoot" in line]
+    assert line.startswith("2 recordings overshoot full scale") and "over with a peak of 1.3" in line
+
+
+# Long recordings
+
+
+def test_hours_of_music_take_no_more_memory_than_minutes(tmp_path):
+    minutes = 10
+    write(tmp_path / "long.wav", np.zeros((100, 2)), 44_100)
+    size = minutes * 60 * 44_100 * 4
+    header = bytearray((tmp_path / "long.wav").read_bytes()[:44])
+    header[4:8], header[40:44] = (36 + size).to_bytes(4, "little"), size.to_bytes(4, "little")
+    with open(tmp_path / "long.wav", "wb") as file:
+        file.write(header)
+        file.truncate(44 + size)  # a hole: silence that takes no disk
+    # As a worker does it, in a process of its own; the whole as floats would take 212 MB.
+    code = """if True:
+        import sys
+        from fairseq_stack.data import prepare
+        before = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+        result = prepare._convert((sys.argv[1], sys.argv[2]))
+        after = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+        print(result.samples, before.split()[1], after.split()[1])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "long.wav", tmp_path / "long.flac"], text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    samples, before, after = map(int, done.stdout.split())
+    assert samples == minutes * 60 * 16_000
+    assert after < 250_000 and after - before < 60_000  # kB
+
+
 # Splits
 
 
 def test_five_percent_of_the_prompts_each_are_held_out_whatever_the_order():
     recordings = [Recording(Path(), f"{speaker}/prompt{index}") for speaker in "abc" for index in range(400)]
-    split = split_prompts(recordings, {})
+    split = choose_splits(recordings, {})
     for index in range(400):
         assert len({split[f"{speaker}/prompt{index}"] for speaker in "abc"}) == 1
     counts = {name: list(split.values()).count(name) // 3 for name in ("train", "valid", "test")}
     assert counts == {"train": 360, "valid": 20, "test": 20}
-    assert split_prompts(recordings[::-1], {}) == split
+    assert choose_splits(recordings[::-1], {}) == split
     # A further speaker of the same prompts moves nothing.
-    more = split_prompts(recordings + [Recording(Path(), f"d/PROMPT{index}") for index in range(400)], {})
+    more = choose_splits(recordings + [Recording(Path(), f"d/PROMPT{index}") for index in range(400)], {})
     assert more == {**split, **{f"d/PROMPT{index}": split[f"a/prompt{index}"] for index in range(400)}}
 
 
@@ -215,11 +367,84 @@ def test_prompts_that_share_a_text_or_audio_share_a_split():
     recordings += [Recording(Path(), f"fr/c{index}") for index in range(200)]
     recordings += [Recording(Path(), f"fr/b{index}") for index in range(200)]
     copies = {f"fr/c{index}": f"fr/b{index}" for index in range(200)}
-    split = split_prompts(recordings, copies)
+    split = choose_splits(recordings, copies)
     assert len(set(split.values())) == 3
-    assert split_prompts(recordings[::-1], copies) == split
+    assert choose_splits(recordings[::-1], copies) == split
     for index in range(200):
         assert len({split[f"{name}{index}"] for name in ("en/a", "en/b", "fr/b", "fr/c")}) == 1
+
+
+def shares(recordings, **options):
+    split = choose_splits(recordings, {}, **options)
+    return split, {name: list(split.values()).count(name) / len(split) for name in ("train", "valid", "test")}
+
+
+def layout(*patterns, count=200):
+    return [Recording(Path(), pattern.format(index)) for index in range(count) for pattern in patterns]
+
+
+@pytest.mark.parametrize(
+    "recordings",
+    [
+        layout("session{}/audio"),
+        layout("{:03}/recording", "{:03}/recording 2"),
+        layout("day{}/interview", "day{}/lecture", "day{}/questions"),  # roles: few names that many folders have
+        # VoxCeleb: speaker, video, number
+        [Recording(Path(), f"id{10000 + speaker}/{speaker * 7919:011x}/{number:05}")
+         for speaker in range(10) for number in range(1, 1 + 4 * speaker)],
+        layout("19/198/19-198-{:04}"),
+    ],
+)  # fmt: skip
+def test_names_that_tell_nothing_do_not_hold_recordings_together(recordings):
+    _, found = shares(recordings)
+    assert 0.04 < found["valid"] < 0.06 and 0.04 < found["test"] < 0.06
+
+
+def test_a_number_tells_a_prompt_with_its_folder():
+    recordings = [Recording(Path(), f"{voice}/{kind}/{number}") for voice in ("anna", "bea")
+                  for kind in ("digits", "dates") for number in range(20)]  # fmt: skip
+    split, _ = shares(recordings)
+    for kind in ("digits", "dates"):
+        for number in range(20):
+            assert split[f"anna/{kind}/{number}"] == split[f"bea/{kind}/{number}"]
+    assert any(split[f"anna/digits/{number}"] != split[f"anna/dates/{number}"] for number in range(20))
+
+
+def test_speakers_are_kept_together_on_request_and_the_shares_too():
+    sizes = [10, 20, 30, 40, 300] * 10
+    recordings = [Recording(Path(), f"{speaker}/prompt{number}", f"speaker{speaker}", text=f"Text {number}")
+                  for speaker, size in enumerate(sizes) for number in range(size)]  # fmt: skip
+    split, found = shares(recordings, grouping="speaker")
+    for speaker, size in enumerate(sizes):
+        assert len({split[f"{speaker}/prompt{number}"] for number in range(size)}) == 1
+    assert 0.03 < found["valid"] < 0.06 and 0.03 < found["test"] < 0.06
+    few = [Recording(Path(), f"{speaker}/{number}", speaker) for speaker, size in (("a", 90), ("b", 1), ("c", 1))
+           for number in range(size)]  # fmt: skip
+    assert shares(few, grouping="speaker")[0]["a/0"] == "train"
+
+
+def test_speakers_are_the_first_folders(tmp_path, monkeypatch):
+    source, output = tmp_path / "source", tmp_path / "output"
+    for seed, name in enumerate(("ann/1/a", "ann/2/b", "bob/1/c", "cleo/1/a")):
+        write(source / f"{name}.wav", noise(seed))
+    run_script(monkeypatch, "--source", source, "--output", output, "--split-by", "speaker")
+    found = listed(output)
+    assert found["ann/1/a"][0] == found["ann/2/b"][0] and len({split for split, _, _ in found.values()}) == 3
+    assert labels(output)["cleo/1/a"]["speaker"] == "cleo"
+    write(source / "alone.wav", noise(9))
+    with pytest.raises(SystemExit, match="alone.wav: its speaker is not known"):
+        run_script(monkeypatch, "--source", source, "--output", output, "--split-by", "speaker")
+
+
+def test_the_same_sound_in_two_formats_shares_a_split(tmp_path):
+    source = tmp_path / "source"
+    for index in range(30):
+        write(source / f"a/x{index}.wav", noise(index))
+        samples, _ = soundfile.read(source / f"a/x{index}.wav")
+        write(source / f"b/y{index}.flac", samples)
+    prepare(str(source), tmp_path / "output")
+    found = listed(tmp_path / "output")
+    assert len(found) == 60 and all(found[f"a/x{index}"][0] == found[f"b/y{index}"][0] for index in range(30))
 
 
 # Debian's recordings

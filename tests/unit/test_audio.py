@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from fairseq_stack.data.audio import SAMPLE_RATE, read_any_audio, read_audio
+from fairseq_stack.data.audio import SAMPLE_RATE, any_audio, read_audio
 from fairseq_stack.errors import InputError
+
+
+def read_any_audio(path):
+    """The samples of a whole file and their rate."""
+    rate, blocks = any_audio(path)
+    return np.concatenate(list(blocks)), rate
+
 
 INTEGERS = np.array([0, 1, -1, 16384, -32768, 32767, 8192, -4096], dtype=np.int16)
 
@@ -72,6 +79,40 @@ def test_an_mp3_that_promises_samples_and_has_none_is_named(tmp_path):
         assert file.frames > 0
     with pytest.raises(InputError, match=r"a\.mp3: breaks off at sample 0"):
         read_any_audio(tmp_path / "a.mp3")
+
+
+@pytest.mark.parametrize(
+    "scale, message", [(1.0, None), (2.3, None), (5.0, "up to 5"), (2**15, "up to 32768"), (2**31, "up to 2.1")]
+)
+def test_floats_far_beyond_full_scale_are_refused_and_an_overshoot_is_kept(tmp_path, scale, message):
+    samples = scale * np.sin(np.arange(1001) * np.pi / 20)
+    soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="FLOAT")
+    for read in (read_audio, lambda path: read_any_audio(path)[0]):
+        if message:
+            with pytest.raises(InputError, match=rf"a\.wav: holds samples {message}.*, but full scale is 1; divide them"):
+                read(tmp_path / "a.wav")
+        else:
+            np.testing.assert_allclose(read(tmp_path / "a.wav"), samples, atol=1e-6)
+
+
+def test_channels_that_cancel_each_other_are_no_silence(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 3000))
+    others = {"a": -noise[0], "b": noise[1], "c": 0 * noise[0], "d": noise[0]}
+    for name, other in others.items():
+        soundfile.write(tmp_path / f"{name}.wav", np.stack([noise[0], other], axis=1), SAMPLE_RATE)
+        if name == "a":
+            with pytest.raises(InputError, match=r"a\.wav: its channels cancel each other"):
+                read_any_audio(tmp_path / f"{name}.wav")
+        else:
+            assert len(read_any_audio(tmp_path / f"{name}.wav")[0]) == 3000
+    soundfile.write(tmp_path / "e.wav", np.zeros((3000, 2)), SAMPLE_RATE)
+    assert not read_any_audio(tmp_path / "e.wav")[0].any()
+
+
+def test_a_file_without_header_is_named(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(3200))
+    with pytest.raises(InputError, match=r"a\.raw: has no header"):
+        read_audio(tmp_path / "a.raw")
 
 
 def test_headerless_gsm_is_telephone_speech_at_8_khz(tmp_path):

@@ -8,6 +8,7 @@ from fairseq_stack.data.manifest import (
     check_manifest,
     missing_files,
     read_manifest,
+    read_manifests,
     write_manifest,
 )
 from fairseq_stack.errors import InputError
@@ -35,7 +36,47 @@ def test_windows_line_ends_are_understood(tmp_path):
     assert read_manifest(path).samples.tolist() == [5]
 
 
+@pytest.mark.parametrize("text, encoding", [
+    ("ROOT\na/b.wav\t3\nc.wav\t4\n", "utf-8-sig"),
+    ("ROOT\r\na/b.wav\t3\r\nc.wav\t4\r\n", "utf-16"),  # with a mark, as Windows' shell redirects
+    ("ROOT\nROOT/a/b.wav\t3\n./c.wav\t4\n", "utf-8"),
+    ("ROOT/\nROOT//a/./b.wav\t3\nx/../c.wav\t4", "utf-8"),
+    ("ROOT \na//b.wav\t3 \nROOT/x/../c.wav\t4\n\n  \n", "utf-8"),
+    ("LINK\nROOT/a/b.wav\t3\nLINK/c.wav\t4\n", "utf-8"),
+])  # fmt: skip
+def test_what_editors_and_other_programs_write_is_understood(tmp_path, text, encoding):
+    root, link = tmp_path / "root", tmp_path / "link"
+    root.mkdir(), link.symlink_to(root)
+    path = tmp_path / "train.tsv"
+    path.write_bytes(text.replace("ROOT", str(root)).replace("LINK", str(link)).encode(encoding))
+    manifest = read_manifest(path)
+    assert list(manifest.paths) == ["a/b.wav", "c.wav"] and manifest.samples.tolist() == [3, 4]
+    assert manifest.path(0) in (f"{root}/a/b.wav", f"{link}/a/b.wav")
+
+
+@pytest.mark.parametrize("again", ["./a/b.flac", "a//b.wav", "ROOT/a/b.wav", "a/c/../b.wav"])
+def test_an_utterance_under_two_spellings_is_found(tmp_path, again):
+    path = write_text(tmp_path, f"ROOT\nx.wav\t1\na/b.wav\t1\n{again}\t1\n")
+    with pytest.raises(InputError, match=r":4: the utterance 'a/b' is listed before, in line 3; correct"):
+        read_manifest(path)
+
+
+def test_several_manifests_are_one_below_the_folder_they_share(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.tsv").write_text(f"{tmp_path / name}\nx.wav\t{ord(name)}\n")
+    (tmp_path / "c.tsv").write_text(f"{tmp_path}\nb/x.flac\t5\n")
+    manifest = read_manifests([tmp_path / "a.tsv", tmp_path / "b.tsv"])
+    assert manifest.root == str(tmp_path) and list(manifest.paths) == ["a/x.wav", "b/x.wav"]
+    assert manifest.samples.tolist() == [97, 98]
+    with pytest.raises(InputError, match=r"c\.tsv: the utterance 'b/x' is listed in .*b\.tsv too"):
+        read_manifests([tmp_path / "a.tsv", tmp_path / "b.tsv", tmp_path / "c.tsv"])
+
+
 @pytest.mark.parametrize("text, line, problem", [
+    ("\ufeff", None, "is empty"),
+    ("\ufeffROOT/absent\na.wav\t1\n", 1, "absent' does not exist"),
+    ("ROOT\nROOTx/a.wav\t1\n", 2, "does not lie below the root"),
     ("", None, "is empty"),
     ("ROOT/absent\na.wav\t1\n", 1, "does not exist"),
     ("\na.wav\t1\n", 1, "does not exist"),

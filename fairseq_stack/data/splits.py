@@ -1,0 +1,113 @@
+"""Which recordings train, which validate and which test: what is the same is never in two splits."""
+
+import hashlib
+import re
+from collections import Counter
+
+from fairseq_stack.errors import InputError
+
+SPLITS = ("train", "valid", "test")
+HELD_OUT = 0.05  # the share that valid and test get each
+GROUPINGS = ("prompt", "speaker")
+# Names that tell of a file what it is, and not what is said in it.
+_GENERIC = frozenset(
+    "audio sound sounds recording recordings record rec file sample clip clips track wav wave wavs flac mp3 utt"
+    " utterance utterances speech voice mic microphone channel ch session take part segment seg chunk output out"
+    " untitled id no".split()
+)
+
+
+def choose_splits(recordings, copies, grouping="prompt"):
+    """Return {utterance: split} such that no prompt, text or audio is in two splits.
+
+    A recording whose `prompt` is unknown is known by its file's name, whoever says it. Names that say nothing
+    (numbers, "audio", or one that more files have than there are names) count with the folders before them.
+
+    Args:
+        recordings: Recordings (prepare.py), copies included.
+        copies: {utterance: utterance with the same audio}.
+        grouping: "prompt"; or "speaker", for no speaker in two splits, while prompts and texts may be in several.
+
+    Raises:
+        InputError: there are fewer than three groups.
+    """
+    keys = _speakers(recordings) if grouping == "speaker" else _prompts(recordings)
+    group = {}  # a union-find forest over the keys
+
+    def find(key):
+        while group.setdefault(key, key) != key:
+            group[key] = key = group[group[key]]
+        return key
+
+    for recording in recordings:
+        alike = [keys[recording.utterance], keys[copies.get(recording.utterance, recording.utterance)]]
+        words = re.findall(r"\w+", recording.text.casefold())
+        if words and grouping == "prompt":
+            alike.append(("text", " ".join(words)))
+        roots = sorted(find(key) for key in alike)
+        for root in roots:
+            group[root] = roots[0]  # the first by name, a prompt, whatever the order of the recordings
+
+    sizes = Counter(find(key) for key in keys.values())
+    if len(sizes) < len(SPLITS):
+        raise InputError(
+            f"--source has {len(sizes)} different {grouping}s; train, valid and test need one each: add more"
+            + (" (files with the same name or text count as one prompt)" if grouping == "prompt" else "")
+        )
+    split = _deal(sizes)
+    return {utterance: split[find(key)] for utterance, key in keys.items()}
+
+
+def _prompts(recordings):
+    """{utterance: ("prompt", what is said)}."""
+    prompts = {recording.utterance: recording.prompt.casefold() for recording in recordings}
+    names = {utterance: _telling_name(utterance) for utterance, prompt in prompts.items() if not prompt}
+    counts = Counter(names.values())
+    for utterance, name in names.items():
+        prompts[utterance] = name if counts[name] <= len(counts) else utterance
+    return {utterance: ("prompt", prompt) for utterance, prompt in prompts.items()}
+
+
+def _telling_name(utterance):
+    """The shortest end of a path that says something: the file's name, or that with some of its folders."""
+    parts = utterance.casefold().split("/")
+    for first in reversed(range(len(parts))):
+        if set(re.findall(r"[^\W\d_]+", parts[first])) - _GENERIC:
+            return "/".join(parts[first:])
+    return utterance
+
+
+def _speakers(recordings):
+    """{utterance: ("speaker", name)}."""
+    for recording in recordings:
+        if not recording.speaker:
+            raise InputError(
+                f"{recording.source}: its speaker is not known; for --split-by speaker, put it into a folder below"
+                " --source that is named after the speaker"
+            )
+    return {recording.utterance: ("speaker", recording.speaker) for recording in recordings}
+
+
+def _deal(sizes):
+    """{group: split} for {group: recordings}; the hash shuffles the groups, always in the same way."""
+    groups = sorted(sizes, key=lambda key: hashlib.sha256(key[1].encode("utf-8", "surrogateescape")).digest())
+    share = HELD_OUT * sum(sizes.values())
+    # By their number, so that a further speaker of all prompts moves nothing.
+    count = max(1, round(HELD_OUT * len(groups)))
+    test, valid = set(groups[:count]), set(groups[count : 2 * count])
+    if not all(share / 2 <= sum(map(sizes.get, held_out)) <= 1.5 * share for held_out in (test, valid)):
+        # Groups of very different size: by what they hold.
+        test = _filled(groups, sizes, share, len(groups) - 2)
+        rest = [group for group in groups if group not in test]
+        valid = _filled(rest, sizes, share, len(rest) - 1)
+    return {group: "test" if group in test else "valid" if group in valid else "train" for group in groups}
+
+
+def _filled(groups, sizes, share, most):
+    """The first groups, at most so many, that together have at most `share` recordings; or else the smallest."""
+    chosen, left = set(), share
+    for group in groups:
+        if sizes[group] <= left and len(chosen) < most:
+            chosen.add(group)
+            left -= sizes[group]
+    return chosen or {min(groups, key=sizes.get)}
