@@ -45,6 +45,7 @@ LAST_CHECKPOINT = "the last checkpoint is from before"
 
 
 def _where(what, update, stage, utterances):
+    utterances = dict.fromkeys(utterances)  # each once: AMP computes a batch again after an overflow
     return (
         f"at update {update}, stage {stage}, the {what} is not finite on the utterances"
         f" {', '.join(utterances)}"

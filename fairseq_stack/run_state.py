@@ -81,7 +81,26 @@ class MemoryEfficientFP16Optimizer(_ScalerSaved, optim.MemoryEfficientFP16Optimi
 
 
 class AMPOptimizer(optim.AMPOptimizer):
-    """fairseq's optimiser for automatic mixed precision, with the state of torch's loss scaler in its state."""
+    """fairseq's optimiser for automatic mixed precision, with the state of torch's loss scaler in its state.
+
+    The loss scale is common.amp_init_scale, which grows after common.amp_scale_window updates without an overflow
+    (fairseq takes fp16's scale, and the scale as the window). Without a GPU the model computes in fp32.
+    """
+
+    def __init__(self, cfg, params, fp32_optimizer, **kwargs):
+        super().__init__(cfg, params, fp32_optimizer, **kwargs)
+        window = cfg.common.amp_scale_window
+        self._grad_scaler = torch.amp.GradScaler(
+            params[0].device.type,
+            init_scale=cfg.common.amp_init_scale,
+            **({} if window is None else {"growth_interval": window}),
+        )
+
+    def step(self):
+        # fairseq's clip_grad_norm unscales the gradient under this optimizer, and its step under another: the scaler
+        # does not know that one and divides by the scale a second time.
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def state_dict(self):
         return {**super().state_dict(), "scaler": self.scaler.state_dict()}

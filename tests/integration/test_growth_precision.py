@@ -11,8 +11,13 @@ PRECISIONS = {
     "fp32": {},
     "bf16": {"common.bf16": True},
     "memory-efficient bf16": {"common.bf16": True, "common.memory_efficient_bf16": True},
+    "amp": {"common.amp": True, "common.amp_init_scale": 1024},
 }
-OPTIMIZERS = {"bf16": run_state.FP16Optimizer, "memory-efficient bf16": run_state.MemoryEfficientFP16Optimizer}
+OPTIMIZERS = {
+    "bf16": run_state.FP16Optimizer,
+    "memory-efficient bf16": run_state.MemoryEfficientFP16Optimizer,
+    "amp": run_state.AMPOptimizer,
+}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -23,5 +28,19 @@ def test_masters_moments_and_weights_agree_after_each_growth_and_the_loss_is_tha
     fields = {"optimization.max_update": 14, "checkpoint.no_save": True, **PRECISIONS[precision]}
     trainer = train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
     assert checked == [1, 4, 8]
-    assert trainer.model.layer_norm.weight.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+    assert trainer.model.layer_norm.weight.dtype == (torch.bfloat16 if "bf16" in precision else torch.float32)
     assert type(trainer.optimizer) is OPTIMIZERS.get(precision, type(trainer.optimizer))
+
+
+def test_amp_moves_the_weights_as_fp32_does(speech, teacher_file, tmp_path):
+    # Of six updates with a growth, of two batches each, clipped. On a CPU the model computes in fp32 in both.
+    weights = []
+    for amp in (False, True):
+        fields = {"common.amp": amp, "common.amp_init_scale": 1024, "checkpoint.no_save": True,
+                  "optimization.max_update": 6, "model.stack_stages": 2, "optimization.clip_norm": 1.0,
+                  "optimization.update_freq": "[2]"}  # fmt: skip
+        trainer = train("librispeech_base", tiny(speech, teacher_file, tmp_path / str(amp), **fields))
+        weights.append(trainer.get_model().state_dict())
+    assert trainer.optimizer.scaler.get_scale() == 1024
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value)

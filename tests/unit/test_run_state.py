@@ -8,6 +8,7 @@ from conftest import LINKED, TINY
 from fairseq.dataclass.configs import EMAConfig, FairseqConfig
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from omegaconf import OmegaConf
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_stack import run_state
@@ -19,6 +20,7 @@ KINDS = {
     "bf16": (run_state.FP16Optimizer, {"bf16": True}),
     "memory-efficient fp16": (run_state.MemoryEfficientFP16Optimizer, {"fp16": True, "memory_efficient_fp16": True}),
 }
+AMP = (run_state.AMPOptimizer, {"amp": True, "amp_init_scale": 1024, "amp_scale_window": 3})
 
 
 def make_layer(kind, seed):
@@ -27,7 +29,7 @@ def make_layer(kind, seed):
 
 
 def make_optimizer(kind, layer):
-    optimizer_class, fields = KINDS[kind]
+    optimizer_class, fields = AMP if kind == "amp" else KINDS[kind]
     cfg = OmegaConf.structured(FairseqConfig())
     cfg.optimizer = {"_name": "adam", "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.1, "lr": [0.1],
                      "use_old_adam": True, "fp16_adam_stats": False, "tpu": False}  # fmt: skip
@@ -122,3 +124,61 @@ class NumbersRead(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
+
+
+# Automatic mixed precision
+
+
+def amp_update(layer, optimizer, inputs, clip_norm):
+    """One update as fairseq's trainer makes it, of two batches; returns the gradients that Adam receives."""
+    received = []
+    hook = register_optimizer_step_pre_hook(
+        lambda *_: received.extend(parameter.grad.clone() for parameter in layer.parameters())
+    )
+    try:
+        optimizer.zero_grad()
+        for batch in inputs:
+            optimizer.backward(layer(batch).square().sum())
+        optimizer.multiply_grads(1 / 7)
+        optimizer.clip_grad_norm(clip_norm)
+        optimizer.step()
+    finally:
+        hook.remove()
+    return received
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e9])
+def test_amp_gives_adam_the_clipped_gradient(clip_norm):
+    layer = torch.nn.Linear(3, 3)
+    inputs = torch.randn(2, 5, 3)
+    reference = copy.deepcopy(layer)
+    (reference(inputs).square().sum() / 7).backward()
+    gradients = [parameter.grad for parameter in reference.parameters()]
+    if clip_norm:
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), clip_norm)
+    optimizer = make_optimizer("amp", layer)
+    assert optimizer.scaler.get_scale() == 1024
+    torch.testing.assert_close(amp_update(layer, optimizer, inputs, clip_norm), gradients)
+
+
+def test_amp_skips_an_overflow_halves_its_scale_and_raises_it_again():
+    layer = torch.nn.Linear(3, 3)
+    optimizer = make_optimizer("amp", layer)
+    before = copy.deepcopy(layer.state_dict())
+    assert not amp_update(layer, optimizer, torch.full((2, 5, 3), 1e18), 0.5)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    scales = []
+    for _ in range(4):
+        assert amp_update(layer, optimizer, torch.ones(2, 5, 3), 0.5)
+        scales.append(optimizer.scaler.get_scale())
+    assert scales == [512, 512, 1024, 1024]
+
+
+def test_amp_resumes_with_its_scale_and_its_count_of_updates():
+    layer = torch.nn.Linear(3, 3)
+    optimizer = make_optimizer("amp", layer)
+    amp_update(layer, optimizer, torch.ones(2, 5, 3), 0.5)
+    resumed = make_optimizer("amp", copy.deepcopy(layer))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert resumed.scaler.state_dict() == optimizer.scaler.state_dict() and optimizer.scaler.state_dict()["scale"] == 1024
+    assert optimizer.scaler.state_dict()["_growth_tracker"] == 1
