@@ -13,16 +13,20 @@ tests/integration/test_guards.py fails where fairseq no longer calls it.
   crash.pt, compute the update again in search of the place, and show a traceback.
 - A run that has done its updates and is started again does none; fairseq does one more.
 - A job that is told to end (preemption.py) saves a checkpoint first.
-- A field of the wrong type or name is answered in one line.
 - Validation on a subset that is trained on too hears it as validation does: fairseq keeps one dataset for a name, and
   would set its epoch back in the middle of the training's.
 - Validation subsets that nothing names are answered in one line.
+- A training starts as in a new process (process_state.py), after its configuration has been checked (start_checks.py).
+- A field of the wrong type or name, and what fairseq cannot build of its fields, is answered in one line.
+- A run resumes only from a state that fits its configuration, and not in the middle of an epoch of other batches
+  (training_state.py).
 - The wait for the batches of an update is on the clock (progress.py).
 - Data workers end with their epoch. fairseq lets them wait for a next one, which gets workers of its own, and leaves
   them to Python's garbage collector: it takes their queues apart before they have heard that it is over, and the
   training stands still for 5 s for each.
 """
 
+import difflib
 import functools
 import logging
 import os
@@ -32,19 +36,23 @@ from fairseq import checkpoint_utils
 from fairseq.data import data_utils, iterators
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.file_io import PathManager
+from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from fairseq_stack import preemption, progress
 from fairseq_stack.checkpoint import load_checkpoint
 from fairseq_stack.data.speech import SpeechDataset
-from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.errors import InputError, input_errors, one_line_errors
 from fairseq_stack.finite import gradient_stop, loss_scale_stop
 from fairseq_stack.full_depth import check_depth, depth_at_end
+from fairseq_stack.process_state import reset_process_state
 from fairseq_stack.recovery import LAST, UNFINISHED, recover
 from fairseq_stack.resume import fit, saved_configuration
+from fairseq_stack.start_checks import check_configuration, check_names
+from fairseq_stack.training_state import check_optimizer, epoch_layout, layout_change, next_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +81,52 @@ def _copy_as_a_whole(copy, src_path, dst_path, overwrite=False):
     copied = copy(src_path, dst_path + UNFINISHED, overwrite=True)
     PathManager.rename(dst_path + UNFINISHED, dst_path)
     return copied
+
+
+@_guard(Trainer, "load_checkpoint")
+def _resume_the_optimizer_that_was_saved(
+    load, trainer, filename, reset_optimizer=False, reset_lr_scheduler=False, *args, **kwargs
+):
+    if os.path.isfile(filename):
+        saved = load_checkpoint(filename, header_only=True).get("cfg")
+        check_optimizer(saved, trainer.cfg, filename, reset_optimizer, reset_lr_scheduler)
+    try:
+        return load(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
+    except InputError:
+        raise
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(
+            f"the state in {filename} does not fit this configuration ({type(error).__name__} {error}); take that which"
+            " it was saved with, or for this start checkpoint.reset_optimizer=true"
+        ) from None
+
+
+@_guard(iterators.EpochBatchIterator, "state_dict")
+def _remember_the_batches(state_dict, iterator):
+    state = state_dict(iterator)
+    return {**state, "layout": epoch_layout(iterator)} if state["iterations_in_epoch"] else state
+
+
+@_guard(iterators.EpochBatchIterator, "load_state_dict")
+def _leave_an_epoch_of_other_batches(load, iterator, state):
+    if state.get("iterations_in_epoch") and state.get("layout") not in (None, epoch_layout(iterator)):
+        state = next_epoch(state)
+    try:
+        load(iterator, state)
+    except RuntimeError:  # an older checkpoint has no layout, and its place lies behind the epoch's last batch
+        load(iterator, next_epoch(state))
+
+
+@_guard(checkpoint_utils, "load_checkpoint")
+def _start_the_next_epoch(load, cfg, trainer, **kwargs):
+    state, epochs = load(cfg, trainer, **kwargs)
+    if state is not None and epochs.epoch > state["train_iterator"]["epoch"]:
+        left = state["train_iterator"]
+        change = layout_change(left.get("layout"), epoch_layout(epochs))
+        logger.info(f"resume | epoch {left['epoch']} {change}, so training goes on at the start of epoch {epochs.epoch}")
+        epochs = trainer.get_train_iterator(epochs.epoch, load_dataset=False, **kwargs)
+        metrics.reset_meters("train")
+    return state, epochs
 
 
 @_guard(checkpoint_utils, "load_checkpoint")
@@ -193,8 +247,17 @@ def _save_when_told_to_end(validate_and_save, cfg, trainer, task, epoch_itr, *ar
     losses, should_stop = validate_and_save(cfg, trainer, task, epoch_itr, *args)
     if getattr(task, "told_to_end", False) and not should_stop:
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
-        raise SystemExit(preemption.EXIT_CODE)
+        preemption.obey()
     return losses, should_stop
+
+
+@_guard(fairseq_train, "add_defaults")
+def _start_clean_and_checked(add_defaults, cfg):
+    """fairseq's first step in every training, right after it has imported the user_dir."""
+    reset_process_state()
+    check_names(cfg)
+    add_defaults(cfg)
+    check_configuration(cfg)
 
 
 @_guard(dataclass_utils, "merge_with_parent")
@@ -202,8 +265,34 @@ def _name_the_field(merge, dc, cfg, *args, **kwargs):
     try:
         return merge(dc, cfg, *args, **kwargs)
     except OmegaConfBaseException as error:
+        group, field = cfg._key(), error.full_key or error.key
+        name = "" if group is None else f"{group}."
+        if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+            known = [each for each in dc.__dataclass_fields__ if not each.startswith("_")]
+            alike = difflib.get_close_matches(str(field), known, n=3) or known
+            raise InputError(
+                f"{name}{field} is no field of {name}_name={cfg.get('_name')}; take it out (~{name}{field} on the"
+                f" command line) or choose from {', '.join(alike)}"
+            ) from None
         reason = str(error.msg or error).splitlines()[0]
-        raise InputError(f"{error.full_key or error.key}: {reason}; correct the configuration") from None
+        raise InputError(f"{name}{field}: {reason}; correct the configuration") from None
+
+
+@_guard(checkpoint_utils, "verify_checkpoint_directory")
+def _name_the_folder(verify, save_dir):
+    with input_errors(f"checkpoint.save_dir={save_dir} cannot be written to; choose another folder"):
+        verify(save_dir)
+
+
+@_guard(Trainer, "_build_optimizer")
+def _name_the_optimizer(build, trainer):
+    fields = ", ".join(
+        f"{group}.{name}={value}"
+        for group in ("optimizer", "lr_scheduler")
+        for name, value in OmegaConf.to_container(trainer.cfg[group]).items()
+    )
+    with input_errors(f"fairseq cannot build the optimizer and the learning rate schedule from {fields}"):
+        build(trainer)
 
 
 @_guard(Trainer, "get_valid_iterator")

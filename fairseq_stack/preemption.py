@@ -14,15 +14,23 @@ _told = threading.Event()
 
 
 def listen():
-    """Remember a SIGTERM instead of dying of it. Only a process's main thread can."""
+    """Remember a SIGTERM instead of dying of it. Only a process's main thread can.
+
+    One that came at the end of the training before, in a sweep, is for this one.
+    """
     if threading.current_thread() is threading.main_thread():
-        _told.clear()
         signal.signal(signal.SIGTERM, lambda signum, frame: _told.set())
 
 
 def told_to_end():
-    """Whether a SIGTERM has come since `listen`."""
+    """Whether a SIGTERM has come that has not been obeyed yet."""
     return _told.is_set()
+
+
+def obey():
+    """End the program as a SIGTERM does."""
+    _told.clear()
+    raise SystemExit(EXIT_CODE)
 
 
 def obey_parent_alone():

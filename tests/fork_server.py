@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # which the first optimiser imports, for a second or two
-from fairseq_cli import hydra_train  # noqa: F401
+from fairseq_cli import hydra_train
 from training import ROOT, train
 
 import fairseq_stack.criterions
@@ -55,6 +55,11 @@ class ForkServer:
         """Start a training; returns its process id."""
         return self.call(_train, config, overrides, kill_at_event, log=log).pid
 
+    def command(self, arguments, log):
+        """Run `fairseq-hydra-train` with the arguments that a user would type; returns its exit code."""
+        self.call(_command, arguments, log=log)
+        return self.wait()
+
     def wait(self):
         """The exit code (negative: the signal) of what was started last."""
         self.processes[-1].join()
@@ -87,6 +92,11 @@ def _train(config, overrides, kill_at_event):
         folder = next(each for each in overrides if each.startswith("checkpoint.save_dir="))
         _kill_at_event(kill_at_event, folder.partition("=")[2])
     train(config, overrides)
+
+
+def _command(arguments):
+    sys.argv = ["fairseq-hydra-train", *map(str, arguments)]
+    hydra_train.cli_main()
 
 
 def _kill_at_event(event, folder):

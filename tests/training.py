@@ -36,7 +36,6 @@ def _quoted(value):
 
 def train(config, overrides, folder="interleaved"):
     """Compose a recipe and train it in this process, as fairseq-hydra-train does; returns fairseq's trainer."""
-    from fairseq import checkpoint_utils
     from fairseq.logging import progress_bar
     from fairseq_cli import train as fairseq_train
 
@@ -48,10 +47,6 @@ def train(config, overrides, folder="interleaved"):
             trainers.append(self)
 
     cfg = configuration(config, overrides, folder)
-    # A new process knows neither the best loss so far nor the folder where another run logged.
-    vars(checkpoint_utils.save_checkpoint).pop("best", None)
-    progress_bar._close_writers()
-    progress_bar._tensorboard_writers.clear()
     original, fairseq_train.Trainer = fairseq_train.Trainer, RememberedTrainer
     try:
         fairseq_train.main(cfg)

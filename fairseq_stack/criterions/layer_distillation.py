@@ -113,6 +113,13 @@ class LayerDistillation(FairseqCriterion):
             )
         return cls(cfg, task)
 
+    @property
+    def validation_metrics(self):
+        """What a validation logs, where nothing is masked."""
+        output = ["output_loss"] if self.output_layer in self.layers else []
+        layers = [f"layer_{layer}" for layer in self.layers]
+        return ["loss", *output, "intermediate_loss", *layers, "teacher_norm", "stage", "depth"]
+
     def forward(self, model, sample, reduce=True):
         """Loss of one batch.
 

@@ -100,6 +100,7 @@ class SpeechDistillationConfig(FairseqDataclass):
     valid_subset: str = II("dataset.valid_subset")
     seed: int = II("common.seed")
     save_dir: str = II("checkpoint.save_dir")
+    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
 
 
 @register_task("speech_distillation", dataclass=SpeechDistillationConfig)
@@ -200,6 +201,19 @@ class SpeechDistillation(FairseqTask):
             )
 
     @one_line_errors
+    def get_batch_iterator(self, dataset, max_tokens=None, **options):
+        """fairseq's, but it does not leave out what is longer than `max_tokens`."""
+        longest = int(dataset.sizes.argmax())
+        samples = int(dataset.sizes[longest])
+        if max_tokens is not None and samples > max_tokens:
+            field = "max_tokens" if dataset.random_crop else "max_tokens_valid"
+            raise InputError(
+                f"dataset.{field}={max_tokens} is less than the {samples} samples of {dataset.manifest.path(longest)};"
+                f" raise it to {samples} or more, or lower task.max_sample_size={self.cfg.max_sample_size}"
+            )
+        return super().get_batch_iterator(dataset, max_tokens=max_tokens, **options)
+
+    @one_line_errors
     def build_model(self, cfg, *args):
         check_links(cfg, "task", self.cfg, ("mask_prob", "normalize"))
         model = super().build_model(cfg, *args)
@@ -214,6 +228,9 @@ class SpeechDistillation(FairseqTask):
             names = ("loss", "teacher_layers", "intermediate_style", "output_weight")
             check_links(self.model_cfg, "criterion", cfg, names)
         criterion = super().build_criterion(cfg, *args)
+        check_choice(
+            "checkpoint.best_checkpoint_metric", self.cfg.best_checkpoint_metric, criterion.validation_metrics
+        )
         self.target_layers = criterion.target_layers
         return criterion
 

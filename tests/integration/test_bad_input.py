@@ -102,8 +102,11 @@ def test_a_teacher_that_needs_code_to_unpickle_runs_none(speech, tmp_path):
 
 
 def test_the_shell_sees_one_line_and_a_failure(speech, teacher_file, tmp_path):
-    overrides = [*tiny(speech, "/no/such/file.pt", "run"), f"common.user_dir={ROOT}/fairseq_stack"]
+    # Of what fairseq finds by itself, before it imports the user_dir.
+    overrides = [*tiny(speech, teacher_file, "run"), f"common.user_dir={ROOT}/fairseq_stack", "lr_scheduler._name=cosine"]
     run = hydra_train("librispeech_base", overrides, config_dir=EXAMPLES / "interleaved", cwd=tmp_path)
     output, _ = run.communicate()
     assert run.returncode == 1 and "Traceback" not in output
-    assert output.splitlines()[-1] == "error: task.teacher=/no/such/file.pt does not exist"
+    assert output.splitlines()[-1].startswith(
+        "error: lr_scheduler.total_num_update is no field of lr_scheduler._name=cosine; take it out (~lr_scheduler."
+    )

@@ -119,6 +119,36 @@ def test_a_checkpoint_of_another_model_gives_one_line(run, speech, teacher_file)
     assert "model.encoder_ffn_embed_dim=32 there and 64 here" in message
 
 
+NAG = ["optimizer._name=nag", "~optimizer.adam_betas", "~optimizer.adam_eps"]
+COSINE = ["lr_scheduler._name=cosine", "~lr_scheduler.total_num_update"]
+
+
+@pytest.mark.parametrize(
+    "change, before, reset",
+    [
+        (NAG, "optimizer._name=adam", "checkpoint.reset_optimizer=true"),
+        (["common.bf16=true"], "common.bf16=false", "checkpoint.reset_optimizer=true"),
+        (["common.amp=true"], "common.amp=false", "checkpoint.reset_optimizer=true"),
+        (COSINE, "lr_scheduler._name=polynomial_decay", "checkpoint.reset_lr_scheduler=true"),
+    ],
+    ids=["optimizer", "bf16", "amp", "schedule"],
+)
+def test_another_optimizer_or_schedule_is_named_with_its_reset_which_works(run, speech, teacher_file, change, before, reset):
+    message = one_line([*tiny(speech, teacher_file, run), *change])
+    assert message.startswith(f"error: {change[0]} does not fit the state in {run}/checkpoints/checkpoint_last.pt")
+    assert f"was saved with {before}; set {before}, or" in message and reset in message
+    trainer = train("librispeech_base", [*tiny(speech, teacher_file, run), *change, reset])
+    assert trainer.get_num_updates() == 20
+
+
+def test_a_run_goes_on_under_half_precision_only_with_the_optimizer_inside(run, speech, teacher_file, tmp_path):
+    # FP16Optimizer is the class that fairseq compares, whatever is inside.
+    half = {"common.bf16": True, "optimization.max_update": 7, "checkpoint.save_dir": tmp_path / "half"}
+    train("librispeech_base", tiny(speech, teacher_file, run, **half))
+    message = one_line([*tiny(speech, teacher_file, run, **half), *NAG])
+    assert message.startswith("error: optimizer._name=nag does not fit the state in")
+
+
 @pytest.mark.parametrize(
     "field, value",
     [("task.max_sample_size", "long"), ("model.encoder_layers", "[1,2]"), ("criterion.teacher_layers", "all")],
@@ -175,8 +205,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(speech, teacher_
 
 
 def test_a_loss_scale_at_its_minimum_is_explained(speech, teacher_file, tmp_path):
-    fp16 = {"common.fp16": True, "common.memory_efficient_fp16": True, "common.fp16_init_scale": 2**30, "common.min_loss_scale": 2**30}
-    message = one_line(tiny(speech, teacher_file, tmp_path, **fp16))
+    # Automatic mixed precision, because the rest of fp16 needs a GPU.
+    amp = {"common.amp": True, "common.amp_init_scale": 2**62, "common.min_loss_scale": 2**62, "+criterion.output_weight": 1.0e22}
+    message = one_line(tiny(speech, teacher_file, tmp_path, **amp))
     assert re.match(PLACE, message)[3] == "gradient in fp16 at every loss scale"
     assert "lower optimization.lr" in message
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -195,6 +226,42 @@ def test_data_workers_do_not_wait_for_a_next_epoch(monkeypatch):
     epochs = iterators.EpochBatchIterator(Numbers(), collate_fn=list, batch_sampler=[[0, 1], [2]], num_workers=1)
     assert list(epochs.next_epoch_itr(shuffle=False)) == [[0, 1], [2]]
     assert [(loader.num_workers, loader.persistent_workers) for loader in loaders] == [(1, False)]
+
+
+def epochs(batches=((0, 1), (2,), (3,), (4, 5)), **options):
+    return iterators.EpochBatchIterator(Numbers(), collate_fn=list, batch_sampler=list(batches), **options)
+
+
+def place_after_one_batch():
+    iterator = epochs()
+    next(iterator.next_epoch_itr())
+    return iterator.state_dict()
+
+
+def test_an_epoch_of_the_same_batches_is_gone_through_to_its_end():
+    resumed = epochs()
+    resumed.load_state_dict(place_after_one_batch())
+    assert (resumed.epoch, resumed.iterations_in_epoch) == (1, 1)
+    assert len(list(resumed.next_epoch_itr())) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_shards": 2}, {"batches": [[0, 1, 2], [3, 4, 5]]}, {"batches": [[5, 1], [2], [3], [4, 0]]}, {"seed": 2}],
+    ids=["processes", "batch size", "recordings", "seed"],
+)
+def test_an_epoch_of_other_batches_is_left_for_the_next(options):
+    resumed = epochs(**options)
+    resumed.load_state_dict(place_after_one_batch())
+    assert (resumed.epoch, resumed.iterations_in_epoch) == (2, 0)
+
+
+def test_a_place_behind_the_end_of_an_epoch_needs_no_layout():
+    resumed = epochs(batches=[[0, 1, 2, 3, 4, 5]])
+    state = place_after_one_batch()
+    del state["layout"]
+    resumed.load_state_dict(state)
+    assert (resumed.epoch, resumed.iterations_in_epoch) == (2, 0)
 
 
 class Numbers(torch.utils.data.Dataset):

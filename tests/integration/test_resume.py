@@ -205,3 +205,27 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(
     assert whole["last_optimizer_state"]["state"] and ("ema" in whole["extra_state"]) == bool(AVERAGES[average])
     assert not differences(whole, resumed)
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+
+
+def test_a_changed_batch_size_goes_on_with_the_next_epoch_and_says_so(speech, teacher_file, tmp_path, monkeypatch, caplog):
+    heard, train_step = {}, SpeechDistillation.train_step
+
+    def listened(task, sample, model, criterion, optimizer, update_num, *args, **kwargs):
+        heard[update_num] = sample["utterances"]
+        return train_step(task, sample, model, criterion, optimizer, update_num, *args, **kwargs)
+
+    def run(folder, updates, size):
+        fields = {"optimization.max_update": updates, "dataset.batch_size": size, "model.stack_method": "none",
+                  "model.stack_stages": 1, "lr_scheduler.total_num_update": 20}  # fmt: skip
+        return train("librispeech_base", tiny(speech, teacher_file, folder, **fields))
+
+    monkeypatch.setattr(SpeechDistillation, "train_step", listened)
+    caplog.set_level("INFO")
+    run(tmp_path / "whole", 6, 8)
+    second_epoch = [heard[update] for update in (3, 4, 5)]
+    run(tmp_path / "stopped", MID_EPOCH, 4)
+    assert "resume | " not in caplog.text
+    assert run(tmp_path / "stopped", MID_EPOCH + 3, 8).get_num_updates() == MID_EPOCH + 3
+    assert [heard[update] for update in (4, 5, 6)] == second_epoch
+    assert "epoch 1 had 6 batches (processes: 1) and has 3 batches (processes: 1) now" in caplog.text
+    assert "goes on at the start of epoch 2" in caplog.text

@@ -1,0 +1,69 @@
+"""Whether the optimizer, the schedule and the place in the epoch of a checkpoint fit this configuration."""
+
+import zlib
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from fairseq_stack.errors import InputError
+
+_PRECISION = ("common.fp16", "common.bf16", "common.amp")
+# Of no effect in fp32 and with AMP.
+_HALF = ("common.memory_efficient_fp16", "common.memory_efficient_bf16", "common.fp16_no_flatten_grads")
+
+
+def check_optimizer(saved, cfg, path, reset_optimizer, reset_lr_scheduler):
+    """Raise an InputError where the state of optimizer or schedule in a checkpoint is that of another class.
+
+    Args:
+        saved: the configuration in the checkpoint, None where it has none.
+        cfg: this run's.
+        path: of the checkpoint, for the message.
+        reset_optimizer, reset_lr_scheduler: whether their state is left aside.
+    """
+    if saved is None or reset_optimizer:
+        return
+    saved = OmegaConf.create(saved)
+    half = OmegaConf.select(cfg, "common.fp16") or OmegaConf.select(cfg, "common.bf16")
+    fields = ["optimizer._name", "optimization.use_bmuf", *_PRECISION, *(_HALF if half else ())]
+    resets = dict.fromkeys(fields, "checkpoint.reset_optimizer=true, which keeps the weights alone and starts at update 0")
+    if not reset_lr_scheduler:
+        resets["lr_scheduler._name"] = "checkpoint.reset_lr_scheduler=true"
+    for field, reset in resets.items():
+        before, now = (_text(OmegaConf.select(each, field)) for each in (saved, cfg))
+        if before != now:
+            raise InputError(
+                f"{field}={now} does not fit the state in {path}, which was saved with {field}={before}; set"
+                f" {field}={before}, or for this start {reset}"
+            )
+
+
+def _text(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def epoch_layout(iterator):
+    """What the place in an epoch is counted in: how many batches there are, of which recordings, and who trains on them.
+
+    Args:
+        iterator: fairseq's EpochBatchIterator.
+    """
+    batches = [np.asarray(batch, dtype=np.int64) for batch in iterator.frozen_batches]
+    contents = [np.array([len(batch) for batch in batches]), *batches, getattr(iterator.dataset, "sizes", ())]
+    checksum = 0
+    for content in contents:
+        checksum = zlib.crc32(np.ascontiguousarray(content, dtype=np.int64), checksum)
+    return {"batches": len(batches), "processes": iterator.num_shards, "seed": iterator.seed, "checksum": checksum}
+
+
+def next_epoch(state):
+    """The state of an EpochBatchIterator at the start of the epoch after the one in `state`."""
+    return {**state, "epoch": state["epoch"] + 1, "iterations_in_epoch": 0}
+
+
+def layout_change(saved, now):
+    """How two layouts of an epoch differ, as text."""
+    if saved and (saved["batches"], saved["processes"]) != (now["batches"], now["processes"]):
+        before, after = (f"{each['batches']} batches (processes: {each['processes']})" for each in (saved, now))
+        return f"had {before} and has {after} now"
+    return "has other batches than when the checkpoint was saved"
