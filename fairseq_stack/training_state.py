@@ -30,8 +30,9 @@ def check_optimizer(saved, cfg, path, reset_optimizer, reset_lr_scheduler):
     if not reset_lr_scheduler:
         resets["lr_scheduler._name"] = "checkpoint.reset_lr_scheduler=true"
     for field, reset in resets.items():
-        before, now = (_text(OmegaConf.select(each, field)) for each in (saved, cfg))
-        if before != now:
+        before, now = (OmegaConf.select(each, field) for each in (saved, cfg))
+        if before is not None and before != now:  # an older version may lack the field
+            before, now = _text(before), _text(now)
             raise InputError(
                 f"{field}={now} does not fit the state in {path}, which was saved with {field}={before}; set"
                 f" {field}={before}, or for this start {reset}"
