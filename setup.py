@@ -1,4 +1,4 @@
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 ONNX = ["onnx", "onnxruntime"]
 # Starts jobs on a SLURM cluster; its version for fairseq 0.12.2's hydra is another.
@@ -14,7 +14,8 @@ setup(
     version="0.1.0",
     description="Fast distillation of speech foundation models by interleaved stacking, for fairseq",
     license="MIT",
-    packages=find_packages(include=["fairseq_stack", "fairseq_stack.*"]),
+    # hydra finds its plugins in the namespace package hydra_plugins.
+    packages=find_namespace_packages(include=["fairseq_stack", "fairseq_stack.*", "hydra_plugins.*"]),
     python_requires=">=3.9",
     install_requires=[
         # ve-fairseq follows fairseq's main branch and has wheels for Python 3.11 and later;
@@ -43,6 +44,7 @@ setup(
         "onnx": ONNX,
         "slurm": SUBMITIT,
         "superb": SUPERB,
-        "test": ["pytest", "pytest-xdist", *ONNX, *SUBMITIT, *SUPERB],
+        # fairseq's CTC loss, for fine-tuning, computes word errors with editdistance.
+        "test": ["pytest", "pytest-xdist", "editdistance", *ONNX, *SUBMITIT, *SUPERB],
     },
 )

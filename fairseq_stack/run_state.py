@@ -130,6 +130,13 @@ class MovingAverage(EMA):
             for name, parameter in self.model.named_parameters(remove_duplicate=False):
                 self.fp32_params[name] = self.fp32_params[names[parameter]]
 
+    def build_fp32_params(self, state_dict=None):
+        """Copy the averages in fp32 from a state dict (default: the averaged model's)."""
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        # Of what is in use, and of the plateau, fairseq would keep the copy of the beginning.
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        super().build_fp32_params({name: state_dict[name] for name in names if name in state_dict})
+
     def step(self, new_model, updates=None):
         # fairseq counts the updates since the last step and does not save the count.
         self.update_freq_counter = (updates - 1) % self.config.ema_update_freq
