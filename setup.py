@@ -14,7 +14,9 @@ setup(
     version="0.1.0",
     description="Fast distillation of speech foundation models by interleaved stacking, for fairseq",
     license="MIT",
-    # hydra finds its plugins in the namespace package hydra_plugins.
+    # hydra looks for plugins in the folders of the namespace package hydra_plugins. Named like this, an editable install
+    # puts this folder on the path; otherwise it leaves a finder there, which has no folders to look into.
+    package_dir={"": "."},
     packages=find_namespace_packages(include=["fairseq_stack", "fairseq_stack.*", "hydra_plugins.*"]),
     python_requires=">=3.9",
     install_requires=[
