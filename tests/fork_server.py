@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -47,8 +48,9 @@ class ForkServer:
             process = _context.Process(target=_call, args=(function, arguments, log))
             process.start()
         self.processes.append(process)
-        while os.getpgid(process.pid) != process.pid:
-            time.sleep(0.001)
+        with suppress(ProcessLookupError):  # it may have ended
+            while os.getpgid(process.pid) != process.pid:
+                time.sleep(0.001)
         return process
 
     def start(self, config, overrides, log, kill_at_event=None):

@@ -20,6 +20,7 @@ from transformers import HubertModel
 from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.data import prepare
 from fairseq_stack.data.manifest import write_lines, write_manifest
+from fairseq_stack.data.splits import SPLITS, choose_splits
 from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation import heads
 from fairseq_stack.evaluation.cost import count_parameters, multiply_adds
@@ -85,10 +86,10 @@ def labelled(tmp_path_factory):
             samples[utterance] = len(wave)
             text = f"Number {number}, please!" if speaker == "low" else ""
             recordings.append(prepare.Recording(None, utterance, speaker, "en", text))
-    split = prepare.split_prompts(recordings, {})
+    split = choose_splits(recordings, {})
     rows = ("\t".join(getattr(recording, label) for label in prepare.LABELS) for recording in recordings)
     write_lines(folder / "labels.tsv", ["\t".join(prepare.LABELS), *rows])
-    for name in prepare.SPLITS:
+    for name in SPLITS:
         entries = [(f"{utterance}.flac", samples[utterance]) for utterance in samples if split[utterance] == name]
         write_manifest(folder / f"{name}.tsv", folder / "audio", entries)
     return folder
@@ -144,7 +145,7 @@ def test_a_test_speaker_whom_the_training_lacks_leaves_no_speaker_task():
         labels = {"language": "en", "speaker": speaker, "keyword": "", "text": ""}
         return Recording(f"{split}/{speaker}", "", 16_000, split, labels)
 
-    known = [recording(split, speaker) for split in prepare.SPLITS for speaker in ("Ann", "Bea")]
+    known = [recording(split, speaker) for split in SPLITS for speaker in ("Ann", "Bea")]
     assert "speaker" not in find_tasks([*known, recording("train", "Cleo")])[1]
     assert "training has not" in find_tasks([*known, recording("test", "Cleo")])[1]["speaker"]
 

@@ -24,8 +24,9 @@ PRE_NORM = {
 }
 PLATEAU = {
     "model.stack_schedule": "plateau",
+    "model.stack_alpha": 0,  # the stages begin at updates 0 and 2
     "+model.stack_patience": 1,
-    "dataset.validate_interval_updates": 2,
+    "dataset.validate_interval_updates": 1,
     "+optimization.update_freq": [2],
 }
 WAVLM, WHISPER, STORE = "WavLM", "Whisper", "task.target_store"  # made for the test
