@@ -106,6 +106,7 @@ CASES = [
     ("experiment.py {file} --speech {speech} --teacher {teacher} --output {out}", "{file} must have the fields"),
     ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {out} --probes", "{speech}/labels.tsv: cannot be read"),
     ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {out} model.depth=3", "model.depth"),
+    ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {out} task.mask_prob=0.5", "use +task.mask_prob=0.5"),
     ("collect_superb.py {empty}", "{empty}: has no run of s3prl"),
     ("collect_superb.py {file}", "{file}: has no run of s3prl"),
 ]
