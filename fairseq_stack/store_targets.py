@@ -36,7 +36,9 @@ def compose_recipe(config_dir, config_name, overrides):
         with initialize_config_dir(config_dir=os.path.abspath(config_dir)):
             cfg = compose(config_name=config_name, overrides=list(overrides))
     except HydraException as error:
-        raise InputError(f"{config_dir}/{config_name}: {str(error).splitlines()[0]}") from None
+        first, *others = str(error).splitlines()
+        advice = next((f" {line}" for line in others if line.startswith("To append")), "")
+        raise InputError(f"{config_dir}/{config_name}: {first}{advice}") from None
     add_defaults(cfg)
     return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 

@@ -1,7 +1,7 @@
 """How much of the teacher a student predicts on speech that it has not heard."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, List, NamedTuple, Optional
 
 import torch
 
@@ -32,6 +32,7 @@ class HeldOut(NamedTuple):
         manifest: a Manifest of held-out speech.
         epsilon: what normalising the student's waveforms adds to the variance; None where it takes them as recorded.
         normalization: of the targets that the student has learned, see normalize_targets.
+        layers: the teacher layers that the student has learned to predict.
     """
 
     student: Any
@@ -39,6 +40,7 @@ class HeldOut(NamedTuple):
     manifest: Manifest
     epsilon: Optional[float]
     normalization: str
+    layers: List[int]
 
 
 def has_heads(criterion):
@@ -86,8 +88,11 @@ def read_held_out(checkpoint, speech, teacher=None):
         )
     teacher = load_teacher(teacher or task["teacher"], task.get("whisper_pad", False))
     student = StackedHubert.from_checkpoint(state, checkpoint, teacher.depth)
-    if not student.head_widths:
-        raise NoHeads(f"{checkpoint} has no heads: it predicts no hidden states of the teacher")
+    # Without a weight for the intermediate loss, the heads of all layers but the last are as random as at the start.
+    trained = criterion.get("intermediate_weight", 1)
+    layers = [layer for layer in student.head_widths if trained or layer == teacher.depth]
+    if not layers:
+        raise NoHeads(f"{checkpoint} has no heads that were trained: it predicts no hidden states of the teacher")
     try:
         deepest = max(student.head_widths)
         if deepest > teacher.depth or config["output_weight"] and deepest != teacher.depth:
@@ -102,7 +107,7 @@ def read_held_out(checkpoint, speech, teacher=None):
             f"{teacher.name} is not the teacher of {checkpoint} ({error}); give the one it was trained with"
         ) from None
     epsilon = task.get("normalize_epsilon", FAIRSEQ_EPSILON) if task["normalize"] else None
-    return HeldOut(student, teacher, manifest, epsilon, criterion.get("target_normalization", "none"))
+    return HeldOut(student, teacher, manifest, epsilon, criterion.get("target_normalization", "none"), layers)
 
 
 def explained_before_and_after(held_out, seconds=120.0):
@@ -118,8 +123,8 @@ def explained_before_and_after(held_out, seconds=120.0):
 
 
 @torch.no_grad()
-def explained_by_layer(student, teacher, manifest, epsilon, normalization="none", seconds=120.0):
-    """Share of the teacher's variance that the student's heads explain, for each head.
+def explained_by_layer(student, teacher, manifest, epsilon, normalization, layers, seconds=120.0):
+    """Share of the teacher's variance that the student's heads explain, for each head that has learned.
 
     Utterances pass one by one in the manifest's order, each up to LONGEST_SECONDS.
 
@@ -129,6 +134,7 @@ def explained_by_layer(student, teacher, manifest, epsilon, normalization="none"
         manifest: a Manifest of held-out speech.
         epsilon: what normalising the student's waveforms adds to the variance; None where it takes them as recorded.
         normalization: of the targets that the student has learned, see normalize_targets.
+        layers: the teacher layers to look at.
         seconds: how much speech to use.
 
     Returns:
@@ -138,7 +144,6 @@ def explained_by_layer(student, teacher, manifest, epsilon, normalization="none"
     Raises:
         InputError: a recording cannot be read, or the teacher's features do not vary.
     """
-    layers = [int(layer) for layer in student.heads]
     predictions, targets = {layer: [] for layer in layers}, {layer: [] for layer in layers}
     left = seconds * SAMPLE_RATE
     for index in range(len(manifest)):

@@ -1,5 +1,6 @@
 """Hidden states of an exported student on recorded speech, with transformers alone."""
 
+import json
 import random
 from pathlib import Path
 
@@ -12,6 +13,23 @@ from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.errors import InputError
 from fairseq_stack.lengths import receptive_field
+
+
+def check_export(folder):
+    """Raise an InputError unless a folder holds a HuBERT in Hugging Face's format, as the export writes it.
+
+    Without the check transformers and s3prl would look for a missing folder on the web, and start at random what
+    another kind of model lacks.
+    """
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no {name}; give the folder that scripts/export_student.py wrote")
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder}/config.json cannot be read; export the student again") from None
+    if kind != "hubert":
+        raise InputError(f"{folder} holds a model of type {kind}; give the folder that scripts/export_student.py wrote")
 
 
 def hidden_states_of(student, manifest, seconds=60.0, seed=0):
@@ -35,12 +53,9 @@ def hidden_states_of(student, manifest, seconds=60.0, seed=0):
             be used.
     """
     student = Path(student)
-    for name in ("config.json", "preprocessor_config.json"):
-        # Checked here, because transformers would look for a missing folder on the web.
-        if not (student / name).is_file():
-            raise InputError(f"{student} has no {name}; give the folder that scripts/export_student.py wrote")
+    check_export(student)
     try:
-        model = HubertModel.from_pretrained(student, local_files_only=True).eval()
+        model = HubertModel.from_pretrained(student, local_files_only=True).float().eval()
         preprocessor = Wav2Vec2FeatureExtractor.from_pretrained(student, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{student} cannot be loaded as a HubertModel; export the student again") from error

@@ -63,6 +63,26 @@ def output_objective_of(config):
     }
 
 
+def batch_of(config):
+    """What an update holds, as {field: value} with None for what is not set; None if the configuration does not say it.
+
+    Args:
+        config: the resolved configuration of a run, or None.
+    """
+    groups = ("dataset", "optimization", "task")
+    if not all(isinstance((config or {}).get(group), dict) for group in groups):
+        return None
+    dataset, optimization, _ = (config[group] for group in groups)
+    processes = (config.get("distributed_training") or {}).get("distributed_world_size") or 1
+    return {
+        "dataset.batch_size": dataset.get("batch_size"),
+        "dataset.max_tokens": dataset.get("max_tokens"),
+        "optimization.update_freq": optimization.get("update_freq") or [1],
+        "distributed_training.distributed_world_size": processes,
+        "task.max_sample_size": _group(config, "task")["max_sample_size"],
+    }
+
+
 def _group(config, name):
     given = config.get(name)
     return {**DEFAULTS[name], **(given if isinstance(given, dict) else {})}

@@ -17,7 +17,7 @@ from fairseq_stack.analysis.plots import (
     draw_similarity,
     lowest_similarity,
 )
-from fairseq_stack.analysis.objective import kinds_of, sentence
+from fairseq_stack.analysis.objective import batch_of, kinds_of, sentence
 from fairseq_stack.analysis.similarity import layer_similarity
 from fairseq_stack.analysis.stages import dearer_stages
 
@@ -107,7 +107,7 @@ def write_report(runs, output, reference=None, hidden_states=None, layer_weights
     tables = {run.name: stage_table(run.stages, run.costs, run.valid.get("loss")) for run in runs}
     longest = max(run.hours(run.train["loss"])[-1] for run in runs)
     facts = _facts_of(runs, reference, kinds)
-    notes = _notes(runs, kinds)
+    notes = _notes(runs, kinds, reference)
     pictures = [
         ("loss", "Loss by updates", draw_losses(runs, "updates", kinds)),
         ("loss_by_time", "Loss by wall-clock time", draw_losses(runs, "hours" if longest > 2 else "minutes", kinds)),
@@ -178,7 +178,7 @@ def _facts_of(runs, reference, kinds):
     return facts
 
 
-def _notes(runs, kinds):
+def _notes(runs, kinds, reference=None):
     """Sentences on what in the report cannot be compared."""
     found = []
     if len(kinds) > 1:
@@ -186,6 +186,15 @@ def _notes(runs, kinds):
         found.append(f"These runs have {len(kinds)} different losses, which cannot be compared with each other: {losses}.")
     elif len(runs) > 1 and kinds[0].fields is None:
         found.append("The configuration of these runs was not kept, so whether their losses can be compared is unknown.")
+    wanted = batch_of(reference.config) if reference else None
+    for run in runs if wanted else ():
+        batch = batch_of(run.config) or wanted
+        differ = [f"{name}={value} and not {wanted[name]}" for name, value in batch.items() if value != wanted[name]]
+        if differ:
+            found.append(
+                f"{run.name}: an update holds other speech than one of {reference.name} ({', '.join(differ)}), so the"
+                f" speed-up over {reference.name} compares different work."
+            )
     for run in runs:
         dearer = dearer_stages(run.stages, run.costs)
         if dearer:
@@ -277,6 +286,11 @@ th { font-size: clamp(0.75rem, 3vw, 0.85rem); font-weight: 600; color: #555; ver
 p { max-width: 45rem; color: #444; font-size: 0.95rem; overflow-wrap: break-word; }
 .note { border-left: 0.25rem solid #D55E00; padding-left: 0.75rem; }
 .runs td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
+/* The stages fit into the width of a phone. */
+@media (max-width: 27rem) {
+  .stages td, .stages th { padding: 0.4rem 0.1rem; font-size: 0.72rem; }
+  .stages th { font-size: 0.62rem; }
+}
 summary { cursor: pointer; }
 pre { overflow-x: auto; background: #f3f5f7; padding: 0.8rem; font-size: 0.8rem; border-radius: 0.4rem; }
 """

@@ -106,13 +106,16 @@ def seconds_per_update(stages, train, valids=()):
 def dearer_stages(stages, costs):
     """Sentences on stages of which an update took longer than one of a deeper stage: other work has slowed them.
 
+    A hundredth of the time is no difference: where updates wait for data, all stages take the same.
+
     Args:
         stages: list of Stage.
         costs: seconds per update of each stage, nan where unknown.
     """
     found = []
     for shallow, cost in zip(stages, costs):
-        cheaper = [(other, less) for other, less in zip(stages, costs) if other.depth > shallow.depth and less < cost]
+        pairs = list(zip(stages, costs))
+        cheaper = [(other, less) for other, less in pairs if other.depth > shallow.depth and less < 0.99 * cost]
         if cheaper:
             deep, less = min(cheaper, key=lambda pair: pair[1])
             found.append(

@@ -22,6 +22,7 @@ from s3prl.upstream.hubert.hubert_model import (
     HubertPretrainingConfig,
 )
 
+from fairseq_stack.analysis.hidden_states import check_export
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers import load_teacher
 
@@ -42,10 +43,7 @@ def load_export(path):
     """
     path = Path(path)
     if path.is_dir():
-        # s3prl would look for a folder that lacks something on the web.
-        for name in ("config.json", "preprocessor_config.json"):
-            if not (path / name).is_file():
-                raise InputError(f"{path} has no {name}; give what scripts/export_student.py wrote")
+        check_export(path)
         upstream = _load("hf_hubert_custom", path)
         hop = math.prod(upstream.upstream.model.config.conv_stride)
         if hop != SAMPLES_PER_FRAME:

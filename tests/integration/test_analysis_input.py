@@ -1,5 +1,6 @@
 """What the analysis commands cannot use is named in one line, before any work."""
 
+import json
 import logging
 import runpy
 import shutil
@@ -40,6 +41,10 @@ def places(speech, teacher_file, tmp_path_factory):
     state = torch.load(found["checkpoint"], weights_only=True)
     state["cfg"]["task"]["teacher"] = "gone.pt"
     torch.save(state, found["moved"])
+    shutil.copytree(found["export"], root / "whisper")
+    config = json.loads((root / "whisper/config.json").read_text())
+    (root / "whisper/config.json").write_text(json.dumps({**config, "model_type": "whisper"}))
+    found["whisper"] = root / "whisper"
     found["empty"], found["speech"] = root / "empty", root / "speech"
     for folder in ("empty", "speech"):
         found[folder].mkdir()
@@ -69,6 +74,7 @@ CASES = [
     ("report.py {file} --output {out}", "has no TensorBoard event files"),
     ("report.py {run} --reference {export} --output {out}", "{export}/tensorboard/train_inner has no TensorBoard"),
     ("report.py {run} --output {out} --student {checkpoint} --speech {test}", "{checkpoint} has no config.json"),
+    ("report.py {run} --output {out} --student {whisper} --speech {test}", "{whisper} holds a model of type whisper; give"),
     ("report.py {run} --output {out} --student {export} --speech {empty}", "{empty}: cannot read"),
     ("report.py {run} --output {out} --student {export} --speech {test} --seconds -5", "--seconds -5"),
     ("report.py {run} --output {out} --student {export} --speech {test} --seconds nan", "--seconds nan"),
@@ -84,11 +90,11 @@ CASES = [
     ("held_out_variance.py {checkpoint} --speech {test} --teacher {wide}", "{wide} is not the teacher of {checkpoint}"),
     ("held_out_variance.py {checkpoint} --speech {test} --teacher {shallow}", "it has 6 layers, and the student has learned from layer 12"),
     ("held_out_variance.py {checkpoint} --speech {test} --teacher {slow}", "{slow} is not the teacher of {checkpoint}"),
-    ("held_out_variance.py {checkpoint} --speech {test} --teacher {checkpoint}", "{checkpoint}"),
     ("evaluate.py {export} --speech {speech} --output {out}/r.json", "{speech}/labels.tsv: cannot be read"),
     ("evaluate.py {export} --speech {empty} --output {out}/r.json", "{empty}/labels.tsv: cannot be read"),
     ("evaluate.py {export} --speech {speech} --output {empty}", "--output {empty} is a folder; give a file"),
     ("evaluate.py {checkpoint} --speech {speech} --output {out}/r.json", "{checkpoint} is no export for s3prl"),
+    ("evaluate.py {whisper} --speech {speech} --output {out}/r.json", "{whisper} holds a model of type whisper; give"),
     ("evaluate.py {run} --speech {speech} --output {out}/r.json", "{run} has no config.json"),
     ("evaluate.py {export} --speech {speech} --teacher {file} --output {out}/r.json", "{file} is damaged"),
     ("evaluate.py {export} --speech {speech} --checkpoint {export} --output {out}/r.json", "{export} is a folder"),
@@ -100,6 +106,7 @@ CASES = [
     ("experiment.py {file} --speech {speech} --teacher {teacher} --output {out}", "{file} must have the fields"),
     ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {out} --probes", "{speech}/labels.tsv: cannot be read"),
     ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {out} model.depth=3", "model.depth"),
+    ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {out} task.mask_prob=0.5", "use +task.mask_prob=0.5"),
     ("collect_superb.py {empty}", "{empty}: has no run of s3prl"),
     ("collect_superb.py {file}", "{file}: has no run of s3prl"),
 ]
@@ -131,3 +138,13 @@ def test_the_doctor_names_both_manifests(place, places, capsys):
         fairseq_stack(["doctor", "--data", str(places[place])])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fix ")]
     assert [line.split(":")[0] for line in lines] == ["fix   train.tsv", "fix   valid.tsv"]
+
+
+def test_heads_that_have_learned_nothing_are_not_judged(places, tmp_path, monkeypatch, capsys):
+    state = torch.load(places["checkpoint"], weights_only=True)
+    state["cfg"]["criterion"]["intermediate_weight"] = 0.0
+    torch.save(state, tmp_path / "last_layer_alone.pt")
+    arguments = [tmp_path / "last_layer_alone.pt", "--speech", places["test"]]
+    monkeypatch.setattr(sys, "argv", ["held_out_variance.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / "scripts" / "held_out_variance.py"), run_name="__main__")
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[3:]] == ["12"]

@@ -352,6 +352,37 @@ def test_an_export_that_computes_something_else_leaves_nothing(tmp_path, format,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("offset, error, written", [(0.0, 5e-4, False), (0.1, 5e-4, True), (0.1, 5e-3, False)])
+def test_the_digits_that_a_group_norm_loses_to_an_offset_are_no_mismatch(tmp_path, offset, error, written):
+    _, state = hubert_and_state(BASE, 0, False)
+    student = student_from_checkpoint(state)
+    exported = PlainStudent(student)
+
+    def reference(waveforms):
+        with torch.no_grad():
+            states, _ = exported(*padded_batch(waveforms))
+        return {number: state + error for number, state in enumerate(states)}
+
+    def verified():
+        return write_verified(
+            partial(export_huggingface, student),
+            partial(FORMATS["huggingface"].load, student=student),
+            reference,
+            [0.1 * waveform(8_000) + offset],  # at a level of 0.01
+            CONV_LAYERS,
+            tmp_path / "export",
+            padding="none",
+        )
+
+    if written:
+        (one,) = verified()["alone"]
+        assert one["tolerance"] == pytest.approx(10 * TOLERANCE, rel=0.05)
+    else:
+        with pytest.raises(ExportMismatch, match="not written"):
+            verified()
+    assert (tmp_path / "export").exists() is written
+
+
 def test_excerpts_have_several_lengths_and_at_least_a_frame(speech):
     *excerpts, quiet, offset, loud, together = read_speech(speech / "valid.tsv", CONV_LAYERS)
     lengths = [len(excerpt) for excerpt in excerpts]

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -204,6 +205,16 @@ def test_runs_with_different_losses_have_rows_and_axes_of_their_own(run, tmp_pat
     figure = draw_losses(runs, "updates", kinds_of([one.objective for one in runs]))
     shown = [{text.get_text() for text in axis.get_legend().get_texts()} for axis in figure.axes]
     assert shown == [{"alike_1", "alike_2"}, {"other"}]
+
+    # An update that holds less speech is no faster update.
+    assert "an update holds" not in text
+    config = {**runs[0].config, "dataset": {"batch_size": 8}, "optimization": {"update_freq": [1]}}
+    smaller = replace(runs[2], config={**config, "dataset": {"batch_size": 2}})
+    text = write_report([smaller], tmp_path / "report", replace(runs[0], config=config))
+    assert text.splitlines()[-1] == (
+        "alike_2: an update holds other speech than one of alike_1 (dataset.batch_size=2 and not 8), so the speed-up over"
+        " alike_1 compares different work."
+    )
 
     # Without a configuration nothing tells.
     for name in ("c", "d"):

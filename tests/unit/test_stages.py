@@ -87,6 +87,7 @@ def test_a_shallow_stage_that_is_dearer_than_a_deeper_one_is_named_with_both_tim
     assert sentence == "stage 1 took 14.900 s an update with 3 layers, and stage 2 5.000 s with 6"
     assert dearer_stages(stages, [5.0, 5.0, 5.4]) == dearer_stages(stages, [math.nan, math.nan, 5.4]) == []
     assert len(dearer_stages(stages, [math.nan, 5.5, 5.4])) == 1
+    assert dearer_stages(stages, [5.41, 5.4, 5.39]) == []  # updates that wait for data
 
 
 def test_a_stage_with_one_entry_has_no_known_cost():
