@@ -15,7 +15,8 @@ def positions(pos_conv, x, padding):
     """Run fairseq's positional convolution.
 
     Args:
-        pos_conv: fairseq's module: convolution, cut to the input's length, GELU; or several such blocks (data2vec).
+        pos_conv: fairseq's module: convolution, cut to the input's length, GELU; or several such blocks (data2vec); or
+            what `with_batch_norm` makes of it.
         x: [B, T, D].
         padding: [B, T], true behind an utterance, or None.
 
@@ -23,7 +24,9 @@ def positions(pos_conv, x, padding):
         [B, T, D].
     """
     for block in pos_conv if isinstance(pos_conv[0], nn.Sequential) else [pos_conv]:
-        # Each of several blocks would see what the block before it made of the padding.
+        if isinstance(block[0], nn.BatchNorm1d):
+            x, block = block[0](x.transpose(1, 2)).transpose(1, 2), block[1:]
+        # Otherwise a block would see what the batch norm or the block before it made of the padding.
         x = x if padding is None else x.masked_fill(padding[:, :, None], 0.0)
         conv, *rest = block
         x = _convolve(x, conv).transpose(1, 2)
@@ -31,6 +34,15 @@ def positions(pos_conv, x, padding):
             x = module(x)
         x = x.transpose(1, 2)
     return x
+
+
+def with_batch_norm(pos_conv):
+    """fairseq's positional convolution of models with conv_pos_batch_norm, made of one without.
+
+    A batch norm comes first, and the convolution has no weight norm. fairseq 0.12.2 does not know the field.
+    """
+    conv, *rest = pos_conv
+    return nn.Sequential(nn.BatchNorm1d(conv.in_channels), nn.utils.remove_weight_norm(conv), *rest)
 
 
 def _convolve(x, conv):

@@ -9,6 +9,7 @@ from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON, normalize_waveforms
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.hubert_encoder import HubertEncoder
+from fairseq_stack.models.positions import with_batch_norm
 from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
 
 # For each name of a model in fairseq, what people call it, and what its training needs and feature extraction does not.
@@ -79,6 +80,8 @@ class FairseqTeacher(Teacher):
         shape = {field: config.get(field, default) for field, default in BASE_SHAPE.items()}
         with input_errors(f"task.teacher={name} has a cfg that describes no model"):
             self.model = HubertEncoder(SimpleNamespace(**shape, **NO_TRAINING))
+        if config.get("conv_pos_batch_norm", False):  # mHuBERT at 25 Hz of fairseq's textless NLP
+            self.model.encoder.pos_conv = with_batch_norm(self.model.encoder.pos_conv)
         if config["_name"] == "contentvec":
             # Behind the layers that are its representation come some that only its training uses.
             unused = (*unused, *_layers_from(shape["encoder_layers"], weights))

@@ -49,8 +49,8 @@ class HuggingFaceTeacher(Teacher):
     """HuBERT and its relatives, as models of transformers.
 
     A padded batch is where this differs from transformers' own forward pass: a group norm takes its
-    statistics over each utterance's own frames, and each block of data2vec's positional convolution
-    sees zeros behind the end. So an utterance gives what transformers gives for it alone, and
+    statistics over each utterance's own frames, and each block of data2vec's positional convolution, and one behind a
+    batch norm, sees zeros behind the end. So an utterance gives what transformers gives for it alone, and
     attention may be masked for every model (transformers advises against it for those with a group
     norm, which were trained on batches whose padding went into the norm).
 
@@ -104,7 +104,10 @@ class HuggingFaceTeacher(Teacher):
                 if number in layers:
                     hooks.enter_context(layer.register_forward_hook(_keep(outputs, number)))
             if valid is not None:
-                for block in getattr(self.model.encoder.pos_conv_embed, "layers", ()):
+                positions = self.model.encoder.pos_conv_embed
+                # The inputs that are not zero behind the end: of data2vec's blocks, and behind a batch norm.
+                behind_a_norm = [positions.conv] if getattr(positions, "batch_norm", None) is not None else []
+                for block in getattr(positions, "layers", behind_a_norm):
                     hooks.enter_context(block.register_forward_pre_hook(_zero_padding(valid)))
             final = self.model.encoder(x, attention_mask=valid)[0]
         if self.depth in layers:
@@ -222,14 +225,23 @@ def _read_json(folder, file):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(
-            f"{path} is missing; task.teacher takes a folder that transformers' save_pretrained wrote"
-        ) from None
+        raise InputError(f"{path} is missing; {_instead_of(folder)}") from None
     except (OSError, ValueError, RecursionError):
         raise InputError(f"{path} cannot be read as JSON; save the model again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} is no JSON object; save the model again")
     return content
+
+
+def _instead_of(folder):
+    """What to do about a folder without config.json, by what else is in it."""
+    if (folder / "adapter_config.json").is_file():
+        return "the folder has an adapter without its model; load both with peft, and save what merge_and_unload() returns"
+    inside = [path.parent for pattern in ("*/config.json", "snapshots/*/config.json") for path in folder.glob(pattern)]
+    inside += folder.glob("*.pt")  # such as fairseq's
+    if inside:
+        return f"give one of what is in the folder: {', '.join(sorted(map(str, inside))[:5])}"
+    return "task.teacher takes a folder that transformers' save_pretrained wrote, or a file"
 
 
 def build(architecture, fields):

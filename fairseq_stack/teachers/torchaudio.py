@@ -16,8 +16,8 @@ from fairseq_stack.teachers.huggingface import HuggingFaceTeacher, build, todays
 HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # by width
 STRIDES = {(10, 3, 3, 3, 3, 2, 2): (5, 2, 2, 2, 2, 2, 2)}  # by kernels
 BUCKET_DISTANCE = 800  # WavLM's
-# In torchaudio's names around its Wav2Vec2Model: normalisation of the waveform, and pre-training.
-AROUND = re.compile(r"^(model\.)?(wav2vec2\.)?")
+# In torchaudio's names around its Wav2Vec2Model: training in several processes, normalisation, and pre-training.
+AROUND = re.compile(r"^(module\.)?(model\.)?(wav2vec2\.)?")
 # What recognition and pre-training add.
 HEAD = ("aux.", "mask_generator.", "logit_generator.")
 

@@ -11,6 +11,7 @@ import torch
 import torchaudio
 from conftest import TINY, stock_hubert
 from fairseq.data import Dictionary
+from fairseq.models.hubert.hubert import HubertConfig
 from omegaconf import OmegaConf
 from test_checkpoint import student_state
 from test_teachers import (
@@ -24,6 +25,7 @@ from test_teachers import (
     waveforms_of,
 )
 from torch import nn
+from torchaudio.models.wav2vec2.components import LogitGenerator
 
 from fairseq_stack.checkpoint import student_from_checkpoint
 from fairseq_stack.errors import InputError
@@ -109,6 +111,15 @@ def hubert_xlarge(folder):
     content = around(cfg=cfg, model=model.state_dict(), task_state={"dictionaries": [dictionary]})
     torch.save(content, folder / "file.pt")
     return of_fairseq(model, True)
+
+
+def mhubert(folder):
+    """mhubert_base_25hz.pt of fairseq's textless NLP: a batch norm before the positional convolution."""
+    model, cfg, _ = shaken_hubert({**POST_NORM, "conv_pos_batch_norm": True})
+    norm = model.encoder.pos_conv[0]
+    norm.running_mean.uniform_(), norm.running_var.uniform_(0.5, 2.0)
+    torch.save(around(cfg=cfg, model=model.state_dict()), folder / "file.pt")
+    return of_fairseq(model, False)
 
 
 def wav2vec2_with_args(folder):
@@ -253,6 +264,18 @@ def torchaudio_large(folder):
     return bundle(folder, torchaudio.models.wav2vec2_model, True, wrapped, aux_num_out=None, **LAYER)
 
 
+def torchaudio_pretraining(folder):
+    """Of hubert_pretrain_base, trained in several processes."""
+    torch.manual_seed(0)
+    student = torchaudio.models.wav2vec2_model(**BUNDLE, **GROUP, aux_num_out=None)
+    logits = LogitGenerator(768, 5, 8, False, False)
+    whole = torchaudio.models.HuBERTPretrainModel(student, nn.Identity(), logits, None).eval()
+    torch.save({f"module.{key}": value for key, value in whole.state_dict().items()}, folder / "file.pt")
+    return states_in(
+        student.encoder.transformer.layers, lambda waveforms: student(waveforms)[0], False, time_first=False
+    )
+
+
 def torchaudio_wavlm(folder):
     gated = {"encoder_num_buckets": 320, "encoder_max_distance": 800}
     return bundle(folder, torchaudio.models.wavlm_model, False, aux_num_out=None, **GROUP, **gated)
@@ -302,6 +325,7 @@ def distilhubert(folder):
 
 FILES = {
     hubert_xlarge: "HuBERT",
+    mhubert: "HuBERT",
     wav2vec2_with_args: "wav2vec 2.0",
     xlsr_with_omegaconf: "wav2vec 2.0",
     hubert_fine_tuned: "HuBERT",
@@ -310,6 +334,7 @@ FILES = {
     contentvec: "ContentVec",
     torchaudio_base_asr: "HuBERT or wav2vec 2.0",
     torchaudio_large: "HuBERT or wav2vec 2.0",
+    torchaudio_pretraining: "HuBERT or wav2vec 2.0",
     torchaudio_wavlm: "WavLM",
     s3prl_converted: "wav2vec 2.0",
     wavlm_base: "WavLM",
@@ -322,6 +347,8 @@ NEED_S3PRL = (wavlm_base, wavlm_large, unispeech_sat, distilhubert)
 
 @pytest.mark.parametrize("make", [pytest.param(m, marks=pytest.mark.s3prl) if m in NEED_S3PRL else m for m in FILES])
 def test_every_hidden_state_is_the_authors(make, tmp_path):
+    if make is mhubert and not hasattr(HubertConfig, "conv_pos_batch_norm"):
+        pytest.skip("fairseq 0.12.2 does not have it")
     reference = make(tmp_path)
     assert check(tmp_path / "file.pt", reference).family == FILES[make]
 

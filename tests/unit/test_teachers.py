@@ -151,6 +151,7 @@ LARGE = {**SHAPE, **POSITIONS, "feat_extract_norm": "layer", "do_stable_layer_no
 HUGGING_FACE = {
     "hubert base": ("Hubert", BASE, False),
     "hubert large": ("Hubert", LARGE, True),
+    "hubert with a batch norm": ("Hubert", {**BASE, "conv_pos_batch_norm": True}, False),
     "wav2vec2 base": ("Wav2Vec2", BASE, True),
     "wav2vec2 large": ("Wav2Vec2", LARGE, True),
     "wavlm base": ("WavLM", BASE, False),
@@ -542,3 +543,21 @@ def test_what_whisper_cannot_take_gets_one_line(whisper, teacher_file, tmp_path)
     for path in (teacher_file, tmp_path):
         with pytest.raises(InputError, match="task.whisper_pad=true"):
             load_teacher(path, whisper_pad=True)
+
+
+@pytest.mark.parametrize(
+    "inside, message",
+    [
+        ("snapshots/abc/config.json", "give one of what is in the folder: .*/snapshots/abc$"),
+        ("checkpoint-500/config.json", "give one of what is in the folder: .*/checkpoint-500$"),
+        ("hubert_base_ls960.pt", "give one of what is in the folder: .*/hubert_base_ls960.pt$"),
+        ("adapter_config.json", "an adapter without its model; load both with peft"),
+        ("README.md", "a folder that transformers' save_pretrained wrote, or a file$"),
+    ],
+)
+def test_a_folder_around_a_teacher_tells_where_it_is(inside, message, tmp_path):
+    (tmp_path / inside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / inside).write_text("{}")
+    with pytest.raises(InputError, match=message) as error:
+        load_teacher(tmp_path)
+    assert "\n" not in str(error.value)
