@@ -1,8 +1,9 @@
 """The files in which checkpoints of the HuBERT family are published, each read as an `Encoder` in fairseq's names."""
 
+from pathlib import Path
 from typing import NamedTuple
 
-from fairseq_stack.checkpoint import configurations, student_from_checkpoint
+from fairseq_stack.checkpoint import configurations, load_checkpoint, student_from_checkpoint
 from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
 from fairseq_stack.errors import InputError
 from fairseq_stack.stand_ins import plain
@@ -76,12 +77,15 @@ def _fairseq(content, name):
     if config.get("_name") in FINE_TUNED:
         place = next((place for place in ENCODER_PLACES if any(str(key).startswith(place) for key in weights)), "")
         weights = {key[len(place) :]: weights[key] for key in weights if str(key).startswith(place)}
-        pretraining = config.get("w2v_args")
+        pretraining, path = config.get("w2v_args"), config.get("w2v_path")
         config, task = configurations({"cfg": pretraining})
+        if config is None and isinstance(path, str) and Path(path).is_file():
+            # fairseq's main branch leaves w2v_args out, and asks the pre-trained checkpoint each time.
+            config, task = configurations(load_checkpoint(path, header_only=True))
         if config is None:
             raise InputError(
-                f"task.teacher={name} is fine-tuned and does not hold w2v_args, which say what shape its encoder has;"
-                " give the pre-trained checkpoint that it was made from"
+                f"task.teacher={name} is fine-tuned, and what shape its encoder has stands neither in its w2v_args nor in"
+                f" w2v_path={path}; put the pre-trained checkpoint there, or give it as the teacher"
             )
     return Encoder(config, task.get("normalize", config.get("normalize", False)), weights)
 

@@ -158,6 +158,17 @@ def hubert_fine_tuned(folder):
     return reference
 
 
+def hubert_fine_tuned_today(folder):
+    """What fairseq's main branch saves: w2v_args is empty, and w2v_path names the pre-trained checkpoint."""
+    reference = hubert_fine_tuned(folder)
+    content = torch.load(folder / "file.pt", weights_only=False)
+    model = content["cfg"]["model"]
+    torch.save(around(cfg=model["w2v_args"], model={}), folder / "pretrained.pt")
+    model.update(w2v_args=None, w2v_path=str(folder / "pretrained.pt"))
+    torch.save(content, folder / "file.pt")
+    return reference
+
+
 def wav2vec2_fine_tuned_with_args(folder):
     """wav2vec_small_960h.pt: a Namespace in a Namespace."""
     model, cfg, normalize = wav2vec2_parts(folder, "wav2vec2 base")
@@ -329,6 +340,7 @@ FILES = {
     wav2vec2_with_args: "wav2vec 2.0",
     xlsr_with_omegaconf: "wav2vec 2.0",
     hubert_fine_tuned: "HuBERT",
+    hubert_fine_tuned_today: "HuBERT",
     wav2vec2_fine_tuned_with_args: "wav2vec 2.0",
     data2vec_fine_tuned: "data2vec audio",
     contentvec: "ContentVec",
@@ -448,7 +460,7 @@ BARE_WEIGHTS = {"wav2vec2.feature_projection.projection.weight": torch.zeros(1)}
         (of({"model": {}, "cfg": {"model": {"_name": "data2vec_multi"}, "task": {}}}), "kind data2vec_multi; give one"),
         (of({"model": {}, "args": argparse.Namespace(arch="wav2vec")}), "kind wav2vec; give one of hubert"),
         (of({"model_weight": {}, "model_cfg": None, "task_cfg": {}}), "lacks the configuration of its model"),
-        (changed(hubert_fine_tuned, without("cfg", "model", "w2v_args")), "not hold w2v_args.*; give the pre-trained"),
+        (changed(hubert_fine_tuned, without("cfg", "model", "w2v_args")), "in w2v_path=gone.pt; put the pre-trained"),
         (
             changed(wav2vec2_with_args, lambda content: vars(content["args"]).update(layer_type="conformer")),
             "model.layer_type=conformer; give a model whose layers are of the kind transformer",
