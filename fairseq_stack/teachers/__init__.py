@@ -44,6 +44,8 @@ def _load(path, whisper_pad):
             f"task.teacher={path} does not exist; give a fairseq checkpoint or a folder in Hugging Face's format (of a model"
             " on its hub, hf download NAME --local-dir FOLDER makes one)"
         )
+    if path.suffix in (".json", ".safetensors", ".bin", ".h5", ".msgpack") and (path.parent / "config.json").is_file():
+        raise InputError(f"task.teacher={path} is one file of a folder in Hugging Face's format; give {path.parent}")
     if whisper_pad:
         raise InputError(f"task.whisper_pad=true, but task.teacher={path} is no Whisper; set it to false")
     return _load_file(path)

@@ -561,3 +561,10 @@ def test_a_folder_around_a_teacher_tells_where_it_is(inside, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         load_teacher(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_file_of_a_folder_names_the_folder(file, tmp_path):
+    save_folder(tmp_path / "model", "hubert base")
+    with pytest.raises(InputError, match=f"one file of a folder in Hugging Face's format; give {tmp_path}/model$"):
+        load_teacher(tmp_path / "model" / file)
