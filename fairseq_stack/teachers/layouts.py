@@ -84,8 +84,8 @@ def _fairseq(content, name):
             config, task = configurations(load_checkpoint(path, header_only=True))
         if config is None:
             raise InputError(
-                f"task.teacher={name} is fine-tuned, and what shape its encoder has stands neither in its w2v_args nor in"
-                f" w2v_path={path}; put the pre-trained checkpoint there, or give it as the teacher"
+                f"task.teacher={name} is fine-tuned, and what shape its encoder has stands neither in its w2v_args nor"
+                f" in w2v_path={path}; put the pre-trained checkpoint there, or give it as the teacher"
             )
     return Encoder(config, task.get("normalize", config.get("normalize", False)), weights)
 
