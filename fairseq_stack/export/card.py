@@ -72,7 +72,8 @@ Fine-tuning with masks (SpecAugment): {masks}.
 # What to know before masks are used.
 _MASKS = (
     "training masks 5 % of the frames (`mask_time_prob`, transformers' default) with the mask embedding of the"
-    " distillation, `masked_spec_embed`; `mask_time_prob=0.0` in `from_pretrained` masks none"
+    " distillation, `masked_spec_embed`, and needs utterances of more than 10 frames (`mask_time_length`);"
+    " `mask_time_prob=0.0` in `from_pretrained` masks none"
 )
 _NO_MASKS = (
     "the distillation masked nothing, so there is no mask embedding and training masks nothing; with"
