@@ -174,6 +174,32 @@ def test_a_new_run_does_not_take_over_a_plateau(growths, speech, teacher_file, t
     assert [update for update, _ in growths] == [2]
 
 
+PLATEAU = {"model.stack_schedule": "plateau", "model.stack_alpha": 0, "+model.stack_patience": 2,
+           "model.stack_stages": 2, "checkpoint.save_interval_updates": 2, "optimization.max_epoch": 1,
+           "optimization.lr": "[0.005]"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "field, value, there",
+    [("+criterion.output_weight", 3, "1.0"), ("checkpoint.best_checkpoint_metric", "layer_4", "loss")],
+)
+def test_a_validation_that_measures_something_else_is_not_compared_with_the_best_before(
+    field, value, there, growths, speech, teacher_file, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    fields = {**PLATEAU, "optimization.max_update": 30}
+    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
+    path = tmp_path / "checkpoints/checkpoint_best.pt"
+    best = load(path)["extra_state"]["best"]
+    for more in ({}, {field: value}):
+        given = {**fields, **more, "optimization.max_epoch": 2, "optimization.lr": "[1.0e-9]"}
+        given.update({"checkpoint.restore_file": path, "checkpoint.save_dir": tmp_path / f"resumed{len(more)}"})
+        train("librispeech_base", tiny(speech, teacher_file, tmp_path, **given))
+    (line,) = [message for message in caplog.messages if "validation loss starts anew" in message]
+    assert f"{field.split('.')[1]}={there} there and {value}" in line
+    assert load(tmp_path / "resumed1/checkpoint_best.pt")["extra_state"]["best"] != best
+
+
 def test_a_run_that_begins_to_keep_a_moving_average_begins_with_its_weights(made, fields, last, tmp_path):
     given = load(last(made / "checkpoint_1_3.pt"))["model"]
     train("librispeech_base", fields(**{"ema.store_ema": True, "ema.ema_decay": 1.0}))
