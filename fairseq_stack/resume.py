@@ -7,6 +7,7 @@ loss too. Everything else may change, and is logged.
 
 import logging
 import math
+import os
 from types import SimpleNamespace
 
 import torch
@@ -106,6 +107,12 @@ def fit(state, path, field, saved, cfg, model, teacher, new_run):
         InputError: the file cannot be loaded under this configuration.
     """
     keep = f"keep that configuration, or choose another {field}"
+    start = cfg["checkpoint"]["finetune_from_model"]
+    if field == "checkpoint.save_dir" and start and _absolute(start) != _absolute(_start_of(saved)):
+        raise InputError(
+            f"{path} is of a run that did not start from checkpoint.finetune_from_model={start}; give a new"
+            " checkpoint.save_dir to start from there, or leave the field out to resume that run"
+        )
     different = differences(saved, cfg, {"model": NETWORK})
     if different:
         raise InputError(f"{path} has another network than this configuration: {different}; {keep}")
@@ -131,6 +138,14 @@ def fit(state, path, field, saved, cfg, model, teacher, new_run):
         logger.info(f"resume | this configuration differs from that of {path}: {different}")
 
 
+def _start_of(saved):
+    return (saved.get("checkpoint") or {}).get("finetune_from_model")
+
+
+def _absolute(path):
+    return path and os.path.realpath(path)
+
+
 def differences(saved, cfg, sections):
     """Fields with another value in `cfg` than in `saved`, as one line of text.
 
@@ -153,6 +168,8 @@ def differences(saved, cfg, sections):
 def _same(name, one, other):
     if name == "save_dir":
         return True  # where a run lies makes no difference to it
+    if name == "teacher_layers":
+        return sorted(one) == sorted(other)
     if name == "conv_feature_layers":
         try:
             return parse_conv_layers(one) == parse_conv_layers(other)
