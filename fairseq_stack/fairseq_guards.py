@@ -157,9 +157,15 @@ def _check_where_from(cfg):
             f"checkpoint.finetune_from_model={cfg.finetune_from_model} takes the weights alone of that file and"
             f" excludes {', '.join(others)}; set one of the two"
         )
+    last = os.path.join(cfg.save_dir, LAST)
+    if cfg.restore_file != LAST and os.path.isfile(last) and os.path.realpath(last) != os.path.realpath(cfg.restore_file):
+        logger.warning(
+            f"every start loads checkpoint.restore_file={cfg.restore_file}, and this one leaves {last} aside; leave the"
+            " field out to resume from there"
+        )
     names = ["restore_file"]
     if cfg.restore_file == LAST:  # without which a run starts from others
-        names = [] if PathManager.exists(os.path.join(cfg.save_dir, LAST)) else ["continue_once", "finetune_from_model"]
+        names = [] if PathManager.exists(last) else ["continue_once", "finetune_from_model"]
     for name in names:
         if cfg.get(name) and not PathManager.isfile(cfg[name]):
             raise InputError(f"checkpoint.{name}={cfg[name]} is no file; give the path of a checkpoint")

@@ -47,17 +47,30 @@ def _check_validations(cfg, model, seen):
             f"model.stack_schedule=plateau needs validations, and with {given} there is none before the last stage"
             f" begins, at update {model.starts[-1]}; {remedy}, or choose model.stack_schedule=prop"
         )
-    ends = list(zip(model.starts, model.starts[1:]))
+    ends = list(enumerate(zip(model.starts, model.starts[1:]), start=1))
+    patience, least = model.plateau.patience, model.plateau.min_updates
     short = [
         str(stage)
-        for stage, (begin, end) in enumerate(ends, start=1)
-        if sum(begin < update < end for update in seen) < needed
+        for stage, (begin, end) in ends
+        if end - begin > least and sum(begin < update < end for update in seen) < needed
     ]
     if short:
         logger.warning(
             f"model.stack_schedule=plateau: stage {', '.join(short)} of {len(ends) + 1} has fewer than the {needed}"
-            f" validations that model.stack_patience={model.plateau.patience} needs, and ends as with"
+            f" validations that model.stack_patience={patience} needs, and ends as with"
             " model.stack_schedule=prop; validate more often, or lower the patience"
+        )
+    short = [str(stage) for stage, (begin, end) in ends if end - begin <= least]
+    if short:
+        logger.warning(
+            f"model.stack_schedule=plateau: stage {', '.join(short)} of {len(ends) + 1} has no more updates than"
+            f" model.stack_min_updates={least}, and ends as with model.stack_schedule=prop; lower it"
+        )
+    stop = cfg.checkpoint
+    if 0 < stop.patience <= patience and stop.best_checkpoint_metric == "loss":
+        logger.warning(
+            f"checkpoint.patience={stop.patience} ends the run where model.stack_patience={patience} would let it grow;"
+            f" set checkpoint.patience={patience + 1} or more"
         )
 
 
@@ -109,7 +122,8 @@ def depth_at_end(cfg, trainer, next_epoch):
         field, change = f"optimization.stop_min_lr={run.stop_min_lr}", "lower"
     else:
         field, change = f"checkpoint.patience={cfg.checkpoint.patience}", "raise"
-    begins = f", which begins at update {model.starts[stage]}" if model.starts[stage] > updates else ""
+    latest = " at the latest" if model.plateau is not None else ""
+    begins = f", which begins at update {model.starts[stage]}{latest}" if model.starts[stage] > updates else ""
     return (
         f"the run ends at update {updates} in stage {stage} of {stages}, before full depth: the student has"
         f" {model.depth} of {model.plan.depths[-1]} layers. It ended by {field}; {change} it and start the same command"

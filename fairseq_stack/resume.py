@@ -6,6 +6,8 @@ loss too. Everything else may change, and is logged.
 """
 
 import logging
+import math
+import os
 from types import SimpleNamespace
 
 import torch
@@ -43,6 +45,13 @@ TRAINING = {
 HEADS = {
     "task": ("teacher", "mask_prob"),
     "criterion": ("loss", "teacher_layers", "intermediate_style", "output_weight"),
+}
+# What a validation loss measures. A best one that measured something else is no bound for those to come.
+MEASURED = {
+    "task": ("mask_prob", "mask_length", "max_sample_size"),
+    "criterion": None,
+    "dataset": ("valid_subset", "combine_valid_subsets"),
+    "checkpoint": ("best_checkpoint_metric", "maximize_best_checkpoint_metric"),
 }
 # What makes a training, to be logged where it differs; None for a whole section.
 LOGGED = {
@@ -98,6 +107,12 @@ def fit(state, path, field, saved, cfg, model, teacher, new_run):
         InputError: the file cannot be loaded under this configuration.
     """
     keep = f"keep that configuration, or choose another {field}"
+    start = cfg["checkpoint"]["finetune_from_model"]
+    if field == "checkpoint.save_dir" and start and _absolute(start) != _absolute(_start_of(saved)):
+        raise InputError(
+            f"{path} is of a run that did not start from checkpoint.finetune_from_model={start}; give a new"
+            " checkpoint.save_dir to start from there, or leave the field out to resume that run"
+        )
     different = differences(saved, cfg, {"model": NETWORK})
     if different:
         raise InputError(f"{path} has another network than this configuration: {different}; {keep}")
@@ -108,15 +123,27 @@ def fit(state, path, field, saved, cfg, model, teacher, new_run):
         _forget_the_run(state)
     else:
         _check_training(state, path, keep, saved, cfg, teacher)
+        different = differences(saved, cfg, MEASURED)
+        if different:
+            _forget_the_best(state)
+            logger.info(f"resume | the search for the best validation loss starts anew, because of {different}")
     if cfg["ema"]["store_ema"] and "ema" not in state["extra_state"]:
         state["extra_state"]["ema"] = dict(state["model"])
         logger.info("resume | the moving average starts from the weights of the checkpoint")
     different = differences(saved, cfg, LOGGED)
     if new_run:
-        uses = sum(state["model"][SEATS].tolist())
+        uses = int(state["model"][SEATS].sum())
         logger.info(f"resume | {path} gives its weights, {uses} layers in use, to a new run that starts at update 0")
     if different:
         logger.info(f"resume | this configuration differs from that of {path}: {different}")
+
+
+def _start_of(saved):
+    return (saved.get("checkpoint") or {}).get("finetune_from_model")
+
+
+def _absolute(path):
+    return path and os.path.realpath(path)
 
 
 def differences(saved, cfg, sections):
@@ -141,6 +168,8 @@ def differences(saved, cfg, sections):
 def _same(name, one, other):
     if name == "save_dir":
         return True  # where a run lies makes no difference to it
+    if name == "teacher_layers":
+        return sorted(one) == sorted(other)
     if name == "conv_feature_layers":
         try:
             return parse_conv_layers(one) == parse_conv_layers(other)
@@ -154,7 +183,7 @@ def _name_seats(state, config, path):
     for weights in (state["model"], state["extra_state"].get("ema") or {}):
         if "stage" in weights:
             uses = seats_in_use(config, weights, path)
-            weights[SEATS] = torch.tensor([seat in uses for seat in range(config["encoder_layers"])])
+            weights[SEATS] = torch.tensor([float(seat in uses) for seat in range(config["encoder_layers"])])
     # The copy in single precision shares memory with the average, whose stage is to count in the plan of this run.
     for name in ("stage", SEATS, "plateau"):
         state["extra_state"].get("ema_fp32_params", {}).pop(name, None)
@@ -230,3 +259,11 @@ def _forget_the_run(state):
     state["model"].pop("plateau", None)
     for name in ("ema", "ema_fp32_params", "previous_training_time"):
         state["extra_state"].pop(name, None)
+
+
+def _forget_the_best(state):
+    """Take out what later validation losses would be compared with; when the stage began stays known."""
+    state["extra_state"].pop("best", None)
+    if "plateau" in state["model"]:
+        start, _, _, seen = state["model"]["plateau"].tolist()
+        state["model"]["plateau"] = torch.tensor([start, math.inf, 0, seen], dtype=torch.float64)

@@ -12,6 +12,7 @@ import torch
 from fairseq_stack.analysis.held_out import NoHeads, explained_by_layer, has_heads, read_held_out
 from fairseq_stack.analysis.objective import output_objective_of
 from fairseq_stack.analysis.runs import read_run
+from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
 from fairseq_stack.supervision import taught_layers
 from fairseq_stack.experiment.training import MEASURED
 
@@ -59,7 +60,10 @@ def measure(training, speech, probes):
         explained = explained_by_layer(*read_held_out(checkpoint, Path(speech) / "test.tsv"))
     except NoHeads:
         explained = {}
+    student = student_from_checkpoint(load_checkpoint(checkpoint), checkpoint)
     found = {
+        "depth": student.depth,
+        "full_depth": student.config["encoder_layers"],
         "updates": [] if loss is None else loss.updates.tolist(),
         "loss": [] if loss is None else loss.values.tolist(),
         "loss_of": output_objective_of(run.config),

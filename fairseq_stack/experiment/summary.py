@@ -17,7 +17,8 @@ def summary_table(results):
     """One row for each student, means with a 95 % interval over the seeds, as Markdown.
 
     Compared with the reference is seed by seed, so that what a seed does to both drops out. What a student does not
-    have, and what cannot be compared with the reference, is an empty cell; a line below says which losses differ.
+    have, and what cannot be compared with the reference, is an empty cell; lines below say which losses differ and who
+    ended before full depth.
     """
     name, students = results["reference"], results["students"]
     reference = students.get(name, {"seeds": {}})["seeds"]
@@ -55,6 +56,14 @@ def summary_table(results):
         table += f" {sentence(kinds, having)}."
         if any("criterion.target_normalization" in (kind.fields or {}) for kind in kinds):
             table += " Nor can the variance explained, which is that of the normalised targets."
+    short = [
+        f"{student} with seed {seed} ({measured['depth']} of {measured['full_depth']} layers)"
+        for student, content in students.items()
+        for seed, measured in content["seeds"].items()
+        if measured.get("depth", 0) < measured.get("full_depth", 0)  # older measurements have neither
+    ]
+    if short:
+        table += f"\n\nEnded before full depth: {', '.join(short)}."
     return table
 
 
@@ -117,8 +126,10 @@ def draw_curves(results, by):
             highest = 0.0
             for student, (colour, style) in members.items():
                 seeds = [one for one in results["students"][student]["seeds"].values() if one["loss"]]
-                x = np.mean([measured[name] for measured in seeds], axis=0) / scale
-                losses = np.array([measured["loss"] for measured in seeds])
+                # A seed that was stopped early has fewer validations than the others.
+                number = min(len(measured["loss"]) for measured in seeds)
+                x = np.mean([measured[name][:number] for measured in seeds], axis=0) / scale
+                losses = np.array([measured["loss"][:number] for measured in seeds])
                 axis.plot(x, losses.mean(0), style, color=colour, linewidth=1.5, label=student)
                 axis.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
                 # The first quarter falls steeply for all and would flatten what follows.

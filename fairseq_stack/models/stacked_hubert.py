@@ -339,7 +339,8 @@ class StackedHubert(HubertEncoder):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + SEATS] = torch.tensor(self.plan.uses(self._stage_index))
+        # Floats, as `stage`: fairseq's average_checkpoints.py divides every entry in place.
+        destination[prefix + SEATS] = torch.tensor(self.plan.uses(self._stage_index), dtype=torch.float32)
         if self.plateau is not None:
             # fairseq saves its tasks' state but does not load it when training resumes, so it is here.
             # No buffer: training in half precision would round it.

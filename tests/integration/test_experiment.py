@@ -181,6 +181,18 @@ def test_other_losses_are_told_apart_and_what_a_student_does_not_have_is_empty(g
         assert legends == [["full", "grown"], ["other"]]
 
 
+def test_seeds_that_ended_before_full_depth_are_named_and_drawn(grid_file, tmp_path):
+    grid = read_grid(grid_file)
+    written(grid, tmp_path, "full", 1, [4.0, 2.0], [1.0], [[12, 0, 6]], depth=12, full_depth=12)
+    written(grid, tmp_path, "grown", 1, [4.0, 1.0], [0.5, 1.0], [[3, 0, 4], [12, 4, 6]], depth=12, full_depth=12)
+    written(grid, tmp_path, "grown", 2, [4.0], [0.5], [[3, 0, 3]], updates=[3], depth=3, full_depth=12)
+    results = collect(grid, trainings(grid, tmp_path), "command")
+    assert summary_table(results).split("\n\n")[1] == "Ended before full depth: grown with seed 2 (3 of 12 layers)."
+    (axis,) = draw_curves(results, "updates").axes
+    assert [len(line.get_xdata()) for line in axis.get_lines()] == [2, 1]
+    assert draw_loss_and_time(results).axes
+
+
 def test_students_that_cost_something_else_are_timed_apart(grid_file):
     students = "full: [model.dropout=0.1]\n  grown: [+criterion.loss=l1, model.stack_stages=2]\n  narrow: [model.encoder_embed_dim=8]"
     grid_file.write_text(GRID.split("students:")[0] + f"students:\n  {students}\n")

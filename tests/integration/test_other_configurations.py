@@ -174,6 +174,32 @@ def test_a_new_run_does_not_take_over_a_plateau(growths, speech, teacher_file, t
     assert [update for update, _ in growths] == [2]
 
 
+PLATEAU = {"model.stack_schedule": "plateau", "model.stack_alpha": 0, "+model.stack_patience": 2,
+           "model.stack_stages": 2, "checkpoint.save_interval_updates": 2, "optimization.max_epoch": 1,
+           "optimization.lr": "[0.005]"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "field, value, there",
+    [("+criterion.output_weight", 3, "1.0"), ("checkpoint.best_checkpoint_metric", "layer_4", "loss")],
+)
+def test_a_validation_that_measures_something_else_is_not_compared_with_the_best_before(
+    field, value, there, growths, speech, teacher_file, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    fields = {**PLATEAU, "optimization.max_update": 30}
+    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
+    path = tmp_path / "checkpoints/checkpoint_best.pt"
+    best = load(path)["extra_state"]["best"]
+    for more in ({}, {field: value}):
+        given = {**fields, **more, "optimization.max_epoch": 2, "optimization.lr": "[1.0e-9]"}
+        given.update({"checkpoint.restore_file": path, "checkpoint.save_dir": tmp_path / f"resumed{len(more)}"})
+        train("librispeech_base", tiny(speech, teacher_file, tmp_path, **given))
+    (line,) = [message for message in caplog.messages if "validation loss starts anew" in message]
+    assert f"{field.split('.')[1]}={there} there and {value}" in line
+    assert load(tmp_path / "resumed1/checkpoint_best.pt")["extra_state"]["best"] != best
+
+
 def test_a_run_that_begins_to_keep_a_moving_average_begins_with_its_weights(made, fields, last, tmp_path):
     given = load(last(made / "checkpoint_1_3.pt"))["model"]
     train("librispeech_base", fields(**{"ema.store_ema": True, "ema.ema_decay": 1.0}))
@@ -195,11 +221,11 @@ def test_a_run_keeps_its_teacher_wherever_it_lies(made, fields, last, teacher_fi
     message = one_line(fields(**{"task.teacher": another_teacher}))
     assert str(path) in message and str(another_teacher) in message and str(teacher_file) in message
     moved = shutil.copy(teacher_file, tmp_path / "moved.pt")
-    precision = {"+task.teacher_precision": "bf16", "optimization.lr": "[0.001]"}
+    precision = {"+task.teacher_precision": "bf16", "optimization.lr": "[0.001]", "criterion.teacher_layers": "[12,4,8]"}
     trainer = train("librispeech_base", fields(**{"task.teacher": moved}, **precision))
     assert trainer.get_num_updates() == 6
     (line,) = [message for message in caplog.messages if "differs from that of" in message]
-    assert "task.teacher_precision=fp32 there and bf16 here" in line
+    assert "task.teacher_precision=fp32 there and bf16 here" in line and "teacher_layers" not in line
     assert "optimization.lr=[0.0005] there and [0.001] here" in line and "optimization.max_update=4 there" in line
     new = {"checkpoint.finetune_from_model": made / "checkpoint_last.pt", "checkpoint.save_dir": tmp_path / "new"}
     assert train("librispeech_base", fields(**{"task.teacher": another_teacher}, **new)).get_num_updates() == 6
@@ -253,6 +279,19 @@ def test_a_new_run_may_be_another_training_and_says_so(made, fields, caplog):
     assert trainer.get_num_updates() == 6 and trainer.get_model().depth == 12
     (line,) = [message for message in caplog.messages if "differs from that of" in message]
     assert all(f"{name}=" in line for name in OTHER_TRAINING)
+
+
+def test_a_new_run_does_not_start_in_the_folder_of_another(made, fields, last, caplog, tmp_path):
+    path, given = last(made / "checkpoint_1_2.pt"), made / "checkpoint_1_3.pt"
+    message = one_line(fields(**{"checkpoint.finetune_from_model": given}))
+    assert f"{path} is of a run that did not start from checkpoint.finetune_from_model={given}" in message
+    assert train("librispeech_base", fields(**{"checkpoint.restore_file": given})).get_num_updates() == 6
+    (line,) = [message for message in caplog.messages if "every start loads" in message]
+    assert f"checkpoint.restore_file={given}" in line and f"leaves {path} aside" in line
+    new = {"checkpoint.finetune_from_model": given, "checkpoint.save_dir": tmp_path / "new", "optimization.max_epoch": 1}
+    for updates in (6, 8):  # the same command again resumes
+        new["optimization.max_update"] = updates
+        assert train("librispeech_base", fields(**new)).get_num_updates() == 6
 
 
 def test_a_shared_cnn_has_to_be_the_students(made, fields):

@@ -230,6 +230,20 @@ def test_a_checkpoint_whose_layers_are_not_those_of_its_configuration_is_refused
             read(state)
 
 
+def test_the_mean_of_checkpoints_is_a_checkpoint():
+    """fairseq's scripts/average_checkpoints.py adds and divides every entry in place."""
+    student = tiny_student(stack_schedule="plateau")
+    student.grow_to(2)
+    mean = {name: value.clone() for name, value in student.state_dict().items()}
+    for value in mean.values():
+        value += value
+        value /= 2
+    loaded = tiny_student(stack_schedule="plateau")
+    loaded.load_state_dict(mean)
+    assert loaded.seats == student.seats and loaded.plateau == student.plateau
+    assert torch.equal(loaded.encoder.layers[1].fc1.weight, student.encoder.layers[1].fc1.weight)
+
+
 def test_idle_layers_neither_learn_nor_matter():
     student = tiny_student()
     student(WAVEFORMS, LENGTHS)["predictions"][12].sum().backward()
