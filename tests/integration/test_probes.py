@@ -79,7 +79,7 @@ def labelled(tmp_path_factory):
     (folder / "audio/high").mkdir()
     for number in range(40):
         for speaker, pitch in (("low", 0.05), ("high", 0.3)):
-            utterance = f"{speaker}/{number}"
+            utterance = f"{speaker}/sweep{number}"  # a number alone would be no prompt
             sweep = pitch * np.linspace(1, 2, 4000 + 40 * number)[:: 1 if number % 2 else -1]
             wave = 0.3 * np.sin(np.cumsum(sweep)) + 0.01 * generator.standard_normal(len(sweep))
             soundfile.write(folder / f"audio/{utterance}.flac", wave, 16_000)
