@@ -26,6 +26,7 @@ from fairseq_stack.benchmark.peers import PEERS
 from fairseq_stack.benchmark.pretended_gpu import INDEXING, WITHOUT_KERNEL, Machine, OnGpu, added_mask, aten, pretended_gpu
 from fairseq_stack.benchmark.tables import table_head, table_row
 from fairseq_stack.errors import InputError
+from fairseq_stack.teachers.base import fp32_switches
 
 # Of the recipe librispeech_base.
 RECIPE_UPDATES, RECIPE_BATCH = 329_625, 64
@@ -179,8 +180,9 @@ class Shapes(Machine):
         if "attention" in operation:
             return self.gpu.fp32 / 2 if single else self.gpu.attention
         if dtype == torch.float32:
-            backend = torch.backends.cudnn if "conv" in operation else torch.backends.cuda.matmul
-            return self.gpu.tf32 if backend.allow_tf32 else self.gpu.fp32
+            convolutions, products = fp32_switches()
+            owner, name, _ = convolutions if "conv" in operation else products
+            return self.gpu.tf32 if getattr(owner, name) in ("tf32", True) else self.gpu.fp32
         return self.gpu.fp32 / 2 if single else self.gpu.half
 
     def hold(self, tensor):

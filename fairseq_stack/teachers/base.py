@@ -73,15 +73,26 @@ def exact_fp32():
     torch's own choice is TF32 for convolutions, which keeps 10 bits of the mantissa's 23, and fp32 for matrix products.
     A teacher that is to be faster than fp32 has task.teacher_precision=bf16 or fp16.
     """
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
+    switches = fp32_switches()
+    before = [getattr(owner, name) for owner, name, _ in switches]
     try:
-        for backend in backends:
-            backend.allow_tf32 = False
+        for owner, name, exact in switches:
+            setattr(owner, name, exact)
         yield
     finally:
-        for backend, allowed in zip(backends, before):
-            backend.allow_tf32 = allowed
+        for (owner, name, _), value in zip(switches, before):
+            setattr(owner, name, value)
+
+
+def fp32_switches():
+    """Where torch is told how a GPU computes fp32: (owner, name, the value for fp32) of convolutions and of products.
+
+    torch 2.9 has new switches, and refuses to read the old ones where somebody has set the new.
+    """
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(convolutions, "conv"):
+        return (convolutions.conv, "fp32_precision", "ieee"), (products, "fp32_precision", "ieee")
+    return (convolutions, "allow_tf32", False), (products, "allow_tf32", False)
 
 
 def load_weights(model, weights, name):

@@ -23,6 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers import load_teacher
+from fairseq_stack.teachers.base import exact_fp32
 from fairseq_stack.teachers.described import fingerprint
 from fairseq_stack.teachers.whisper import log_mel
 
@@ -303,18 +304,38 @@ def path_of(kind, whisper, folder):
 @pytest.mark.parametrize("kind", ["wav2vec2 base", "hubert large", "wavlm base", "whisper"])
 def test_a_teacher_in_fp32_lets_no_gpu_round_to_tf32(kind, whisper, tmp_path):
     teacher = load_teacher(path_of(kind, whisper, tmp_path))
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    seen = []
+    before, seen = tf32(), []
     for module in teacher.model.modules():
         if isinstance(module, (nn.Conv1d, nn.Linear)):
-            module.register_forward_pre_hook(lambda *_: seen.extend(backend.allow_tf32 for backend in backends))
+            module.register_forward_pre_hook(lambda *_: seen.extend(tf32()))
     waveforms, lengths = torch.randn(1, 16_000), torch.tensor([16_000])
     teacher.hidden_states(waveforms, lengths, LAYERS)
     if hasattr(teacher, "cnn_features"):
         teacher.cnn_features(waveforms, lengths)
     assert seen and not any(seen)
-    assert [backend.allow_tf32 for backend in backends] == before and before[0]
+    assert tf32() == before == (True, False)
+
+
+def tf32():
+    """Whether torch lets a GPU round to TF32 in convolutions and in matrix products."""
+    if hasattr(torch.backends.cudnn, "conv"):
+        return torch.backends.cudnn.conv.fp32_precision == "tf32", torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch 2.9 has these switches first")
+def test_a_teacher_in_fp32_computes_whatever_has_been_set_before():
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch, precision in zip(switches, ("ieee", "tf32")):
+            switch.fp32_precision = precision
+        with exact_fp32():
+            assert tf32() == (False, False)
+        assert tf32() == (False, True)
+    finally:
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
