@@ -158,7 +158,8 @@ def _check_where_from(cfg):
             f" excludes {', '.join(others)}; set one of the two"
         )
     last = os.path.join(cfg.save_dir, LAST)
-    if cfg.restore_file != LAST and os.path.isfile(last) and os.path.realpath(last) != os.path.realpath(cfg.restore_file):
+    leaves_last = cfg.restore_file != LAST and os.path.isfile(last)
+    if leaves_last and os.path.realpath(last) != os.path.realpath(cfg.restore_file):
         logger.warning(
             f"every start loads checkpoint.restore_file={cfg.restore_file}, and this one leaves {last} aside; leave the"
             " field out to resume from there"
@@ -253,6 +254,11 @@ def _save_when_told_to_end(validate_and_save, cfg, trainer, task, epoch_itr, *ar
     losses, should_stop = validate_and_save(cfg, trainer, task, epoch_itr, *args)
     if getattr(task, "told_to_end", False) and not should_stop:
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        if trainer.is_data_parallel_master:
+            logger.warning(
+                f"SIGTERM ends the run at update {trainer.get_num_updates()}; the same command resumes it from its last"
+                " checkpoint"
+            )
         preemption.obey()
     return losses, should_stop
 

@@ -168,8 +168,8 @@ def differences(saved, cfg, sections):
 def _same(name, one, other):
     if name == "save_dir":
         return True  # where a run lies makes no difference to it
-    if name == "teacher_layers":
-        return sorted(one) == sorted(other)
+    if name == "teacher_layers" and isinstance(one, list) and isinstance(other, list):
+        return sorted(one, key=str) == sorted(other, key=str)  # in any order
     if name == "conv_feature_layers":
         try:
             return parse_conv_layers(one) == parse_conv_layers(other)

@@ -155,6 +155,7 @@ def test_a_job_that_is_told_to_end_saves_one_checkpoint_and_goes_on_afterwards_t
     misfortunes = {rank: partial(signal_before, update, signal.SIGTERM) for rank, update in told.items()}
     assert job({}, misfortunes) == [143, 143], log(tmp_path)
     assert "Traceback" not in log(tmp_path) + log(tmp_path, 1)
+    assert "SIGTERM ends the run at update 7; the same command resumes it" in log(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").glob("*.pt")] == ["checkpoint_last.pt"]
     assert load(tmp_path / "checkpoints/checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 7
     assert job({}) == [0, 0], log(tmp_path)
