@@ -82,7 +82,8 @@ def _opened(path):
     raw = {"samplerate": 8_000, "channels": 1, "format": "RAW", "subtype": "GSM610"}
     try:
         os.stat(path)  # libsndfile does not tell a missing file from others
-        with soundfile.SoundFile(path, **(raw if str(path).lower().endswith(".gsm") else {})) as file:
+        # As bytes, since a name need not be UTF-8.
+        with soundfile.SoundFile(os.fsencode(path), **(raw if str(path).lower().endswith(".gsm") else {})) as file:
             if file.frames < 1:
                 raise InputError(f"{path}: has no samples; replace or remove it")
             yield file

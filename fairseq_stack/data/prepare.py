@@ -264,7 +264,7 @@ def _reason_to_leave(path):
         return "no audio by their suffix"
     if suffix in _OFTEN_DATA:
         try:
-            soundfile.info(path)
+            soundfile.info(os.fsencode(path))
         except soundfile.SoundFileError:
             return "no audio in them"
     return None
@@ -296,10 +296,10 @@ def prepare_librispeech(source, output, bad_audio_limit):
         chapters = sorted(source.glob(f"{folders}/*/*"))
         for chapter in tqdm(chapters, desc=folders, unit=" chapters", mininterval=1):
             texts = {}
-            for document in chapter.glob("*.trans.txt"):
+            for document in chapter.glob("[!.]*.trans.txt"):
                 lines = document.read_text(encoding="utf-8").splitlines()
                 texts.update(line.split(" ", 1) for line in lines if " " in line)
-            for path in sorted(chapter.glob("*.flac")):
+            for path in sorted(chapter.glob("[!.]*.flac")):
                 utterance = utterance_id(path.relative_to(source).as_posix())
                 speaker = chapter.parent.name
                 recordings.append(Recording(path, utterance, speaker, "en", texts.get(path.stem, "")))
@@ -347,10 +347,13 @@ class Result(NamedTuple):
 
 def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BAD_AUDIO_LIMIT):
     """Convert recordings to FLAC in output/audio, split them, write manifests and labels."""
-    for utterance, count in Counter(recording.utterance for recording in recordings).items():
-        check_name(utterance)
-        if count > 1:
-            raise InputError(f"--source has {count} files named {utterance} of different suffix; keep one")
+    counts = Counter(recording.utterance for recording in recordings)
+    several = [utterance for utterance, count in counts.items() if count > 1]
+    if several:
+        raise InputError(
+            f"--source has {counts[several[0]]} files named {several[0]} of different suffix"
+            + (f", and {len(several) - 1} more such names" if several[1:] else "") + "; keep one of each"
+        )
     copies = find_copies(recordings)
     choose_splits(recordings, copies, grouping)  # before the work: is there enough to split?
 
@@ -430,7 +433,10 @@ def _convert(job):
     """
     source, target = job
     try:
+        check_name(str(source))
         status = os.stat(source)
+    except InputError as error:
+        return Result(problem=str(error))
     except OSError as error:
         return Result(problem=f"{source}: cannot be read ({error.strerror}); replace or remove it")
     version = f"source: {status.st_size} bytes, modified {status.st_mtime_ns} ns, unclipped"
@@ -461,7 +467,7 @@ def _convert(job):
 def _converted_before(target, version):
     """The samples of a converted file; None if there is none, or one of another version of its source."""
     with suppress(soundfile.LibsndfileError, OSError):
-        with soundfile.SoundFile(target) as file:
+        with soundfile.SoundFile(os.fsencode(target)) as file:
             if file.comment == version:
                 return file.frames
     return None

@@ -12,9 +12,11 @@ GROUPINGS = ("prompt", "speaker")
 # Names that tell of a file what it is, and not what is said in it.
 _GENERIC = frozenset(
     "audio sound sounds recording recordings record rec file sample clip clips track wav wave wavs flac mp3 utt"
-    " utterance utterances speech voice mic microphone channel ch session take part segment seg chunk output out"
+    " utterance utterances speech voice mic microphone channel ch session take part chapter segment seg chunk output out"
     " untitled id no".split()
 )
+
+_ONE_OF_SEVERAL = re.compile(r"[\W_]+(mic|microphone|channel)[\W_]*\d+$")  # such as p225_001_mic2
 
 
 def choose_splits(recordings, copies, grouping="prompt"):
@@ -52,7 +54,11 @@ def choose_splits(recordings, copies, grouping="prompt"):
     if len(sizes) < len(SPLITS):
         raise InputError(
             f"--source has {len(sizes)} different {grouping}s; train, valid and test need one each: add more"
-            + (" (files with the same name or text count as one prompt)" if grouping == "prompt" else "")
+            + {
+                "prompt": " (files with the same name or text count as one prompt)",
+                "speaker": ", or give --source the folder that holds the speakers' folders (the first folder below"
+                " --source is the speaker)",
+            }[grouping]
         )
     split = _deal(sizes)
     return {utterance: split[find(key)] for utterance, key in keys.items()}
@@ -69,8 +75,12 @@ def _prompts(recordings):
 
 
 def _telling_name(utterance):
-    """The shortest end of a path that says something: the file's name, or that with some of its folders."""
-    parts = utterance.casefold().split("/")
+    """The shortest end of a path that says something: the file's name, or that with some of its folders.
+
+    What several microphones recorded at once has one name.
+    """
+    utterance = _ONE_OF_SEVERAL.sub("", utterance.casefold())
+    parts = utterance.split("/")
     for first in reversed(range(len(parts))):
         if set(re.findall(r"[^\W\d_]+", parts[first])) - _GENERIC:
             return "/".join(parts[first:])

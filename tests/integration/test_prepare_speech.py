@@ -23,6 +23,7 @@ from fairseq_stack.data.prepare import (
     PACKAGES,
     Recording,
     asterisk_recordings,
+    check,
     fetch_packages,
     prepare,
     prepare_recordings,
@@ -177,15 +178,12 @@ def test_unusable_folders_are_refused_before_anything_is_written(folder, tmp_pat
         prepare(str(tmp_path / "absent"), output)
     with pytest.raises(InputError, match="choose another folder"):
         prepare(str(folder), folder)
-    write(folder / "one.flac", noise(3))
-    with pytest.raises(InputError, match="2 files named one"):
+    write(folder / "one.flac", noise(3)), write(folder / "three.ogg", noise(3))
+    with pytest.raises(InputError, match="2 files named one of different suffix, and 1 more such names; keep one of"):
         prepare(str(folder), output)
-    for name in ("one.flac", "three.wav", "four.wav"):
+    for name in ("one.flac", "three.ogg", "three.wav", "four.wav"):
         (folder / name).unlink()
     with pytest.raises(InputError, match="2 different prompts"):
-        prepare(str(folder), output)
-    (folder / "line\nbreak.wav").touch()
-    with pytest.raises(InputError, match="rename the file"):
         prepare(str(folder), output)
     assert not output.exists()
 
@@ -260,6 +258,23 @@ def test_recordings_that_cannot_be_used_are_named_and_left_out_up_to_the_limit(t
         write(source / f"good{index}.wav", noise(index, 400))
     prepare(str(source), output)  # one in a hundred by default
     assert len(listed(output)) == 104
+
+
+def test_names_that_no_manifest_can_hold_are_left_out_and_those_of_other_encodings_are_kept(tmp_path, caplog):
+    source, output = tmp_path / "source", tmp_path / "output"
+    names = ["line\nbreak", "tab\tstop", "a", "b", os.fsdecode(b"caf\xe9/\xe9t\xe9")]
+    kept = [f"{name}.flac" for name in names[2:]]
+    for index, name in enumerate(names):
+        written = write(source / f"{index}.wav", noise(index))
+        (source / name).parent.mkdir(exist_ok=True)
+        written.rename(source / f"{name}.wav")
+    for _ in range(2):  # the second time most are there already
+        caplog.clear()
+        prepare(str(source), output, bad_audio_limit=0.4)
+        assert [line.endswith("rename the file") for line in caplog.messages] == [True, True]
+        manifests = [read_manifest(output / f"{split}.tsv") for split in ("train", "valid", "test")]
+        assert sorted(path for manifest in manifests for path in manifest.paths) == kept
+    assert check(output) == []
 
 
 def test_a_full_disk_is_no_fault_of_the_recording(folder, tmp_path):
@@ -393,6 +408,7 @@ def layout(*patterns, count=200):
         [Recording(Path(), f"id{10000 + speaker}/{speaker * 7919:011x}/{number:05}")
          for speaker in range(10) for number in range(1, 1 + 4 * speaker)],
         layout("19/198/19-198-{:04}"),
+        [Recording(Path(), f"book{book}/chapter_{number:02}") for book in range(10) for number in range(12)],
     ],
 )  # fmt: skip
 def test_names_that_tell_nothing_do_not_hold_recordings_together(recordings):
@@ -408,6 +424,16 @@ def test_a_number_tells_a_prompt_with_its_folder():
         for number in range(20):
             assert split[f"anna/{kind}/{number}"] == split[f"bea/{kind}/{number}"]
     assert any(split[f"anna/digits/{number}"] != split[f"anna/dates/{number}"] for number in range(20))
+
+
+@pytest.mark.parametrize(
+    "name", ["p225/p225_{}_mic{}", "{:03}/mic{}", "meetings/{}/Channel-{}", "batch{}/microphone {}"]
+)
+def test_what_several_microphones_recorded_at_once_is_in_one_split(name):
+    recordings = [Recording(Path(), name.format(number, mic)) for number in range(100) for mic in (1, 2)]
+    split, found = shares(recordings)
+    assert all(split[name.format(number, 1)] == split[name.format(number, 2)] for number in range(100))
+    assert found == {"train": 0.9, "valid": 0.05, "test": 0.05}
 
 
 def test_speakers_are_kept_together_on_request_and_the_shares_too():
@@ -434,6 +460,12 @@ def test_speakers_are_the_first_folders(tmp_path, monkeypatch):
     write(source / "alone.wav", noise(9))
     with pytest.raises(SystemExit, match="alone.wav: its speaker is not known"):
         run_script(monkeypatch, "--source", source, "--output", output, "--split-by", "speaker")
+    source.rename(tmp_path / "wav")
+    above = tmp_path / "above"
+    above.mkdir(), (tmp_path / "wav").rename(above / "wav"), (above / "wav" / "alone.wav").unlink()
+    with pytest.raises(SystemExit, match="1 different speakers.* give --source the folder that holds the speakers'"):
+        run_script(monkeypatch, "--source", above, "--output", output, "--split-by", "speaker")
+    run_script(monkeypatch, "--source", above / "wav", "--output", output, "--split-by", "speaker")
 
 
 def test_the_same_sound_in_two_formats_shares_a_split(tmp_path):
@@ -536,6 +568,8 @@ def librispeech(tmp_path):
         folder, stem = root / f"{split}/{speaker}/{chapter}", f"{speaker}-{chapter}"
         for index in range(2):
             write(folder / f"{stem}-000{index}.flac", noise(speaker + index, 1600 + speaker))
+        for name in (f"._{stem}-0000.flac", f"._{stem}.trans.txt"):  # macOS writes them beside what it unpacks
+            (folder / name).write_bytes(b"\0\5\x16\x07\xff")
         (folder / f"{stem}.trans.txt").write_text(
             f"{stem}-0000 FIRST OF {speaker}\n{stem}-0001 IT'S THE SECOND\n"
         )
