@@ -83,7 +83,10 @@ def set_up(cfg, splits):
     task = SpeechDistillation.setup_task(cfg.task)
     task.build_model(cfg.model)
     task.build_criterion(cfg.criterion)
+    validated = cfg.dataset.valid_subset.split(",")
     for split in splits:
+        if split not in validated:
+            task.cfg.train_subset = split  # one of several training subsets, too, is heard in all its windows
         task.load_dataset(split, combine=bool(cfg.dataset.combine_valid_subsets))
     return task
 

@@ -87,6 +87,15 @@ def test_a_store_is_filled_with_all_windows_of_the_training(data, teacher_file, 
     assert len(list(tmp_path.glob("store/*/*/??/*.npz"))) == windows.sum() + 6
 
 
+def test_a_store_is_filled_with_all_windows_of_one_of_several_training_subsets(data, teacher_file, tmp_path):
+    fields = {**VALIDATED, "dataset.train_subset": "'first,second'", "dataset.valid_subset": "dev",
+              "+task.target_store": tmp_path / "store"}  # fmt: skip
+    cfg = configuration("librispeech_base", tiny(data, teacher_file, tmp_path / "run", **fields))
+    store_targets(cfg, ["second", "dev"])
+    windows = count_windows(read_manifest(data / "second.tsv").samples, FIELDS["task.max_sample_size"])
+    assert windows.sum() > len(windows) and len(list(tmp_path.glob("store/*/*/??/*.npz"))) == windows.sum() + 6
+
+
 def test_combined_validation_subsets_are_one(speech, teacher_file, tmp_path):
     for name, source in (("train", "train"), ("valid", "valid"), ("valid1", "train")):
         shutil.copy(speech / f"{source}.tsv", tmp_path / f"{name}.tsv")
