@@ -226,13 +226,18 @@ def write_lines(path, lines):
     os.replace(beside, path)
 
 
-def check_manifest(path):
+def check_manifest(path, shortest=1):
     """Read every listed file to its end and return the problems, one line each.
+
+    Args:
+        path: of the manifest.
+        shortest: samples of the shortest recording that can be used.
 
     Raises:
         InputError: the manifest itself cannot be read.
     """
     from fairseq_stack.data.audio import count_samples  # here, because reading a manifest needs no libsndfile
+    from fairseq_stack.data.bad_audio import too_short
 
     manifest = read_manifest(path)
 
@@ -243,7 +248,7 @@ def check_manifest(path):
             return str(error)
         if samples != manifest.samples[index]:
             return f"{manifest.path(index)}: has {samples} samples, {path} says {manifest.samples[index]}"
-        return None
+        return too_short(manifest.path(index), samples, shortest)
 
     # Threads are enough: libsndfile decodes outside of Python's global lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:

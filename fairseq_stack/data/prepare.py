@@ -549,7 +549,7 @@ def _manifests(output):
 
 def check(output):
     """Compare the manifests in `output` with their files; return the problems, one line each."""
-    return [problem for path in _manifests(output) for problem in check_manifest(path)]
+    return [problem for path in _manifests(output) for problem in check_manifest(path, SHORTEST)]
 
 
 def summary(output):

@@ -163,11 +163,12 @@ def test_check_reports_each_damage_and_nothing_else(tmp_path):
     damages = {
         "gone.wav": "No such file", "longer.wav": "has 4000 samples", "rate.wav": "8000 Hz",
         "stereo.wav": "2 channel(s)", "empty.wav": "no samples", "nan.wav": "not finite",
-        "cut.flac": "", "bit.flac": "", "text.wav": "cannot be read as audio",
+        "cut.flac": "", "bit.flac": "", "text.wav": "cannot be read as audio", "short.wav": "one frame takes 400",
     }
+    audio("short.wav", noise[:399])
     names = ["good.flac", *damages, "good too.wav"]
-    write_manifest(tmp_path / "test.tsv", tmp_path, [(name, 8000) for name in names])
-    problems = check_manifest(tmp_path / "test.tsv")
+    write_manifest(tmp_path / "test.tsv", tmp_path, [(name, 399 if name == "short.wav" else 8000) for name in names])
+    problems = check_manifest(tmp_path / "test.tsv", shortest=400)
     assert [problem.split(":")[0] for problem in problems] == [f"{tmp_path}/{name}" for name in damages]
     for problem, words in zip(problems, damages.values()):
         assert words in problem and "\n" not in problem
