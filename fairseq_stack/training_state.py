@@ -1,9 +1,9 @@
 """Whether the optimizer, the schedule and the place in the epoch of a checkpoint fit this configuration."""
 
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from fairseq_stack.errors import InputError
 
@@ -23,20 +23,27 @@ def check_optimizer(saved, cfg, path, reset_optimizer, reset_lr_scheduler):
     """
     if saved is None or reset_optimizer:
         return
-    saved = OmegaConf.create(saved)
-    half = OmegaConf.select(cfg, "common.fp16") or OmegaConf.select(cfg, "common.bf16")
+    half = _value(cfg, "common.fp16") or _value(cfg, "common.bf16")
     fields = ["optimizer._name", "optimization.use_bmuf", *_PRECISION, *(_HALF if half else ())]
     resets = dict.fromkeys(fields, "checkpoint.reset_optimizer=true, which keeps the weights alone and starts at update 0")
     if not reset_lr_scheduler:
         resets["lr_scheduler._name"] = "checkpoint.reset_lr_scheduler=true"
     for field, reset in resets.items():
-        before, now = (OmegaConf.select(each, field) for each in (saved, cfg))
+        before, now = (_value(each, field) for each in (saved, cfg))
         if before is not None and before != now:  # an older version may lack the field
             before, now = _text(before), _text(now)
             raise InputError(
                 f"{field}={now} does not fit the state in {path}, which was saved with {field}={before}; set"
                 f" {field}={before}, or for this start {reset}"
             )
+
+
+def _value(cfg, field):
+    """The value of a field `group.name`, None where there is none."""
+    group, name = field.split(".")
+    section = cfg.get(group) or {}
+    # The older command line keeps the fields of some optimizers in a namespace.
+    return section.get(name) if isinstance(section, Mapping) else getattr(section, name, None)
 
 
 def _text(value):
