@@ -20,7 +20,7 @@ tests/integration/test_guards.py fails where fairseq no longer calls it.
 - A field of the wrong type or name, and what fairseq cannot build of its fields, is answered in one line.
 - A run resumes only from a state that fits its configuration, and not in the middle of an epoch of other batches
   (training_state.py).
-- A run resumes with the validations that checkpoint.patience has counted.
+- A run resumes with the validations that checkpoint.patience has counted, whatever optimizer fairseq-train has.
 - The wait for the batches of an update is on the clock (progress.py).
 - Data workers end with their epoch. fairseq lets them wait for a next one, which gets workers of its own, and leaves
   them to Python's garbage collector: it takes their queues apart before they have heard that it is over, and the
@@ -54,7 +54,13 @@ from fairseq_stack.process_state import reset_process_state
 from fairseq_stack.recovery import LAST, UNFINISHED, recover
 from fairseq_stack.resume import fit, saved_configuration
 from fairseq_stack.start_checks import check_configuration, check_names
-from fairseq_stack.training_state import check_optimizer, epoch_layout, layout_change, next_epoch
+from fairseq_stack.training_state import (
+    check_optimizer,
+    epoch_layout,
+    layout_change,
+    next_epoch,
+    plain_configuration,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +110,10 @@ def _resume_the_optimizer_that_was_saved(
 
 
 @_guard(Trainer, "state_dict")
-def _save_the_patience(state_dict, trainer):
+def _save_what_resumes(state_dict, trainer):
     state = state_dict(trainer)
     state["extra_state"]["patience"] = _patience()
-    return state
+    return {**state, "cfg": plain_configuration(state["cfg"])}
 
 
 @_guard(Trainer, "load_checkpoint")
@@ -207,7 +213,7 @@ def _check_where_from(cfg):
 def _load_what_fits(load, trainer, filename, reset_optimizer=False, *args, **kwargs):
     if not _trains_a_student(trainer):
         return load(trainer, filename, reset_optimizer, *args, **kwargs)
-    cfg = OmegaConf.to_container(trainer.cfg, resolve=True, enum_to_str=True)
+    cfg = plain_configuration(trainer.cfg)
     read, starts = checkpoint_utils.load_checkpoint_to_cpu, []
     ways = ("restore_file", "finetune_from_model", "continue_once")
     field = "checkpoint." + next((name for name in ways if cfg["checkpoint"].get(name) == filename), "save_dir")

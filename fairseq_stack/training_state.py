@@ -1,9 +1,10 @@
 """Whether the optimizer, the schedule and the place in the epoch of a checkpoint fit this configuration."""
 
 import zlib
-from collections.abc import Mapping
+from argparse import Namespace
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from fairseq_stack.errors import InputError
 
@@ -23,6 +24,7 @@ def check_optimizer(saved, cfg, path, reset_optimizer, reset_lr_scheduler):
     """
     if saved is None or reset_optimizer:
         return
+    saved, cfg = plain_configuration(saved), plain_configuration(cfg)
     half = _value(cfg, "common.fp16") or _value(cfg, "common.bf16")
     fields = ["optimizer._name", "optimization.use_bmuf", *_PRECISION, *(_HALF if half else ())]
     resets = dict.fromkeys(fields, "checkpoint.reset_optimizer=true, which keeps the weights alone and starts at update 0")
@@ -41,9 +43,18 @@ def check_optimizer(saved, cfg, path, reset_optimizer, reset_lr_scheduler):
 def _value(cfg, field):
     """The value of a field `group.name`, None where there is none."""
     group, name = field.split(".")
-    section = cfg.get(group) or {}
-    # The older command line keeps the fields of some optimizers in a namespace.
-    return section.get(name) if isinstance(section, Mapping) else getattr(section, name, None)
+    return (cfg.get(group) or {}).get(name)
+
+
+def plain_configuration(cfg):
+    """fairseq's configuration as plain values.
+
+    The older command line keeps the fields of some optimizers and schedules in a namespace, which safe loading refuses
+    in a checkpoint.
+    """
+    if OmegaConf.is_config(cfg):
+        cfg = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    return {group: vars(section) if isinstance(section, Namespace) else section for group, section in cfg.items()}
 
 
 def _text(value):

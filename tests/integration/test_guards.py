@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import torch
+from fairseq import options
 from fairseq.data import iterators
-from training import tiny, train
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import train as fairseq_train
+from training import ROOT, tiny, train
 
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
@@ -180,6 +183,25 @@ def test_patience_is_counted_over_a_resume(speech, teacher_file, tmp_path):
     assert at_once == 4 * 6  # six batches an epoch: the best loss, and three that are no better
     assert updates("stopped", **{"optimization.max_epoch": 3}) == 3 * 6
     assert updates("stopped") == at_once
+
+
+def test_the_older_command_line_resumes_with_an_optimizer_whose_fields_fairseq_does_not_declare(speech, teacher_file, tmp_path):
+    def start(optimizer, updates):
+        arguments = ["--user-dir", f"{ROOT}/fairseq_stack", "--task", "speech_distillation", "--arch", "stacked_hubert",
+                     "--criterion", "layer_distillation", "--teacher", teacher_file, "--teacher-layers", "4,8,12",
+                     "--conv-feature-layers", "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2", "--conv-pos", 8,
+                     "--conv-pos-groups", 4, "--encoder-embed-dim", 16, "--encoder-ffn-embed-dim", 32,
+                     "--encoder-attention-heads", 4, "--stack-stages", 1, "--stack-method", "none", "--batch-size", 4, "--required-batch-size-multiple", 1,
+                     "--lr", 0.0005, "--save-dir", tmp_path, "--optimizer", optimizer, "--max-update", updates]  # fmt: skip
+        parser = options.get_training_parser()
+        args = options.parse_args_and_arch(parser, input_args=[str(speech), *map(str, arguments)])
+        fairseq_train.main(convert_namespace_to_omegaconf(args))
+
+    start("sgd", 2)
+    start("sgd", 4)
+    assert [each["num_updates"] for each in load(tmp_path / "checkpoint_last.pt")["optimizer_history"]] == [2, 4]
+    with pytest.raises(SystemExit, match="optimizer._name=adagrad does not fit .*; set optimizer._name=sgd, or for"):
+        start("adagrad", 6)
 
 
 def test_a_run_goes_on_under_half_precision_only_with_the_optimizer_inside(run, speech, teacher_file, tmp_path):
