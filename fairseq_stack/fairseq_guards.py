@@ -20,6 +20,7 @@ tests/integration/test_guards.py fails where fairseq no longer calls it.
 - A field of the wrong type or name, and what fairseq cannot build of its fields, is answered in one line.
 - A run resumes only from a state that fits its configuration, and not in the middle of an epoch of other batches
   (training_state.py).
+- A run resumes with the validations that checkpoint.patience has counted, whatever optimizer fairseq-train has.
 - The wait for the batches of an update is on the clock (progress.py).
 - Data workers end with their epoch. fairseq lets them wait for a next one, which gets workers of its own, and leaves
   them to Python's garbage collector: it takes their queues apart before they have heard that it is over, and the
@@ -37,9 +38,10 @@ from fairseq.data import data_utils, iterators
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.file_io import PathManager
 from fairseq.logging import metrics
+from fairseq.registry import REGISTRIES
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from fairseq_stack import preemption, progress
@@ -52,7 +54,13 @@ from fairseq_stack.process_state import reset_process_state
 from fairseq_stack.recovery import LAST, UNFINISHED, recover
 from fairseq_stack.resume import fit, saved_configuration
 from fairseq_stack.start_checks import check_configuration, check_names
-from fairseq_stack.training_state import check_optimizer, epoch_layout, layout_change, next_epoch
+from fairseq_stack.training_state import (
+    check_optimizer,
+    epoch_layout,
+    layout_change,
+    next_epoch,
+    plain_configuration,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +109,27 @@ def _resume_the_optimizer_that_was_saved(
         ) from None
 
 
+@_guard(Trainer, "state_dict")
+def _save_what_resumes(state_dict, trainer):
+    state = state_dict(trainer)
+    state["extra_state"]["patience"] = _patience()
+    return {**state, "cfg": plain_configuration(state["cfg"])}
+
+
+@_guard(Trainer, "load_checkpoint")
+def _resume_the_patience(load, trainer, filename, reset_optimizer=False, *args, reset_meters=False, **kwargs):
+    state = load(trainer, filename, reset_optimizer, *args, reset_meters=reset_meters, **kwargs)
+    if state is not None and not reset_optimizer and not reset_meters:  # as fairseq does with the best loss
+        vars(fairseq_train.should_stop_early).update(state.get("patience", {}))
+    return state
+
+
+def _patience():
+    """What fairseq counts for checkpoint.patience: the best loss, and the validations since."""
+    counted = vars(fairseq_train.should_stop_early)
+    return {name: counted[name] for name in ("best", "num_runs") if name in counted}
+
+
 @_guard(iterators.EpochBatchIterator, "state_dict")
 def _remember_the_batches(state_dict, iterator):
     state = state_dict(iterator)
@@ -140,7 +169,15 @@ def _resume_from_the_newest(load, cfg, trainer, **kwargs):
     if not trainer.checkpoint_suffix:
         _check_where_from(cfg)
     state, epoch_itr = load(cfg, trainer, **kwargs)
+    optimization = trainer.cfg.optimization
+    if optimization.skip_remainder_batch and len(epoch_itr) < max(optimization.update_freq):
+        raise InputError(
+            f"optimization.skip_remainder_batch=true leaves out all {len(epoch_itr)} batches of an epoch with"
+            f" optimization.update_freq={optimization.update_freq}; set it to false, or lower optimization.update_freq"
+        )
     if _trains_a_student(trainer):
+        if cfg.no_save_optimizer_state:
+            logger.warning("checkpoint.no_save_optimizer_state=true: once this run is stopped, it cannot resume")
         check_depth(trainer.cfg, trainer.get_model(), len(epoch_itr))
         if 0 < trainer.cfg.optimization.max_epoch < epoch_itr.next_epoch_idx:
             _say_the_depth(trainer, epoch_itr.next_epoch_idx)
@@ -176,8 +213,8 @@ def _check_where_from(cfg):
 def _load_what_fits(load, trainer, filename, reset_optimizer=False, *args, **kwargs):
     if not _trains_a_student(trainer):
         return load(trainer, filename, reset_optimizer, *args, **kwargs)
-    cfg = OmegaConf.to_container(trainer.cfg, resolve=True, enum_to_str=True)
-    read = checkpoint_utils.load_checkpoint_to_cpu
+    cfg = plain_configuration(trainer.cfg)
+    read, starts = checkpoint_utils.load_checkpoint_to_cpu, []
     ways = ("restore_file", "finetune_from_model", "continue_once")
     field = "checkpoint." + next((name for name in ways if cfg["checkpoint"].get(name) == filename), "save_dir")
 
@@ -185,13 +222,25 @@ def _load_what_fits(load, trainer, filename, reset_optimizer=False, *args, **kwa
         header = load_checkpoint(PathManager.get_local_path(path), header_only=True)
         saved = saved_configuration(header, path, field)
         state = read(path, *args, **kwargs)
-        new_run = reset_optimizer or state.get("last_optimizer_state") is None
+        stateless = state.get("last_optimizer_state") is None
+        if stateless and not reset_optimizer and field == "checkpoint.save_dir":
+            raise InputError(
+                f"{path} was saved without the state of its optimizer (checkpoint.no_save_optimizer_state=true), so no"
+                f" run can resume from it; checkpoint.finetune_from_model={path} with a new checkpoint.save_dir starts a"
+                " new run from its weights"
+            )
+        new_run = reset_optimizer or stateless
+        if new_run and field != "checkpoint.finetune_from_model":
+            starts.extend(state["optimizer_history"])
         fit(state, path, field, saved, cfg, trainer.get_model(), trainer.task.state_dict().get("teacher"), new_run)
         return state
 
     checkpoint_utils.load_checkpoint_to_cpu = read_what_fits
     try:
-        return load(trainer, filename, reset_optimizer, *args, **kwargs)
+        loaded = load(trainer, filename, reset_optimizer, *args, **kwargs)
+        # A new run may save beside the checkpoints of the one before, which have more updates: recover counts starts.
+        trainer._optim_history = starts or trainer._optim_history
+        return loaded
     finally:
         checkpoint_utils.load_checkpoint_to_cpu = read
 
@@ -298,13 +347,29 @@ def _name_the_folder(verify, save_dir):
 
 @_guard(Trainer, "_build_optimizer")
 def _name_the_optimizer(build, trainer):
-    fields = ", ".join(
-        f"{group}.{name}={value}"
-        for group in ("optimizer", "lr_scheduler")
-        for name, value in OmegaConf.to_container(trainer.cfg[group]).items()
-    )
+    fields = ", ".join(_chosen(trainer.cfg[group], group) for group in ("optimizer", "lr_scheduler"))
     with input_errors(f"fairseq cannot build the optimizer and the learning rate schedule from {fields}"):
-        build(trainer)
+        try:
+            build(trainer)
+        except ConfigAttributeError as error:  # of an optimizer or a schedule whose fields fairseq does not declare
+            declared = REGISTRIES["optimizer"]["dataclass_registry"]
+            group = "lr_scheduler" if trainer.cfg.optimizer._name in declared else "optimizer"
+            raise InputError(f"{group}.{error.key} is missing; add +{group}.{error.key}=VALUE") from None
+        betas = trainer.optimizer.optimizer.param_groups[0].get("betas", ())
+        if not all(0 <= beta < 1 for beta in betas):
+            raise InputError(f"optimizer.adam_betas={tuple(betas)} must be from 0 to below 1")
+
+
+def _chosen(section, group):
+    """The fields of a section of the configuration that have no default value, as text."""
+    if not isinstance(section, DictConfig):  # of the older command line
+        return f"{group}._name={section._name}"
+    values = OmegaConf.to_container(section)
+    registered = REGISTRIES[group]["dataclass_registry"].get(values["_name"])
+    known = registered.__dataclass_fields__ if registered else {}
+    return ", ".join(
+        f"{group}.{name}={value}" for name, value in values.items() if name not in known or known[name].default != value
+    )
 
 
 @_guard(Trainer, "get_valid_iterator")

@@ -25,7 +25,8 @@ NAMES = re.compile(r"checkpoint(\d+|_\d+_\d+|_best|\.best_.+|_last)\.pt")
 def recover(folder):
     """Make `checkpoint_last.pt` the newest whole checkpoint in a folder, and log what had to be done.
 
-    Newest is the one with the most updates. Broken checkpoints that stand before it are kept under
+    Newest is the one of the latest start of the run, and among those the one with the most updates: a start with
+    checkpoint.reset_optimizer=true counts its updates from 0 again. Broken checkpoints that stand before it are kept under
     their name with `.broken` behind it; unfinished files are removed.
 
     Args:
@@ -45,14 +46,14 @@ def recover(folder):
             path.unlink()
             logger.info(f"recovery | removed {path}, which a kill has left unfinished")
 
-    updates, broken = {}, {}
+    starts, updates, broken = {}, {}, {}
     for path in (path for path in files if NAMES.fullmatch(path.name)):
         try:
-            updates[path] = updates_of(path)
+            starts[path], updates[path] = progress_of(path)
         except DamagedCheckpoint as error:
             broken[path] = error
     # Among checkpoints of the same update the one in place comes first.
-    for path in sorted(updates, key=lambda path: (updates[path], path == last), reverse=True):
+    for path in sorted(updates, key=lambda path: (starts[path], updates[path], path == last), reverse=True):
         try:
             check_whole(path)
             newest = path
@@ -81,8 +82,8 @@ def recover(folder):
     return updates[newest]
 
 
-def updates_of(path):
-    """The number of updates that a training checkpoint was saved after.
+def progress_of(path):
+    """How often a run had been started when it saved a training checkpoint, and the updates that it had done.
 
     Raises:
         DamagedCheckpoint: the file is not a whole training checkpoint. Its tensors are not looked at.
@@ -97,6 +98,7 @@ def updates_of(path):
         raise
     try:
         state["extra_state"]["train_iterator"]["epoch"]
-        return int(state["optimizer_history"][-1]["num_updates"])
+        history = state["optimizer_history"]
+        return len(history), int(history[-1]["num_updates"])
     except (KeyError, IndexError, TypeError, ValueError):
         raise DamagedCheckpoint("it holds no state to go on from") from None

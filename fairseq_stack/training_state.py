@@ -1,6 +1,7 @@
 """Whether the optimizer, the schedule and the place in the epoch of a checkpoint fit this configuration."""
 
 import zlib
+from argparse import Namespace
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -23,20 +24,37 @@ def check_optimizer(saved, cfg, path, reset_optimizer, reset_lr_scheduler):
     """
     if saved is None or reset_optimizer:
         return
-    saved = OmegaConf.create(saved)
-    half = OmegaConf.select(cfg, "common.fp16") or OmegaConf.select(cfg, "common.bf16")
+    saved, cfg = plain_configuration(saved), plain_configuration(cfg)
+    half = _value(cfg, "common.fp16") or _value(cfg, "common.bf16")
     fields = ["optimizer._name", "optimization.use_bmuf", *_PRECISION, *(_HALF if half else ())]
     resets = dict.fromkeys(fields, "checkpoint.reset_optimizer=true, which keeps the weights alone and starts at update 0")
     if not reset_lr_scheduler:
         resets["lr_scheduler._name"] = "checkpoint.reset_lr_scheduler=true"
     for field, reset in resets.items():
-        before, now = (OmegaConf.select(each, field) for each in (saved, cfg))
+        before, now = (_value(each, field) for each in (saved, cfg))
         if before is not None and before != now:  # an older version may lack the field
             before, now = _text(before), _text(now)
             raise InputError(
                 f"{field}={now} does not fit the state in {path}, which was saved with {field}={before}; set"
                 f" {field}={before}, or for this start {reset}"
             )
+
+
+def _value(cfg, field):
+    """The value of a field `group.name`, None where there is none."""
+    group, name = field.split(".")
+    return (cfg.get(group) or {}).get(name)
+
+
+def plain_configuration(cfg):
+    """fairseq's configuration as plain values.
+
+    The older command line keeps the fields of some optimizers and schedules in a namespace, which safe loading refuses
+    in a checkpoint.
+    """
+    if OmegaConf.is_config(cfg):
+        cfg = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    return {group: vars(section) if isinstance(section, Namespace) else section for group, section in cfg.items()}
 
 
 def _text(value):

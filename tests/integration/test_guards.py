@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import torch
+from fairseq import options
 from fairseq.data import iterators
-from training import tiny, train
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import train as fairseq_train
+from training import ROOT, tiny, train
 
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
@@ -139,6 +142,66 @@ def test_another_optimizer_or_schedule_is_named_with_its_reset_which_works(run, 
     assert f"was saved with {before}; set {before}, or" in message and reset in message
     trainer = train("librispeech_base", [*tiny(speech, teacher_file, run), *change, reset])
     assert trainer.get_num_updates() == 20
+
+
+def test_a_run_with_a_reset_optimizer_resumes_beside_the_checkpoints_before_it(speech, teacher_file, tmp_path, caplog):
+    def fields(**more):
+        fields = {"optimization.max_update": 9, "checkpoint.save_interval_updates": 3, "checkpoint.keep_interval_updates": -1}
+        return tiny(speech, teacher_file, tmp_path, **{**fields, **more})
+
+    train("librispeech_base", fields())
+    message = one_line([*fields(), *NAG])
+    assert "checkpoint.reset_optimizer=true" in message
+    stopped = fields(**{"checkpoint.reset_optimizer": True, "optimization.stop_time_hours": 1e-9})
+    assert train("librispeech_base", [*stopped, *NAG]).get_num_updates() == 1
+    caplog.set_level("INFO")
+    assert train("librispeech_base", [*fields(), *NAG]).get_num_updates() == 9
+    assert any("(epoch 2 @ 1 updates)" in each for each in caplog.messages)
+
+
+def test_a_checkpoint_without_the_state_of_its_optimizer_is_not_resumed_from(speech, teacher_file, tmp_path, caplog):
+    fields = {"optimization.max_update": 7, "checkpoint.no_save_optimizer_state": True}
+    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
+    assert "checkpoint.no_save_optimizer_state=true: once this run is stopped, it cannot resume" in caplog.messages
+    message = one_line(tiny(speech, teacher_file, tmp_path, **fields))
+    path = tmp_path / "checkpoints/checkpoint_last.pt"
+    assert message.startswith(f"error: {path} was saved without the state of its optimizer")
+    advice = f"checkpoint.finetune_from_model={path}"
+    assert f"{advice} with a new checkpoint.save_dir" in message
+    advised = [*tiny(speech, teacher_file, tmp_path / "new", **{"optimization.max_update": 7}), advice]
+    assert train("librispeech_base", advised).get_num_updates() == 7
+
+
+def test_patience_is_counted_over_a_resume(speech, teacher_file, tmp_path):
+    worse = {"optimization.lr": "[0.0]", "checkpoint.patience": 3, "optimization.max_update": 40}
+    worse.update({"model.stack_method": "none", "model.stack_stages": 1})  # no growth starts the count anew
+
+    def updates(folder, **more):
+        return train("librispeech_base", tiny(speech, teacher_file, tmp_path / folder, **{**worse, **more})).get_num_updates()
+
+    at_once = updates("whole")
+    assert at_once == 4 * 6  # six batches an epoch: the best loss, and three that are no better
+    assert updates("stopped", **{"optimization.max_epoch": 3}) == 3 * 6
+    assert updates("stopped") == at_once
+
+
+def test_the_older_command_line_resumes_with_an_optimizer_whose_fields_fairseq_does_not_declare(speech, teacher_file, tmp_path):
+    def start(optimizer, updates):
+        arguments = ["--user-dir", f"{ROOT}/fairseq_stack", "--task", "speech_distillation", "--arch", "stacked_hubert",
+                     "--criterion", "layer_distillation", "--teacher", teacher_file, "--teacher-layers", "4,8,12",
+                     "--conv-feature-layers", "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2", "--conv-pos", 8,
+                     "--conv-pos-groups", 4, "--encoder-embed-dim", 16, "--encoder-ffn-embed-dim", 32,
+                     "--encoder-attention-heads", 4, "--stack-stages", 1, "--stack-method", "none", "--batch-size", 4, "--required-batch-size-multiple", 1,
+                     "--lr", 0.0005, "--save-dir", tmp_path, "--optimizer", optimizer, "--max-update", updates]  # fmt: skip
+        parser = options.get_training_parser()
+        args = options.parse_args_and_arch(parser, input_args=[str(speech), *map(str, arguments)])
+        fairseq_train.main(convert_namespace_to_omegaconf(args))
+
+    start("sgd", 2)
+    start("sgd", 4)
+    assert [each["num_updates"] for each in load(tmp_path / "checkpoint_last.pt")["optimizer_history"]] == [2, 4]
+    with pytest.raises(SystemExit, match="optimizer._name=adagrad does not fit .*; set optimizer._name=sgd, or for"):
+        start("adagrad", 6)
 
 
 def test_a_run_goes_on_under_half_precision_only_with_the_optimizer_inside(run, speech, teacher_file, tmp_path):

@@ -111,7 +111,10 @@ def test_every_recipe_that_a_cpu_can_train_passes(recipe):
         ({"dataset.max_tokens_valid": 5000}, r"dataset.max_tokens_valid=5000 is less than the \d+ samples of \S+valid\d+.flac"),
         ({"checkpoint.best_checkpoint_metric": "accuracy"}, "checkpoint.best_checkpoint_metric=accuracy is unknown; choose from loss, output_loss, intermediate_loss, layer_4"),
         ({"optimizer.adam_betas": "abc"}, r"fairseq cannot build the optimizer .*optimizer.adam_betas=abc.*NameError"),
+        ({"optimizer.adam_betas": "'(0.9,1.5)'"}, r"fairseq cannot build .*optimizer.adam_betas=\(0.9, 1.5\) must be from 0 to below 1"),
         ({"lr_scheduler.total_num_update": 0}, r"fairseq cannot build .*lr_scheduler.total_num_update=0"),
+        ({"optimizer._name": "sgd"}, r"fairseq cannot build .*: optimizer.lr is missing; add \+optimizer.lr=VALUE"),
+        ({"optimization.skip_remainder_batch": True, "optimization.update_freq": "[9]"}, r"optimization.skip_remainder_batch=true leaves out all 6 batches of an epoch with optimization.update_freq=\[9\]"),
     ],
 )  # fmt: skip
 def test_what_needs_the_data_or_the_model_is_said_before_the_first_update(speech, teacher_file, tmp_path, fields, message):
@@ -119,6 +122,13 @@ def test_what_needs_the_data_or_the_model_is_said_before_the_first_update(speech
         train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
     assert re.match(f"error: {message}", ended.value.code) and "\n" not in ended.value.code
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_models_that_do_not_grow_may_lie_in_shards(recipe):
+    cfg = OmegaConf.create(OmegaConf.to_container(recipe))
+    with open_dict(cfg):
+        cfg.distributed_training.zero_sharding, cfg.model = "os", {"_name": "hubert_ctc"}
+    check_configuration(cfg)
 
 
 def test_a_crop_that_fits_max_tokens_is_enough(speech, teacher_file, tmp_path):

@@ -133,3 +133,8 @@ def test_a_checkpoint_that_needs_code_is_refused_and_nothing_runs(run):
     # The file is as hostile as it claims to be.
     torch.load(run / "checkpoint_last.pt", weights_only=False)["args"].close()
     assert (run / "ran").exists()
+
+
+def test_the_latest_start_counts_before_the_most_updates(run):
+    save(run / "checkpoint_last.pt", 5, optimizer_history=[{"num_updates": 20}, {"num_updates": 5}])
+    assert recover(run) == 5 and weight_of(run / "checkpoint_last.pt") == 5
