@@ -74,7 +74,7 @@ def input_errors(what):
         yield
     except Exception as error:
         kind = "" if isinstance(error, InputError) else f"{type(error).__name__} "
-        reason = (str(error).splitlines() or [""])[0]
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(f"{what}: {kind}{reason}".rstrip()) from None
 
 

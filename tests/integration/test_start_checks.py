@@ -9,6 +9,7 @@ from fairseq_cli import train as fairseq_train
 from omegaconf import OmegaConf, open_dict
 from training import composed, configuration, tiny, train
 
+from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.models.stacked_hubert import StackedHubertConfig
 from fairseq_stack.start_checks import check_configuration
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation, SpeechDistillationConfig
@@ -168,3 +169,9 @@ def test_fields_that_a_recipe_does_not_name_need_a_plus_in_five_groups_and_in_no
 
 def fields_of(dataclass):
     return [name for name in dataclass.__dataclass_fields__ if not name.startswith("_")]
+
+
+def test_the_reason_of_another_librarys_error_is_its_first_line_that_says_something():
+    with pytest.raises(InputError, match="^no shards: ImportError Please install fairscale$"):
+        with input_errors("no shards"):
+            raise ImportError("\n\nPlease install fairscale\n\n")
