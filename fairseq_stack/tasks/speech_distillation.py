@@ -125,6 +125,7 @@ class SpeechDistillation(FairseqTask):
         self.store = None
         self.shares_cnn = False
         self.bad_audio = {}  # of each split
+        self.left_out = set()  # splits of which it has been logged that batches leave recordings out
         self.update, self.utterances = 0, []  # updates done, and what the one at hand hears
         self.told_to_end = False  # the same in all processes
         self.progress = Progress()
@@ -202,7 +203,7 @@ class SpeechDistillation(FairseqTask):
 
     @one_line_errors
     def get_batch_iterator(self, dataset, max_tokens=None, **options):
-        """fairseq's, but it does not leave out what is longer than `max_tokens`."""
+        """fairseq's, but it leaves out no recording without a word."""
         longest = int(dataset.sizes.argmax())
         samples = int(dataset.sizes[longest])
         if max_tokens is not None and samples > max_tokens:
@@ -211,7 +212,19 @@ class SpeechDistillation(FairseqTask):
                 f"dataset.{field}={max_tokens} is less than the {samples} samples of {dataset.manifest.path(longest)};"
                 f" raise it to {samples} or more, or lower task.max_sample_size={self.cfg.max_sample_size}"
             )
-        return super().get_batch_iterator(dataset, max_tokens=max_tokens, **options)
+        epochs = super().get_batch_iterator(dataset, max_tokens=max_tokens, **options)
+        recordings, heard = len(dataset.ordered_indices()), sum(map(len, epochs.frozen_batches))
+        if heard < recordings:
+            line = (
+                f"dataset.required_batch_size_multiple={options['required_batch_size_multiple']} leaves out"
+                f" {recordings - heard} of the {recordings} recordings of {dataset.split}, the longest; set it to 1"
+            )
+            if not heard:
+                raise InputError(line)
+            if dataset.split not in self.left_out:
+                self.left_out.add(dataset.split)
+                logger.warning(line)
+        return epochs
 
     @one_line_errors
     def build_model(self, cfg, *args):

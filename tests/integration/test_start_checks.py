@@ -115,6 +115,7 @@ def test_every_recipe_that_a_cpu_can_train_passes(recipe):
         ({"optimizer.adam_betas": "'(0.9,1.5)'"}, r"fairseq cannot build .*optimizer.adam_betas=\(0.9, 1.5\) must be from 0 to below 1"),
         ({"lr_scheduler.total_num_update": 0}, r"fairseq cannot build .*lr_scheduler.total_num_update=0"),
         ({"optimizer._name": "sgd"}, r"fairseq cannot build .*: optimizer.lr is missing; add \+optimizer.lr=VALUE"),
+        ({"dataset.required_batch_size_multiple": 8, "dataset.batch_size": 8}, "dataset.required_batch_size_multiple=8 leaves out 6 of the 6 recordings of valid, the longest; set it to 1"),
         ({"optimization.skip_remainder_batch": True, "optimization.update_freq": "[9]"}, r"optimization.skip_remainder_batch=true leaves out all 6 batches of an epoch with optimization.update_freq=\[9\]"),
     ],
 )  # fmt: skip
@@ -135,6 +136,16 @@ def test_models_that_do_not_grow_may_lie_in_shards(recipe):
 def test_a_crop_that_fits_max_tokens_is_enough(speech, teacher_file, tmp_path):
     fields = {"dataset.max_tokens": 5000, "dataset.batch_size": "null", "task.max_sample_size": 5000, "optimization.max_update": 7}
     assert train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields)).get_num_updates() == 7
+
+
+def test_recordings_that_no_batch_has_place_for_are_counted(speech, teacher_file, tmp_path, caplog):
+    fields = {"dataset.required_batch_size_multiple": 5, "dataset.batch_size": 5}
+    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
+    lines = [message for message in caplog.messages if "leaves out" in message]
+    assert lines == [
+        f"dataset.required_batch_size_multiple=5 leaves out {left} recordings of {split}, the longest; set it to 1"
+        for left, split in (("4 of the 24", "train"), ("1 of the 6", "valid"))
+    ]
 
 
 def test_the_metrics_to_choose_from_are_those_that_a_validation_logs(speech, teacher_file, tmp_path, monkeypatch):
