@@ -20,6 +20,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from fairseq_stack.errors import InputError
+
 aten = torch.ops.aten
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put)
 # These take tensors from the CPU beside those on a GPU.
@@ -31,6 +33,8 @@ WITHOUT_KERNEL = (
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
 )  # fmt: skip
 MEMORY = 80 << 30  # bytes, an H100's
+# torch 2.4 asks the driver for the device of each tensor.
+AVAILABLE = hasattr(torch._C, "_ensureCUDADeviceGuardSet")
 
 
 class OnGpu(torch.Tensor):
@@ -180,7 +184,12 @@ def pretended_gpu(machine=None):
 
     Args:
         machine: a Machine (default: a new one).
+
+    Raises:
+        InputError: torch is too old.
     """
+    if not AVAILABLE:
+        raise InputError(f"torch {torch.__version__} asks CUDA's driver about every GPU; a pretended one needs a newer torch")
     properties = SimpleNamespace(name="pretended", major=9, minor=0, total_memory=MEMORY, multi_processor_count=132)
     answers = {
         "is_available": True,

@@ -9,9 +9,11 @@ from training import EXAMPLES
 
 from fairseq_stack.benchmark.inputs import make_inputs
 from fairseq_stack.benchmark.ours import Case, Ours
-from fairseq_stack.benchmark.pretended_gpu import pretended_gpu
+from fairseq_stack.benchmark.pretended_gpu import AVAILABLE, pretended_gpu
 from fairseq_stack.benchmark.roofline import COUNTS, GPUS, Gpu, Shapes, named_gpu, roofline
 from fairseq_stack.errors import InputError
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs a torch that does not ask CUDA's driver, newer than 2.4")
 
 GPU = Gpu(bandwidth=1e9, half=1e12, tf32=4e11, fp32=1e11, attention=2e11, launch=1e-6)
 
