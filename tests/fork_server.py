@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
@@ -20,7 +21,6 @@ import fairseq_stack.tasks
 import fairseq_stack.teachers.fairseq_checkpoint  # noqa: F401
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fork_server"])
 
 
 class ForkServer:
@@ -30,6 +30,9 @@ class ForkServer:
         self.processes = []
 
     def __enter__(self):
+        # A process has one such server. The preparation of speech may have started it, with imports of its own.
+        forkserver._forkserver._stop()
+        _context.set_forkserver_preload(["fork_server"])
         self.call(int, log=os.devnull).join()  # the first call waits for the imports
         return self
 
