@@ -30,8 +30,12 @@ class ForkServer:
         self.processes = []
 
     def __enter__(self):
-        # A process has one such server. The preparation of speech may have started it, with imports of its own.
-        forkserver._forkserver._stop()
+        # A process has one such server. The preparation of speech may have started it, with imports of its own. It
+        # ends by itself once nobody holds its pipe, which data workers of a training in this process may still do.
+        server = forkserver._forkserver
+        if server._forkserver_pid is not None:
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+            server._stop()
         _context.set_forkserver_preload(["fork_server"])
         self.call(int, log=os.devnull).join()  # the first call waits for the imports
         return self
