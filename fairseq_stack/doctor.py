@@ -244,7 +244,7 @@ def foundation_model(path):
 
     from fairseq_stack.data.audio import SAMPLE_RATE
     from fairseq_stack.errors import InputError
-    from fairseq_stack.lengths import samples_per_frame
+    from fairseq_stack.models.conv_geometry import samples_per_frame
     from fairseq_stack.teachers import load_teacher
 
     try:

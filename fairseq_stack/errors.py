@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import signal
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,14 @@ class InputError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """A training that cannot go on. The message is one line that says where and why."""
+
+
+class Preempted(TrainingStopped):
+    """A training that SIGTERM has ended after it saved a checkpoint. It has logged its line already."""
+
+
+# What a shell reports of a program that SIGTERM has ended: the job is not done, start it again.
+PREEMPTED = 128 + signal.SIGTERM
 
 
 def check_choice(field, value, choices):
@@ -81,14 +90,16 @@ def input_errors(what):
 def one_line_errors(function):
     """Let an InputError or TrainingStopped end the program with its one line on stderr and exit code 1.
 
-    For the places where fairseq or a shell enters the package: both would print a traceback of
-    their own code around the message.
+    A preempted training ends it with the exit code PREEMPTED. This is for the functions with which a program starts; library
+    code raises.
     """
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         try:
             return function(*args, **kwargs)
+        except Preempted:
+            raise SystemExit(PREEMPTED) from None
         except (InputError, TrainingStopped) as error:
             raise SystemExit(f"error: {error}") from None
 

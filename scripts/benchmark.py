@@ -23,7 +23,7 @@ from fairseq_stack.benchmark.roofline import GPUS, named_gpu, roofline_tables, r
 from fairseq_stack.benchmark.tables import tables
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError, check_output, check_positive, one_line_errors
-from fairseq_stack.lengths import parse_conv_layers, receptive_field
+from fairseq_stack.models.conv_geometry import parse_conv_layers, receptive_field
 
 RECIPES = Path(__file__).resolve().parent.parent / "examples" / "interleaved"
 

@@ -22,8 +22,9 @@ from fairseq_stack.experiment.grid import read_grid
 from fairseq_stack.experiment.measures import cannot_measure, collect, is_measured, measure, write_results
 from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
 from fairseq_stack.experiment.training import train, trainings
-from fairseq_stack.store_targets import compose_recipe, store_targets, subsets
+from fairseq_stack.targets.fill import store_targets
 from fairseq_stack.teachers import load_teacher
+from fairseq_stack.training.recipes import compose_recipe, subsets
 
 
 @one_line_errors

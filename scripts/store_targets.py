@@ -4,7 +4,8 @@ import argparse
 import logging
 
 from fairseq_stack.errors import one_line_errors
-from fairseq_stack.store_targets import compose_recipe, store_targets, subsets
+from fairseq_stack.targets.fill import store_targets
+from fairseq_stack.training.recipes import compose_recipe, subsets
 
 DESCRIPTION = """\
 Store the teacher's targets ahead of a training.

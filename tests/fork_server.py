@@ -15,9 +15,7 @@ import torch._dynamo  # which the first optimiser imports, for a second or two
 from fairseq_cli import hydra_train
 from training import ROOT, train
 
-import fairseq_stack.criterions
-import fairseq_stack.models
-import fairseq_stack.tasks
+import fairseq_stack.tasks.registration
 import fairseq_stack.teachers.fairseq_checkpoint  # noqa: F401
 
 _context = multiprocessing.get_context("forkserver")

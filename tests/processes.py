@@ -1,7 +1,6 @@
 """Start the processes of one job as a cluster's launcher does, each with fairseq's command."""
 
 import os
-import signal
 import socket
 import sys
 import time
@@ -12,8 +11,8 @@ from fairseq_cli import hydra_train
 from torch.nn.parallel import DistributedDataParallel
 from training import ROOT, configuration
 
-from fairseq_stack import fairseq_guards
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
+from fairseq_stack.training import guards as fairseq_guards
 
 
 def free_port():

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 from conftest import TINY
 
@@ -36,22 +37,22 @@ def _quoted(value):
 
 def train(config, overrides, folder="interleaved"):
     """Compose a recipe and train it in this process, as fairseq-hydra-train does; returns fairseq's trainer."""
+    from fairseq.distributed import utils as distributed_utils
     from fairseq.logging import progress_bar
+    from fairseq.trainer import Trainer
     from fairseq_cli import train as fairseq_train
 
-    trainers = []
+    trainers, start = [], Trainer.__init__
 
-    class RememberedTrainer(fairseq_train.Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            trainers.append(self)
+    def remembered(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        trainers.append(self)
 
     cfg = configuration(config, overrides, folder)
-    original, fairseq_train.Trainer = fairseq_train.Trainer, RememberedTrainer
     try:
-        fairseq_train.main(cfg)
+        with mock.patch.object(Trainer, "__init__", remembered):
+            distributed_utils.call_main(cfg, fairseq_train.main)
     finally:
-        fairseq_train.Trainer = original
         progress_bar._close_writers()  # as at the end of a process
     return trainers[0]
 
@@ -61,10 +62,9 @@ def configuration(config, overrides, folder="interleaved"):
     from fairseq.dataclass.initialize import add_defaults, hydra_init
     from omegaconf import OmegaConf
 
-    import fairseq_stack.criterions
-    import fairseq_stack.models
-    import fairseq_stack.tasks  # noqa: F401
+    import fairseq_stack
 
+    fairseq_stack.register()
     hydra_init(config)
     cfg = composed(config, [*overrides, f"common.user_dir={ROOT}/fairseq_stack"], folder)
     add_defaults(cfg)

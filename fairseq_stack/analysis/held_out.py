@@ -5,14 +5,14 @@ from typing import Any, List, NamedTuple, Optional
 
 import torch
 
-from fairseq_stack.analysis.similarity import explained_variance
-from fairseq_stack.checkpoint import configurations, load_checkpoint
+from fairseq_stack.checkpoints.read import configurations, load_checkpoint
+from fairseq_stack.criterions.layer_mapping import student_position
+from fairseq_stack.criterions.losses import normalize_targets
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
 from fairseq_stack.data.manifest import Manifest, read_manifest
-from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON, normalize_waveforms
 from fairseq_stack.errors import InputError, input_errors
-from fairseq_stack.losses import normalize_targets
-from fairseq_stack.supervision import student_position
+from fairseq_stack.growth.similarity import explained_variance
+from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON, normalize_waveforms
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import Teacher
 

@@ -12,7 +12,7 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import receptive_field
+from fairseq_stack.models.conv_geometry import receptive_field
 
 
 def check_export(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from fairseq_stack.analysis.objective import batch_of, kinds_of, sentence
 from fairseq_stack.analysis.plots import (
     draw_growths,
     draw_layer_weights,
@@ -17,9 +18,8 @@ from fairseq_stack.analysis.plots import (
     draw_similarity,
     lowest_similarity,
 )
-from fairseq_stack.analysis.objective import batch_of, kinds_of, sentence
-from fairseq_stack.analysis.similarity import layer_similarity
 from fairseq_stack.analysis.stages import dearer_stages
+from fairseq_stack.growth.similarity import layer_similarity
 
 # What the figures of a report are called; those of growths have a number where there are several runs.
 FIGURES = ("loss", "loss_by_time", "similarity", "growths", "growths_*", "layer_weights")

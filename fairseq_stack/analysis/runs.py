@@ -8,12 +8,12 @@ from typing import Dict, List, Optional
 import numpy as np
 import yaml
 
-from fairseq_stack.analysis.growth_similarity import GrowthSimilarity, read_growths
 from fairseq_stack.analysis.objective import objective_of, output_objective_of
 from fairseq_stack.analysis.scalars import Series, read_scalars
 from fairseq_stack.analysis.stages import Stage, dearer_stages, find_stages, seconds_per_update
-from fairseq_stack.checkpoint import load_checkpoint
+from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.errors import InputError
+from fairseq_stack.growth.growth_similarity import GrowthSimilarity, read_growths
 
 # What the configuration in a checkpoint says about a distillation; the rest is fairseq's for other jobs.
 CONFIG_GROUPS = (

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from fairseq import tasks
 from fairseq.data import iterators
-from fairseq.trainer import Trainer
 
 from fairseq_stack.benchmark.clock import Clock
 from fairseq_stack.benchmark.inputs import TEACHER, student_shape, teacher_shape
 from fairseq_stack.growth.surgery import copy_optimizer_state
-from fairseq_stack.store_targets import compose_recipe, store_targets
+from fairseq_stack.targets.fill import store_targets
+from fairseq_stack.training.recipes import compose_recipe
+from fairseq_stack.training.trainer import StudentTrainer
 
 RECIPE = "librispeech_base"
 STORE = "targets"
@@ -54,7 +55,7 @@ class Ours:
         self.model = self.task.build_model(cfg.model)
         criterion = self.task.build_criterion(cfg.criterion)
         self.task.load_dataset("train")
-        self.trainer = Trainer(cfg, self.task, self.model, criterion)
+        self.trainer = StudentTrainer(cfg, self.task, self.model, criterion)
         self.trainer.cuda_env = None  # with it, every update would forget the peak of the GPU's memory
         epochs = self.trainer.get_train_iterator(epoch=1, load_dataset=False)
         self.trainer.begin_epoch(1)

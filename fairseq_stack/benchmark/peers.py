@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fairseq_stack.benchmark.clock import Clock
 from fairseq_stack.benchmark.inputs import TEACHER, student_shape, teacher_shape
 from fairseq_stack.data.audio import SAMPLE_RATE
-from fairseq_stack.lengths import parse_conv_layers
+from fairseq_stack.models.conv_geometry import parse_conv_layers
 
 TEACHER_LAYERS = (4, 8, 12)
 

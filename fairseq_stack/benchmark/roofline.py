@@ -23,7 +23,15 @@ from fairseq_stack.benchmark.inputs import make_inputs
 from fairseq_stack.benchmark.measure import DEPTHS, cases_of, growing
 from fairseq_stack.benchmark.ours import Ours, fill_store
 from fairseq_stack.benchmark.peers import PEERS
-from fairseq_stack.benchmark.pretended_gpu import INDEXING, WITHOUT_KERNEL, Machine, OnGpu, added_mask, aten, pretended_gpu
+from fairseq_stack.benchmark.pretended_gpu import (
+    INDEXING,
+    WITHOUT_KERNEL,
+    Machine,
+    OnGpu,
+    added_mask,
+    aten,
+    pretended_gpu,
+)
 from fairseq_stack.benchmark.tables import table_head, table_row
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers.base import fp32_switches

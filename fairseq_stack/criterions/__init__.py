@@ -1,3 +1,1 @@
-"""What fairseq registers as criterions."""
-
-from fairseq_stack.criterions import layer_distillation  # noqa: F401
+"""What the student learns from which teacher layer, and what is minimised."""

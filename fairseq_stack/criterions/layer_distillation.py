@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import List
 
-from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.criterions import FairseqCriterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 
-from fairseq_stack.errors import InputError, check_choice, check_weight, one_line_errors
-from fairseq_stack.losses import (
+from fairseq_stack.criterions.layer_mapping import check_supervision, student_position, taught_layers
+from fairseq_stack.criterions.losses import (
     FRAME_LOSSES,
     TARGET_NORMALIZATIONS,
     l1_cosine,
@@ -17,7 +17,7 @@ from fairseq_stack.losses import (
     temporal_gram,
     valid_frames,
 )
-from fairseq_stack.supervision import check_supervision, student_position, taught_layers
+from fairseq_stack.errors import InputError, check_choice, check_weight
 
 
 @dataclass
@@ -64,7 +64,6 @@ class LayerDistillationConfig(FairseqDataclass):
     )
 
 
-@register_criterion("layer_distillation", dataclass=LayerDistillationConfig)
 class LayerDistillation(FairseqCriterion):
     """Weighted output loss plus weighted intermediate loss, both per frame.
 
@@ -100,7 +99,6 @@ class LayerDistillation(FairseqCriterion):
             self.target_layers = sorted({*self.layers, *(layer - 1 for layer in self.layers)})
 
     @classmethod
-    @one_line_errors
     def build_criterion(cls, cfg, task):
         check_supervision(cfg)
         check_choice("criterion.target_normalization", cfg.target_normalization, TARGET_NORMALIZATIONS)

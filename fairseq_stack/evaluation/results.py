@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from fairseq_stack.analysis.held_out import explained_before_and_after
+from fairseq_stack.analysis.intervals import mean_and_interval
 from fairseq_stack.analysis.report import markdown_table
 from fairseq_stack.data.prepare import SPLITS
 from fairseq_stack.errors import InputError
@@ -46,7 +47,6 @@ from fairseq_stack.evaluation.cost import (
     real_time_factor,
 )
 from fairseq_stack.evaluation.features import extract
-from fairseq_stack.evaluation.statistics import mean_and_interval
 from fairseq_stack.evaluation.tasks import read_tasks
 from fairseq_stack.evaluation.upstreams import (
     TeacherUpstream,

@@ -12,8 +12,9 @@ import torch
 from fairseq_stack.analysis.held_out import NoHeads, explained_by_layer, has_heads, read_held_out
 from fairseq_stack.analysis.objective import output_objective_of
 from fairseq_stack.analysis.runs import read_run
-from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
-from fairseq_stack.supervision import taught_layers
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint
+from fairseq_stack.criterions.layer_mapping import taught_layers
 from fairseq_stack.experiment.training import MEASURED
 
 LOSS = "output_loss"  # the same whatever a student's intermediate loss is

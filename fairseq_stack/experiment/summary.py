@@ -6,10 +6,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from fairseq_stack.analysis.intervals import mean_and_interval
 from fairseq_stack.analysis.objective import kinds_of, sentence
 from fairseq_stack.analysis.plots import COLOURS, STYLE
 from fairseq_stack.analysis.report import markdown_table
-from fairseq_stack.evaluation.statistics import mean_and_interval
 from fairseq_stack.experiment.measures import time_to_reach
 
 

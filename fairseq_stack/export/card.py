@@ -5,7 +5,7 @@ from pathlib import Path
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.manifest import read_manifests
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import samples_per_frame
+from fairseq_stack.models.conv_geometry import samples_per_frame
 
 _CARD = """---
 library_name: transformers

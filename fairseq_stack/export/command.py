@@ -11,12 +11,8 @@ from typing import Callable, Optional, Tuple
 
 from transformers.utils.logging import disable_progress_bar
 
-from fairseq_stack.checkpoint import (
-    load_checkpoint,
-    student_from_checkpoint,
-    with_moving_average,
-)
-from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON, TRANSFORMERS_EPSILON
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint, with_moving_average
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.export.card import before_full_depth, model_card
 from fairseq_stack.export.distiller import export_distiller, load_distiller
@@ -33,6 +29,7 @@ from fairseq_stack.export.verify import (
     table,
     write_verified,
 )
+from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON, TRANSFORMERS_EPSILON
 
 logger = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@
 import torch
 
 from fairseq_stack.data.audio import SAMPLE_RATE
-from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.limits import check
 from fairseq_stack.export.verify import ExportMismatch, padded_batch
-from fairseq_stack.lengths import samples_per_frame
+from fairseq_stack.models.conv_geometry import samples_per_frame
+from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 
 _SHAPE = (
     "extractor_mode",

@@ -3,7 +3,7 @@
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.plain import heads_on_top
-from fairseq_stack.lengths import samples_per_frame
+from fairseq_stack.models.conv_geometry import samples_per_frame
 
 # What s3prl's upstreams take for granted.
 SAMPLES_PER_FRAME = 320

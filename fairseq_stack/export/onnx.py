@@ -8,7 +8,7 @@ import torch
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.verify import padded_batch
-from fairseq_stack.lengths import receptive_field
+from fairseq_stack.models.conv_geometry import receptive_field
 
 _OPSET = 17  # the first with a layer norm
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import frames_from_samples, receptive_field
+from fairseq_stack.models.conv_geometry import frames_from_samples, receptive_field
 
 # Largest difference in any hidden state that rounding in fp32 explains; see tolerance_for.
 TOLERANCE = 1e-4

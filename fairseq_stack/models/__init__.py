@@ -1,3 +1,1 @@
-"""What fairseq registers as models."""
-
-from fairseq_stack.models import hubert_ctc, stacked_hubert  # noqa: F401
+"""The student and its parts."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from fairseq.models.wav2vec.wav2vec2 import ConvFeatureExtractionModel
 
-from fairseq_stack.lengths import frames_from_samples
+from fairseq_stack.models.conv_geometry import frames_from_samples
 
 
 class ConvExtractor(ConvFeatureExtractionModel):

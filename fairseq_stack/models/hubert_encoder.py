@@ -12,11 +12,11 @@ from fairseq.models import BaseFairseqModel
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config
 from fairseq.modules import GradMultiply, LayerNorm
 
-from fairseq_stack.encoder_shape import check_shape
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import frames_from_samples, parse_conv_layers
 from fairseq_stack.models.conv_extractor import ConvExtractor
+from fairseq_stack.models.conv_geometry import frames_from_samples, parse_conv_layers
 from fairseq_stack.models.layer_stack import LayerStack
+from fairseq_stack.models.shape import check_shape
 
 
 class HubertEncoder(BaseFairseqModel):

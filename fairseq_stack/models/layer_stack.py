@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from fairseq.models.wav2vec.wav2vec2 import TransformerEncoder, TransformerSentenceEncoderLayer
 
 from fairseq_stack.models.dropout import dropout, kept
-from fairseq_stack.models.positions import positions
+from fairseq_stack.models.pos_conv import positions
 
 
 class LayerStack(TransformerEncoder):

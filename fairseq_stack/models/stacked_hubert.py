@@ -7,18 +7,17 @@ from typing import Any, List
 import torch
 import torch.nn as nn
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import register_model
 from omegaconf import II, OmegaConf
 
-from fairseq_stack.checkpoint import SEATS, layers_text, plan_text
-from fairseq_stack.encoder_shape import LARGEST_WIDTH
-from fairseq_stack.errors import InputError, check_choice, check_numbers, input_errors, one_line_errors
+from fairseq_stack.checkpoints.student import SEATS, layers_text, plan_text
+from fairseq_stack.criterions.layer_mapping import check_supervision, student_position, taught_layers
+from fairseq_stack.errors import InputError, check_choice, check_numbers, input_errors
 from fairseq_stack.growth.plan import plan_growth
 from fairseq_stack.growth.schedule import Plateau, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder
-from fairseq_stack.models.student_start import start_cnn, start_layers
-from fairseq_stack.supervision import check_supervision, student_position, taught_layers
+from fairseq_stack.models.init_from_teacher import start_cnn, start_layers
+from fairseq_stack.models.shape import LARGEST_WIDTH
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +130,6 @@ class StackedHubertConfig(FairseqDataclass):
     max_update: int = II("optimization.max_update")
 
 
-@register_model("stacked_hubert", dataclass=StackedHubertConfig)
 class StackedHubert(HubertEncoder):
     """A HuBERT student with one prediction head for each teacher layer that it learns from.
 
@@ -177,7 +175,6 @@ class StackedHubert(HubertEncoder):
         self._updates = 0  # as set_num_updates was told last
 
     @classmethod
-    @one_line_errors
     def build_model(cls, cfg, task):
         teacher = task.teacher
         check_supervision(cfg)

@@ -1,4 +1,1 @@
-"""What fairseq registers as tasks."""
-
-from fairseq_stack import fairseq_guards  # noqa: F401
-from fairseq_stack.tasks import speech_distillation  # noqa: F401
+"""The task. fairseq imports every module here for `--user-dir`; registration.py is the one that registers."""

@@ -11,28 +11,28 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim.amp_optimizer import AMPOptimizer
-from fairseq.tasks import FairseqTask, register_task
+from fairseq.tasks import FairseqTask
 from fairseq_cli import train as fairseq_train
 from omegaconf import II, MISSING
 
-from fairseq_stack import preemption
-from fairseq_stack.analysis.growth_similarity import GrowthSimilarity, similarity_of, write_growth
+from fairseq_stack.criterions.losses import valid_frames
 from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, check_bad_audio, listed_problems
+from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifests
-from fairseq_stack.data.speech import SpeechDataset
-from fairseq_stack.data.target_formats import FORMATS, decode, encode
-from fairseq_stack.data.target_store import CNN, TargetStore, size_text
-from fairseq_stack.data.waveforms import TRANSFORMERS_EPSILON, normalize_waveforms
-from fairseq_stack.errors import InputError, check_choice, one_line_errors
-from fairseq_stack.finite import check_loss
+from fairseq_stack.data.masking import span_mask
+from fairseq_stack.errors import InputError, check_choice
+from fairseq_stack.growth.growth_similarity import GrowthSimilarity, similarity_of, write_growth
 from fairseq_stack.growth.surgery import copy_optimizer_state
-from fairseq_stack.lengths import receptive_field
-from fairseq_stack.losses import span_mask, valid_frames
-from fairseq_stack.progress import COUNTS, Progress
-from fairseq_stack.run_state import save_whole_state
+from fairseq_stack.models.conv_geometry import receptive_field
+from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
+from fairseq_stack.targets.formats import FORMATS, decode, encode
+from fairseq_stack.targets.store import CNN, TargetStore, size_text
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import PRECISIONS
-from fairseq_stack.teachers.described import described_teacher, weights_digest
+from fairseq_stack.teachers.lazy import described_teacher, weights_digest
+from fairseq_stack.training import preemption
+from fairseq_stack.training.nonfinite import check_loss
+from fairseq_stack.training.progress import COUNTS, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,6 @@ class SpeechDistillationConfig(FairseqDataclass):
     best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
 
 
-@register_task("speech_distillation", dataclass=SpeechDistillationConfig)
 class SpeechDistillation(FairseqTask):
     """Distil a teacher's hidden states into a student that may grow.
 
@@ -132,7 +131,6 @@ class SpeechDistillation(FairseqTask):
         self.depth, self.updates_left = 0, {}
 
     @classmethod
-    @one_line_errors
     def setup_task(cls, cfg, **kwargs):
         for name in ("data", "teacher"):
             path = getattr(cfg, name)
@@ -147,7 +145,6 @@ class SpeechDistillation(FairseqTask):
         check_choice("task.teacher_precision", cfg.teacher_precision, PRECISIONS)
         check_bad_audio(cfg.bad_audio, cfg.bad_audio_limit)
         check_choice("task.target_format", cfg.target_format, FORMATS)
-        save_whole_state()
         options = {"whisper_pad": cfg.whisper_pad, "precision": cfg.teacher_precision}
         if cfg.target_store:
             task = cls(cfg, *described_teacher(cfg.teacher, cfg.target_store, **options))
@@ -157,7 +154,6 @@ class SpeechDistillation(FairseqTask):
         task.state.merge_state_dict({"teacher": weights_digest(cfg.teacher)})
         return task
 
-    @one_line_errors
     def load_dataset(self, split, combine=False, **kwargs):
         """Read the manifest `split`.tsv of task.data and check what can be known without opening its files.
 
@@ -201,7 +197,6 @@ class SpeechDistillation(FairseqTask):
                 f" stored, the rest takes {size_text(missing_bytes)} of {size_text(free)} free"
             )
 
-    @one_line_errors
     def get_batch_iterator(self, dataset, max_tokens=None, **options):
         """fairseq's, but it leaves out no recording without a word."""
         longest = int(dataset.sizes.argmax())
@@ -213,6 +208,7 @@ class SpeechDistillation(FairseqTask):
                 f" raise it to {samples} or more, or lower task.max_sample_size={self.cfg.max_sample_size}"
             )
         epochs = super().get_batch_iterator(dataset, max_tokens=max_tokens, **options)
+        epochs.persistent_workers = False  # guards.py says why, and does the same for fairseq 0.12.2
         recordings, heard = len(dataset.ordered_indices()), sum(map(len, epochs.frozen_batches))
         if heard < recordings:
             line = (
@@ -226,7 +222,6 @@ class SpeechDistillation(FairseqTask):
                 logger.warning(line)
         return epochs
 
-    @one_line_errors
     def build_model(self, cfg, *args):
         check_links(cfg, "task", self.cfg, ("mask_prob", "normalize"))
         model = super().build_model(cfg, *args)
@@ -235,7 +230,6 @@ class SpeechDistillation(FairseqTask):
         self.model_cfg = cfg
         return model
 
-    @one_line_errors
     def build_criterion(self, cfg, *args):  # fairseq 0.12.2 has no second argument
         if self.model_cfg is not None:
             names = ("loss", "teacher_layers", "intermediate_style", "output_weight")
@@ -247,7 +241,6 @@ class SpeechDistillation(FairseqTask):
         self.target_layers = criterion.target_layers
         return criterion
 
-    @one_line_errors
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
         """Grow if it is time, then forward and backward as every fairseq task does."""
         if update_num != self.update:
@@ -266,7 +259,6 @@ class SpeechDistillation(FairseqTask):
         self.depth, self.updates_left = model.depth, model.updates_left(update_num + 1)
         return loss, sample_size, logging_output
 
-    @one_line_errors
     def valid_step(self, sample, model, criterion, ema_model=None):
         sample = self.with_targets(sample, model)
         output = super().valid_step(sample, model, criterion)

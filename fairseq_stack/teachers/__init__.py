@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fairseq_stack.checkpoint import read_torch_file
+from fairseq_stack.checkpoints.read import read_torch_file
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers.base import PRECISIONS
 from fairseq_stack.teachers.layouts import read_encoder

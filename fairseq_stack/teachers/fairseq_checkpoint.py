@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import torch
 
-from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON, normalize_waveforms
 from fairseq_stack.errors import InputError, input_errors
-from fairseq_stack.lengths import frames_from_samples
+from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.models.hubert_encoder import HubertEncoder
-from fairseq_stack.models.positions import with_batch_norm
+from fairseq_stack.models.pos_conv import with_batch_norm
+from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON, normalize_waveforms
 from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
 
 # For each name of a model in fairseq, what people call it, and what its training needs and feature extraction does not.

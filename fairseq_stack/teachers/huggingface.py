@@ -17,13 +17,13 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from fairseq_stack.checkpoint import DamagedCheckpoint, check_fetched, read_torch_file
+from fairseq_stack.checkpoints.read import DamagedCheckpoint, check_fetched, read_torch_file
 from fairseq_stack.data.audio import SAMPLE_RATE
-from fairseq_stack.data.waveforms import TRANSFORMERS_EPSILON, normalize_waveforms
-from fairseq_stack.encoder_shape import MOST_LAYERS
 from fairseq_stack.errors import InputError, input_errors
-from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.conv_extractor import normed_convolution
+from fairseq_stack.models.conv_geometry import frames_from_samples
+from fairseq_stack.models.shape import MOST_LAYERS
+from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
 from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
 from fairseq_stack.teachers.whisper import WhisperTeacher
 

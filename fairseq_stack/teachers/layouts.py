@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from fairseq_stack.checkpoint import configurations, load_checkpoint, student_from_checkpoint
-from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
+from fairseq_stack.checkpoints.read import configurations, load_checkpoint
+from fairseq_stack.checkpoints.stand_ins import plain
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.errors import InputError
-from fairseq_stack.stand_ins import plain
+from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 
 # fairseq's names of what is fine-tuned for recognition, and where such a model keeps its encoder.
 FINE_TUNED = ("wav2vec_ctc", "wav2vec_seq2seq", "hubert_ctc", "hubert_seq2seq")

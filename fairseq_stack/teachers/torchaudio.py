@@ -8,8 +8,8 @@ import re
 
 from transformers import HubertModel, WavLMModel
 
-from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
 from fairseq_stack.errors import InputError, input_errors
+from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 from fairseq_stack.teachers.base import load_weights
 from fairseq_stack.teachers.huggingface import HuggingFaceTeacher, build, todays_names
 

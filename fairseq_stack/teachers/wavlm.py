@@ -5,7 +5,7 @@ import re
 from transformers import WavLMModel
 
 from fairseq_stack.errors import input_errors
-from fairseq_stack.lengths import parse_conv_layers
+from fairseq_stack.models.conv_geometry import parse_conv_layers
 from fairseq_stack.teachers.base import load_weights
 from fairseq_stack.teachers.huggingface import HuggingFaceTeacher, build, todays_names
 

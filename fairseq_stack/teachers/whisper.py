@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import WhisperFeatureExtractor
 
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import frames_from_samples, parse_conv_layers
+from fairseq_stack.models.conv_geometry import frames_from_samples, parse_conv_layers
 from fairseq_stack.teachers.base import Teacher, exact_fp32
 
 WINDOW, HOP = 400, 160  # samples, of every Whisper

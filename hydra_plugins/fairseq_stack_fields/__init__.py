@@ -5,6 +5,7 @@ that does not exist ends in a traceback. Hydra imports the modules of `hydra_plu
 changes nothing but fairseq's training command, and nothing in that for another user_dir.
 """
 
+import functools
 import os
 import sys
 
@@ -12,25 +13,30 @@ import sys
 def _look_for_the_command():
     for name in ("fairseq_cli.hydra_train", "__main__"):  # the latter with python -m
         module = sys.modules.get(name)
-        if hasattr(module, "hydra_main") and hasattr(module, "add_defaults"):
-            module.add_defaults = _user_dir_first(module.add_defaults)
+        if hasattr(module, "hydra_main") and hasattr(module, "_hydra_main"):
+            module._hydra_main = _user_dir_first(module, module._hydra_main)
 
 
-def _user_dir_first(add_defaults):
+def _user_dir_first(module, train):
     from fairseq.utils import import_user_module
-    from fairseq_cli import train
 
-    def checked(cfg):
+    @functools.wraps(train)
+    def checked(cfg, **kwargs):
         user_dir = cfg.common.user_dir
         if os.path.basename(os.path.normpath(user_dir or "")) != "fairseq_stack":
-            return add_defaults(cfg)
+            return train(cfg, **kwargs)
         try:
             import_user_module(cfg.common)
         except FileNotFoundError:
             raise SystemExit(
                 f"error: common.user_dir={user_dir} does not exist in {os.getcwd()}; give the whole path of the folder"
             ) from None
-        train.add_defaults(cfg)  # which the package has replaced by then
+        from fairseq_cli import train as fairseq_train
+
+        from fairseq_stack.errors import one_line_errors
+
+        module.add_defaults = fairseq_train.add_defaults  # which the package has replaced by now
+        return one_line_errors(train)(cfg, **kwargs)
 
     return checked
 

@@ -12,7 +12,8 @@ from conftest import TINY, stock_hubert
 from training import ROOT, tiny, train
 
 from fairseq_stack.__main__ import main as fairseq_stack
-from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.export.fairseq import export_fairseq
 from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.s3prl import export_s3prl

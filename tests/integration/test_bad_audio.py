@@ -10,8 +10,8 @@ import torch
 from training import tiny, train
 
 from fairseq_stack.data.audio import read_audio
+from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifest
-from fairseq_stack.data.speech import SpeechDataset
 from fairseq_stack.doctor import speech as look_at_speech
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 

@@ -9,7 +9,8 @@ import pytest
 import transformers
 from training import ROOT
 
-from fairseq_stack.doctor import TESTED, Finding, foundation_model, speech as look_at_speech
+from fairseq_stack.doctor import TESTED, Finding, foundation_model
+from fairseq_stack.doctor import speech as look_at_speech
 
 
 def doctor(*arguments, before="pass"):

@@ -221,7 +221,7 @@ def test_a_grid_that_cannot_be_says_which_field(grid_file, old, new, says):
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "experiments").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_experiments_that_come_along_can_be_composed(file):
-    from fairseq_stack.store_targets import compose_recipe
+    from fairseq_stack.training.recipes import compose_recipe
 
     grid = read_grid(file)
     for fields in grid.students.values():

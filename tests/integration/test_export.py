@@ -26,7 +26,8 @@ from omegaconf import OmegaConf
 from training import composed
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
-from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.card import model_card
 from fairseq_stack.export.command import FORMATS
@@ -42,7 +43,7 @@ from fairseq_stack.export.verify import (
     read_speech,
     write_verified,
 )
-from fairseq_stack.lengths import parse_conv_layers
+from fairseq_stack.models.conv_geometry import parse_conv_layers
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 
 ROOT = Path(__file__).parents[2]

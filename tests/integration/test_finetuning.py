@@ -11,7 +11,8 @@ import torch
 from conftest import TINY, stock_hubert
 from training import ROOT, train
 
-from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.export.fairseq import export_fairseq
 
 pytest.importorskip("editdistance", reason="fairseq's CTC loss needs pip install editdistance")

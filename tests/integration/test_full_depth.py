@@ -8,11 +8,12 @@ import torch
 from fairseq_cli import train as fairseq_train
 from training import configuration, tiny, train
 
-from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.export.card import model_card
 from fairseq_stack.export.command import export
-from fairseq_stack.full_depth import validations
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
+from fairseq_stack.training.full_depth import validations
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ import torch
 from training import ROOT, composed, tiny
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-from fairseq_stack.checkpoint import load_checkpoint, student_from_checkpoint
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.data.audio import any_audio, read_audio
+from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import missing_files, read_manifest
-from fairseq_stack.data.speech import SpeechDataset
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.command import export
 from fairseq_stack.export.verify import ExportMismatch

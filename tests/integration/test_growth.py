@@ -7,7 +7,7 @@ import pytest
 import torch
 from training import tiny, train
 
-from fairseq_stack.analysis.growth_similarity import read_growths
+from fairseq_stack.growth.growth_similarity import read_growths
 from fairseq_stack.growth.surgery import paired_parameters
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 

@@ -5,7 +5,7 @@ import torch
 from growth_checks import check_every_growth
 from training import tiny, train
 
-from fairseq_stack import run_state
+from fairseq_stack.training.optimizers import AMPOptimizer, FP16Optimizer, MemoryEfficientFP16Optimizer
 
 PRECISIONS = {
     "fp32": {},
@@ -14,9 +14,9 @@ PRECISIONS = {
     "amp": {"common.amp": True, "common.amp_init_scale": 1024},
 }
 OPTIMIZERS = {
-    "bf16": run_state.FP16Optimizer,
-    "memory-efficient bf16": run_state.MemoryEfficientFP16Optimizer,
-    "amp": run_state.AMPOptimizer,
+    "bf16": FP16Optimizer,
+    "memory-efficient bf16": MemoryEfficientFP16Optimizer,
+    "amp": AMPOptimizer,
 }
 
 

@@ -6,8 +6,8 @@ from conftest import TINY, stock_hubert
 from training import tiny, train
 from transformers import Wav2Vec2FeatureExtractor
 
-from fairseq_stack.data.waveforms import normalize_waveforms
 from fairseq_stack.export.command import export
+from fairseq_stack.models.waveform_norm import normalize_waveforms
 
 
 def load(path):

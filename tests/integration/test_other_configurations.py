@@ -9,7 +9,7 @@ from test_resume import differences, whole_state
 from training import ROOT, tiny, train
 
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
-from fairseq_stack.teachers.described import weights_digest
+from fairseq_stack.teachers.lazy import weights_digest
 
 
 def load(path):

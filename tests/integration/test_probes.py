@@ -17,7 +17,8 @@ from conftest import LINKED, TINY, stock_hubert
 from training import tiny, train
 from transformers import HubertModel
 
-from fairseq_stack.checkpoint import student_from_checkpoint
+from fairseq_stack.analysis.intervals import mean_and_interval
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.data import prepare
 from fairseq_stack.data.manifest import write_lines, write_manifest
 from fairseq_stack.data.splits import SPLITS, choose_splits
@@ -25,7 +26,6 @@ from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation import heads
 from fairseq_stack.evaluation.cost import count_parameters, multiply_adds
 from fairseq_stack.evaluation.results import run, upstreams
-from fairseq_stack.evaluation.statistics import mean_and_interval
 from fairseq_stack.evaluation.tasks import (
     Fold,
     Recording,

@@ -18,7 +18,6 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
-from fairseq_stack.analysis.growth_similarity import GrowthSimilarity, write_growth
 from fairseq_stack.analysis.hidden_states import hidden_states_of
 from fairseq_stack.analysis.objective import kinds_of
 from fairseq_stack.analysis.plots import (
@@ -32,6 +31,7 @@ from fairseq_stack.analysis.probes import read_layer_weights
 from fairseq_stack.analysis.report import write_report
 from fairseq_stack.analysis.runs import read_run, read_runs
 from fairseq_stack.errors import InputError
+from fairseq_stack.growth.growth_similarity import GrowthSimilarity, write_growth
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,8 @@ import torch
 from training import tiny, train
 
 from fairseq_stack.analysis.scalars import read_scalars
-from fairseq_stack.progress import CLOCKS
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
+from fairseq_stack.training.progress import CLOCKS
 
 SPEED = ("wps", "ups", "wall", "train_wall", *CLOCKS)
 UPDATES = 10

@@ -11,8 +11,8 @@ from training import composed, configuration, tiny, train
 
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.models.stacked_hubert import StackedHubertConfig
-from fairseq_stack.start_checks import check_configuration
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation, SpeechDistillationConfig
+from fairseq_stack.training.start_checks import check_configuration
 
 
 @pytest.fixture(scope="module")

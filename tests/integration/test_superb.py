@@ -19,7 +19,7 @@ import torch
 import yaml
 from conftest import TINY, stock_hubert
 
-from fairseq_stack.checkpoint import student_from_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation.superb import best_runs, find_runs, scores
 from fairseq_stack.export.s3prl import export_s3prl

@@ -16,10 +16,11 @@ from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from omegaconf import DictConfig, OmegaConf
 
-import fairseq_stack.fairseq_guards  # noqa: F401
-from fairseq_stack.checkpoint import DamagedCheckpoint, configurations, load_checkpoint, student_from_checkpoint
+import fairseq_stack.training.guards  # noqa: F401
+from fairseq_stack.checkpoints.read import DamagedCheckpoint, configurations, load_checkpoint
+from fairseq_stack.checkpoints.stand_ins import plain
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.errors import InputError
-from fairseq_stack.stand_ins import plain
 
 
 class Runs:

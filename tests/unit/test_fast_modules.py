@@ -10,11 +10,11 @@ from fairseq.models.wav2vec.wav2vec2 import (
     Wav2Vec2Config,
 )
 
-from fairseq_stack.lengths import frames_from_samples
 from fairseq_stack.models.conv_extractor import ConvExtractor
+from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.models.dropout import dropout, kept
 from fairseq_stack.models.layer_stack import EncoderLayer, attention
-from fairseq_stack.models.positions import positions, smooth_size
+from fairseq_stack.models.pos_conv import positions, smooth_size
 
 SHAPES = [(16, 10, 5), (16, 3, 2), (24, 3, 2), (24, 2, 2)]
 CNNS = [("default", False), ("default", True), ("layer_norm", True), ("layer_norm", False)]

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq_stack.analysis.growth_similarity import (
+from fairseq_stack.errors import InputError
+from fairseq_stack.growth.growth_similarity import (
     FRAMES,
     GrowthSimilarity,
     read_growths,
     similarity_of,
     write_growth,
 )
-from fairseq_stack.analysis.similarity import layer_similarity
-from fairseq_stack.errors import InputError
+from fairseq_stack.growth.similarity import layer_similarity
 
 
 def test_padding_takes_no_part_and_neither_does_the_precision():

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, stock_hubert
 from fairseq.data import Dictionary
 
-from fairseq_stack.data.waveforms import normalize_waveforms
+from fairseq_stack.models.waveform_norm import normalize_waveforms
 from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
 
 SHAPES = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_stack.lengths import (
+from fairseq_stack.models.conv_geometry import (
     frames_from_samples,
     parse_conv_layers,
     receptive_field,

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from fairseq_stack.losses import (
+from fairseq_stack.criterions.losses import (
     FRAME_LOSSES,
     LOSSES,
     l1_cosine,
     mse,
     normalize_targets,
-    span_mask,
     temporal_gram,
     valid_frames,
 )
+from fairseq_stack.data.masking import span_mask
 
 FRAMES = [7, 4, 1]
 

@@ -1,12 +1,11 @@
 """Speed, shares and time left, by a clock that the test sets."""
 
 import pytest
-import torch
 from fairseq.logging import metrics
 from test_stacked_hubert import tiny_student
 
-from fairseq_stack import progress
-from fairseq_stack.progress import Pace, Progress, timed
+from fairseq_stack.training import progress
+from fairseq_stack.training.progress import Pace, Progress, timed
 
 
 @pytest.fixture

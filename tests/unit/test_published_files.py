@@ -27,13 +27,13 @@ from test_teachers import (
 from torch import nn
 from torchaudio.models.wav2vec2.components import LogitGenerator
 
-from fairseq_stack.checkpoint import student_from_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.fairseq import export_fairseq
 from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.s3prl import export_s3prl
 from fairseq_stack.teachers import load_teacher
-from fairseq_stack.teachers.described import described_teacher
+from fairseq_stack.teachers.lazy import described_teacher
 from fairseq_stack.teachers.torchaudio import BUCKET_DISTANCE, HEADS, STRIDES
 
 LENGTHS = [400, 721, 4321, 9000]

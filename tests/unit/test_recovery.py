@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from fairseq_stack.checkpoints.recovery import recover
 from fairseq_stack.errors import InputError
-from fairseq_stack.recovery import recover
 
 
 class Hostile:

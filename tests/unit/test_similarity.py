@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fairseq_stack.analysis.similarity import (
+from fairseq_stack.growth.similarity import (
     explained_variance,
     layer_similarity,
     linear_cka,

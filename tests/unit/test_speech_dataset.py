@@ -4,8 +4,8 @@ import numpy as np
 import soundfile
 import torch
 
+from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifest
-from fairseq_stack.data.speech import SpeechDataset
 
 
 def dataset(speech, seed=1, epoch=1, random_crop=True, max_samples=4000):

@@ -8,6 +8,7 @@ import transformers
 from conftest import LINKED, TINY, stock_hubert
 from omegaconf import OmegaConf
 
+from fairseq_stack.errors import InputError
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
@@ -103,7 +104,7 @@ def test_the_student_does_not_share_memory_with_the_teacher(teacher):
     ],
 )
 def test_a_start_that_does_not_fit_gets_one_line(teacher, fields, message):
-    with pytest.raises(SystemExit, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         student(teacher, **fields)
     assert "\n" not in str(error.value)
 
@@ -117,5 +118,5 @@ def test_a_teacher_of_another_kind_gets_one_line(tmp_path):
     transformers.WhisperModel(config).encoder.save_pretrained(tmp_path)
     transformers.WhisperFeatureExtractor().save_pretrained(tmp_path)
     for fields in ({"init_cnn_from_teacher": True}, {"init_layers_from_teacher": [1, 2, 3]}):
-        with pytest.raises(SystemExit, match="needs a teacher from a checkpoint of fairseq"):
+        with pytest.raises(InputError, match="needs a teacher from a checkpoint of fairseq"):
             student(load_teacher(tmp_path), **fields)

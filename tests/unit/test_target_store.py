@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import Manifest, Names
-from fairseq_stack.data.speech import SpeechDataset
-from fairseq_stack.data.target_formats import decode, encode
-from fairseq_stack.data.target_store import CNN, TargetStore, UnusableEntry, file_source, waveform_digest
 from fairseq_stack.errors import InputError
+from fairseq_stack.targets.formats import decode, encode
+from fairseq_stack.targets.store import CNN, TargetStore, UnusableEntry, file_source, waveform_digest
 
 CONV_LAYERS = [(8, 400, 320)]
 WIDTH = 16

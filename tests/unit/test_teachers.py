@@ -24,7 +24,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import exact_fp32
-from fairseq_stack.teachers.described import fingerprint
+from fairseq_stack.teachers.lazy import fingerprint
 from fairseq_stack.teachers.whisper import log_mel
 
 LENGTHS = [400, 401, 719, 720, 4321, 16_000]
@@ -536,7 +536,7 @@ def test_log_mel_is_that_of_transformers_feature_extractor(bands):
 
 
 def test_whisper_has_huberts_frames_and_never_fewer_of_its_own():
-    from fairseq_stack.lengths import frames_from_samples
+    from fairseq_stack.models.conv_geometry import frames_from_samples
     from fairseq_stack.teachers.whisper import FRAMES
 
     for samples in range(400, 4000):

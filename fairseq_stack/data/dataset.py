@@ -10,10 +10,10 @@ import torch
 from fairseq.data import FairseqDataset
 
 from fairseq_stack.data.audio import read_audio
-from fairseq_stack.data.target_store import CNN, UnusableEntry, file_source, waveform_digest
 from fairseq_stack.data.windows import count_windows, window_start
+from fairseq_stack.data.worker_signals import obey_parent_alone
 from fairseq_stack.errors import InputError
-from fairseq_stack.preemption import obey_parent_alone
+from fairseq_stack.targets.store import CNN, UnusableEntry, file_source, waveform_digest
 
 
 class SpeechDataset(FairseqDataset):

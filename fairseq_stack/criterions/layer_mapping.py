@@ -3,8 +3,8 @@
 The model builds its heads by this and the criterion its terms, both from the criterion's fields.
 """
 
+from fairseq_stack.criterions.losses import LOSSES
 from fairseq_stack.errors import InputError, check_choice, check_numbers, check_weight
-from fairseq_stack.losses import LOSSES
 
 STYLES = ("layer_to_layer", "prediction")
 

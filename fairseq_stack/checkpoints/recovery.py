@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from fairseq_stack.checkpoint import DamagedCheckpoint, check_whole, load_checkpoint
+from fairseq_stack.checkpoints.read import DamagedCheckpoint, check_whole, load_checkpoint
 from fairseq_stack.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fairseq_stack.data.target_formats import BYTES, PARTS
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import frames_from_samples
+from fairseq_stack.models.conv_geometry import frames_from_samples
+from fairseq_stack.targets.formats import BYTES, PARTS
 
 logger = logging.getLogger(__name__)
 

@@ -18,5 +18,7 @@ class CompleteHubertCtcConfig(HubertCtcConfig):
     autoregressive: bool = field(default=False, metadata={"help": "whether a decoder follows; with CTC none does"})
 
 
-MODEL_DATACLASS_REGISTRY["hubert_ctc"] = CompleteHubertCtcConfig
-torch.serialization.add_safe_globals([Dictionary])  # a list of strings and numbers
+def complete_hubert_ctc():
+    """Let fairseq build `hubert_ctc` and resume its runs."""
+    MODEL_DATACLASS_REGISTRY["hubert_ctc"] = CompleteHubertCtcConfig
+    torch.serialization.add_safe_globals([Dictionary])  # a list of strings and numbers

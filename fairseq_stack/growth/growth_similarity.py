@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fairseq_stack.analysis.similarity import layer_similarity
 from fairseq_stack.errors import InputError
+from fairseq_stack.growth.similarity import layer_similarity
 
 FRAMES = 2000  # of a batch; more would take the training seconds and tell little more
 NAME = re.compile(r"growth_at_(\d+)\.json")

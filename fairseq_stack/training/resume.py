@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import torch
 
-from fairseq_stack.checkpoint import SEATS, configurations, layers_text, plan_text, seats_in_use
-from fairseq_stack.data.waveforms import FAIRSEQ_EPSILON
+from fairseq_stack.checkpoints.read import configurations
+from fairseq_stack.checkpoints.student import SEATS, layers_text, plan_text, seats_in_use
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import parse_conv_layers
+from fairseq_stack.models.conv_geometry import parse_conv_layers
+from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from fairseq_stack.errors import InputError
-from fairseq_stack.lengths import frames_from_samples
+from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import Teacher
 

@@ -5,22 +5,24 @@ import copy
 import pytest
 import torch
 from conftest import LINKED, TINY
+from fairseq import optim
 from fairseq.dataclass.configs import EMAConfig, FairseqConfig
 from fairseq.optim.dynamic_loss_scaler import DynamicLossScaler
 from omegaconf import OmegaConf
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_stack import run_state
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
+from fairseq_stack.training import optimizers
+from fairseq_stack.training.moving_average import MovingAverage
 
 KINDS = {
-    "flat fp16": (run_state.FP16Optimizer, {"fp16": True}),
-    "fp16": (run_state.FP16Optimizer, {"fp16": True, "fp16_no_flatten_grads": True}),
-    "bf16": (run_state.FP16Optimizer, {"bf16": True}),
-    "memory-efficient fp16": (run_state.MemoryEfficientFP16Optimizer, {"fp16": True, "memory_efficient_fp16": True}),
+    "flat fp16": (optim.FP16Optimizer, {"fp16": True}),
+    "fp16": (optim.FP16Optimizer, {"fp16": True, "fp16_no_flatten_grads": True}),
+    "bf16": (optim.FP16Optimizer, {"bf16": True}),
+    "memory-efficient fp16": (optim.MemoryEfficientFP16Optimizer, {"fp16": True, "memory_efficient_fp16": True}),
 }
-AMP = (run_state.AMPOptimizer, {"amp": True, "amp_init_scale": 1024, "amp_scale_window": 3})
+AMP = (optim.AMPOptimizer, {"amp": True, "amp_init_scale": 1024, "amp_scale_window": 3})
 
 
 def make_layer(kind, seed):
@@ -34,7 +36,9 @@ def make_optimizer(kind, layer):
     cfg.optimizer = {"_name": "adam", "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-8, "weight_decay": 0.1, "lr": [0.1],
                      "use_old_adam": True, "fp16_adam_stats": False, "tpu": False}  # fmt: skip
     cfg.common = OmegaConf.merge(cfg.common, fields, {"fp16_scale_window": 3})
-    return optimizer_class.build_optimizer(cfg, list(layer.parameters()))
+    optimizer = optimizer_class.build_optimizer(cfg, list(layer.parameters()))
+    optimizers.save_whole_state(optimizer, cfg)
+    return optimizer
 
 
 def step(layer, optimizer, scale):
@@ -77,8 +81,8 @@ def test_the_counters_are_all_that_fairseqs_loss_scaler_changes_beside_its_scale
             scaler.update()
         except OverflowError:
             pass
-    assert {name for name, value in vars(scaler).items() if value != before[name]} <= {"loss_scale", *run_state._COUNTERS}
-    assert set(run_state._COUNTERS) <= before.keys()
+    assert {name for name, value in vars(scaler).items() if value != before[name]} <= {"loss_scale", *optimizers._COUNTERS}
+    assert set(optimizers._COUNTERS) <= before.keys()
 
 
 def test_masters_of_idle_layers_are_left_alone_until_they_wake():
@@ -100,7 +104,7 @@ def test_a_step_of_the_moving_average_is_fairseqs_but_reads_no_number(in_fp32):
     torch.manual_seed(0)
     model = StackedHubert(cfg, {4: 8, 12: 8}, teacher_depth=12)
     settings = OmegaConf.structured(EMAConfig(store_ema=True, ema_decay=0.9, ema_fp32=in_fp32))
-    average = run_state.MovingAverage(model, settings)
+    average = MovingAverage(model, settings)
     expected = {name: value.double() for name, value in average.model.named_parameters()}
     for update in (1, 2):
         for parameter in model.parameters():

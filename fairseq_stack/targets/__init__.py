@@ -1,0 +1,1 @@
+"""The teacher's targets, stored once and read again."""

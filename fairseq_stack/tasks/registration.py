@@ -1,0 +1,19 @@
+"""What fairseq finds with `--user-dir fairseq_stack`: registers the task, the model and the criterion.
+
+Only this module registers anything, and only guards.py, which it imports, replaces functions of fairseq.
+"""
+
+from fairseq.criterions import register_criterion
+from fairseq.models import register_model
+from fairseq.tasks import register_task
+
+from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
+from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
+from fairseq_stack.tasks.speech_distillation import SpeechDistillation, SpeechDistillationConfig
+from fairseq_stack.training import guards
+from fairseq_stack.training.finetuning import complete_hubert_ctc
+
+register_task(guards.TASK, dataclass=SpeechDistillationConfig)(SpeechDistillation)
+register_model("stacked_hubert", dataclass=StackedHubertConfig)(StackedHubert)
+register_criterion("layer_distillation", dataclass=LayerDistillationConfig)(LayerDistillation)
+complete_hubert_ctc()

@@ -1,0 +1,287 @@
+"""The one place that replaces functions of fairseq, for runs of this package's own task alone.
+
+fairseq has no hook for any of this. Each guard calls fairseq's function and adds to it, and
+tests/integration/test_guards.py fails where fairseq no longer calls it. What a subclass can do stands in trainer.py.
+
+- The one-line message of bad input is made where the program ends, in every process of a job.
+- A training starts as in a new process (process_state.py), after its configuration has been checked (start_checks.py).
+- A field of the wrong type or name gets one line.
+- A checkpoint is copied to a temporary name and renamed; fairseq copies in place, and a kill leaves half of one.
+- Before a run resumes, recovery.py makes checkpoint_last.pt the newest whole checkpoint.
+- A file is unpickled only after checkpoints/read.py has found that nothing in it can run. (torch refuses
+  the rest since 2.6, with a traceback.)
+- What is loaded fits this configuration, or ends in one line that says what does not.
+- A run does not resume in the middle of an epoch of other batches (resume_state.py).
+- A run that has done its updates and is started again does none; fairseq does one more.
+- A run that cannot, or did not, reach full depth says so (full_depth.py).
+- A job that is told to end (preemption.py) saves a checkpoint first.
+- Validation subsets that nothing names are answered in one line.
+- The wait for the batches of an update is measured (progress.py).
+- Data workers end with their epoch in fairseq 0.12.2, as the task asks of later ones. fairseq lets
+  them wait for a next epoch, which gets workers of its own, and leaves them to Python's garbage collector: it takes their
+  queues apart before they have received that it is over, and the training stands still for 5 s for each.
+"""
+
+import difflib
+import functools
+import inspect
+import logging
+import os
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import data_utils, iterators
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
+from fairseq.logging import metrics
+from fairseq.tasks import TASK_REGISTRY
+from fairseq.trainer import Trainer
+from fairseq_cli import train as fairseq_train
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.checkpoints.recovery import LAST, UNFINISHED, recover
+from fairseq_stack.errors import InputError, input_errors, one_line_errors
+from fairseq_stack.training import preemption, progress
+from fairseq_stack.training.full_depth import check_depth
+from fairseq_stack.training.process_state import reset_process_state
+from fairseq_stack.training.resume_state import epoch_layout, layout_change, next_epoch
+from fairseq_stack.training.start_checks import check_configuration, check_names
+from fairseq_stack.training.trainer import StudentTrainer
+
+logger = logging.getLogger(__name__)
+
+TASK = "speech_distillation"
+
+
+def _guard(owner, name, always=False):
+    """Replace `owner.name` by the decorated function, which gets fairseq's as its first argument.
+
+    It is called in runs of this package's task, or always.
+    """
+
+    def decorate(function):
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def guarded(*args, **kwargs):
+            ours = always or fairseq_train.Trainer is StudentTrainer
+            return function(original, *args, **kwargs) if ours else original(*args, **kwargs)
+
+        setattr(owner, name, staticmethod(guarded) if owner is PathManager else guarded)
+        return function
+
+    return decorate
+
+
+@_guard(distributed_utils, "call_main", always=True)
+def _end_in_one_line(call_main, cfg, main, **kwargs):
+    """How both of fairseq's command lines start their work, in this process or in one for each GPU."""
+    if main is not fairseq_train.main:
+        return call_main(cfg, main, **kwargs)
+    try:
+        return call_main(cfg, one_line_training, **kwargs)
+    except torch.multiprocessing.ProcessExitedException as error:  # which has said why
+        raise SystemExit(error.exit_code) from None
+
+
+@one_line_errors
+def one_line_training(cfg, **kwargs):
+    """fairseq's training, in which an InputError or TrainingStopped ends the process with its one line."""
+    return fairseq_train.main(cfg, **kwargs)
+
+
+@_guard(fairseq_train, "add_defaults", always=True)
+def _start_clean_and_checked(add_defaults, cfg):
+    """fairseq's first step in every training, right after it has imported the user_dir."""
+    name = getattr(cfg.task, "_name", None)
+    ours = name == TASK or name not in TASK_REGISTRY  # which check_names answers
+    fairseq_train.Trainer = StudentTrainer if ours else Trainer
+    if not ours:
+        return add_defaults(cfg)
+    reset_process_state()
+    check_names(cfg)
+    add_defaults(cfg)
+    check_configuration(cfg)
+
+
+@_guard(PathManager, "copy")
+def _copy_as_a_whole(copy, src_path, dst_path, overwrite=False):
+    if not PathManager.supports_rename(dst_path):
+        return copy(src_path, dst_path, overwrite=overwrite)
+    copied = copy(src_path, dst_path + UNFINISHED, overwrite=True)
+    PathManager.rename(dst_path + UNFINISHED, dst_path)
+    return copied
+
+
+@_guard(iterators.EpochBatchIterator, "state_dict")
+def _remember_the_batches(state_dict, iterator):
+    state = state_dict(iterator)
+    return {**state, "layout": epoch_layout(iterator)} if state["iterations_in_epoch"] else state
+
+
+@_guard(iterators.EpochBatchIterator, "load_state_dict")
+def _leave_an_epoch_of_other_batches(load, iterator, state):
+    if state.get("iterations_in_epoch") and state.get("layout") not in (None, epoch_layout(iterator)):
+        state = next_epoch(state)
+    try:
+        load(iterator, state)
+    except RuntimeError:  # an older checkpoint has no layout, and its place lies behind the epoch's last batch
+        load(iterator, next_epoch(state))
+
+
+@_guard(checkpoint_utils, "load_checkpoint")
+def _start_the_next_epoch(load, cfg, trainer, **kwargs):
+    state, epochs = load(cfg, trainer, **kwargs)
+    if state is not None and epochs.epoch > state["train_iterator"]["epoch"]:
+        left = state["train_iterator"]
+        change = layout_change(left.get("layout"), epoch_layout(epochs))
+        logger.info(f"resume | epoch {left['epoch']} {change}, so training goes on at the start of epoch {epochs.epoch}")
+        epochs = trainer.get_train_iterator(epochs.epoch, load_dataset=False, **kwargs)
+        metrics.reset_meters("train")
+    return state, epochs
+
+
+@_guard(checkpoint_utils, "load_checkpoint")
+def _resume_from_the_newest(load, cfg, trainer, **kwargs):
+    preemption.listen()
+    if cfg.restore_file == LAST and not trainer.checkpoint_suffix:
+        if trainer.data_parallel_rank == 0:
+            recover(cfg.save_dir)
+        if trainer.data_parallel_world_size > 1:
+            torch.distributed.barrier()  # every process looks for the file
+    if not trainer.checkpoint_suffix:
+        _check_where_from(cfg)
+    state, epoch_itr = load(cfg, trainer, **kwargs)
+    optimization = trainer.cfg.optimization
+    if optimization.skip_remainder_batch and len(epoch_itr) < max(optimization.update_freq):
+        raise InputError(
+            f"optimization.skip_remainder_batch=true leaves out all {len(epoch_itr)} batches of an epoch with"
+            f" optimization.update_freq={optimization.update_freq}; set it to false, or lower optimization.update_freq"
+        )
+    if cfg.no_save_optimizer_state:
+        logger.warning("checkpoint.no_save_optimizer_state=true: once this run is stopped, it cannot resume")
+    check_depth(trainer.cfg, trainer.get_model(), len(epoch_itr))
+    if 0 < trainer.cfg.optimization.max_epoch < epoch_itr.next_epoch_idx:
+        trainer.say_depth(epoch_itr.next_epoch_idx)
+    return state, epoch_itr
+
+
+def _check_where_from(cfg):
+    """Refuse a file that is not there, for which fairseq trains from the beginning, and fields that contradict it."""
+    others = [f"checkpoint.{name}=true" for name in cfg if name.startswith("reset_") and cfg[name]]
+    if cfg.restore_file != LAST:
+        others.append(f"checkpoint.restore_file={cfg.restore_file}")
+    if cfg.finetune_from_model and others:
+        raise InputError(
+            f"checkpoint.finetune_from_model={cfg.finetune_from_model} takes the weights alone of that file and"
+            f" excludes {', '.join(others)}; set one of the two"
+        )
+    last = os.path.join(cfg.save_dir, LAST)
+    leaves_last = cfg.restore_file != LAST and os.path.isfile(last)
+    if leaves_last and os.path.realpath(last) != os.path.realpath(cfg.restore_file):
+        logger.warning(
+            f"every start loads checkpoint.restore_file={cfg.restore_file}, and this one leaves {last} aside; leave the"
+            " field out to resume from there"
+        )
+    names = ["restore_file"]
+    if cfg.restore_file == LAST:  # without which a run starts from others
+        names = [] if PathManager.exists(last) else ["continue_once", "finetune_from_model"]
+    for name in names:
+        if cfg.get(name) and not PathManager.isfile(cfg[name]):
+            raise InputError(f"checkpoint.{name}={cfg[name]} is no file; give the path of a checkpoint")
+
+
+@_guard(fairseq_train, "train")
+def _leave_a_finished_run_alone(train, cfg, trainer, task, epoch_itr):
+    finished = 0 < cfg.optimization.max_update <= trainer.get_num_updates()
+    losses, should_stop = ([None], True) if finished else train(cfg, trainer, task, epoch_itr)
+    next_epoch = epoch_itr.next_epoch_idx
+    if should_stop or 0 < cfg.optimization.max_epoch < next_epoch:
+        trainer.say_depth(next_epoch)
+    return losses, should_stop
+
+
+@_guard(fairseq_train, "validate_and_save")
+def _save_when_told_to_end(validate_and_save, cfg, trainer, task, epoch_itr, *args):
+    losses, should_stop = validate_and_save(cfg, trainer, task, epoch_itr, *args)
+    if getattr(task, "told_to_end", False) and not should_stop:
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        if trainer.is_data_parallel_master:
+            logger.warning(
+                f"SIGTERM ends the run at update {trainer.get_num_updates()}; the same command resumes it from its last"
+                " checkpoint"
+            )
+        preemption.obey()
+    return losses, should_stop
+
+
+@_guard(dataclass_utils, "merge_with_parent")
+def _name_the_field(merge, dc, cfg, *args, **kwargs):
+    try:
+        return merge(dc, cfg, *args, **kwargs)
+    except OmegaConfBaseException as error:
+        group, field = cfg._key(), error.full_key or error.key
+        name = "" if group is None else f"{group}."
+        if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+            known = [each for each in dc.__dataclass_fields__ if not each.startswith("_")]
+            alike = difflib.get_close_matches(str(field), known, n=3) or known
+            raise InputError(
+                f"{name}{field} is no field of {name}_name={cfg.get('_name')}; take it out (~{name}{field} on the"
+                f" command line) or choose from {', '.join(alike)}"
+            ) from None
+        reason = str(error.msg or error).splitlines()[0]
+        raise InputError(f"{name}{field}: {reason}; correct the configuration") from None
+
+
+@_guard(checkpoint_utils, "verify_checkpoint_directory")
+def _name_the_folder(verify, save_dir):
+    with input_errors(f"checkpoint.save_dir={save_dir} cannot be written to; choose another folder"):
+        verify(save_dir)
+
+
+@_guard(data_utils, "raise_if_valid_subsets_unintentionally_ignored")
+def _name_the_ignored_subsets(check, cfg):
+    try:
+        check(cfg)
+    except ValueError as error:
+        raise InputError(
+            f"task.data={cfg.task.data}: {str(error).split('. ')[0]}; name them in dataset.valid_subset, or set"
+            " dataset.combine_valid_subsets=true or dataset.ignore_unused_valid_subsets=true"
+        ) from None
+
+
+@_guard(iterators, "_chunk_iterator")
+def _time_the_wait(groups, *args):
+    return progress.timed(groups(*args))
+
+
+@_guard(checkpoint_utils, "load_checkpoint_to_cpu")
+def _load_what_is_safe_and_fits(load, path, *args, **kwargs):
+    local_path = PathManager.get_local_path(path)
+    if os.path.isfile(local_path):
+        load_checkpoint(local_path, header_only=True, harmless_only=True)
+    state, trainer = load(path, *args, **kwargs), StudentTrainer.loading
+    return state if trainer is None else trainer.fitted(path, local_path, state)
+
+
+@_guard(checkpoint_utils, "load_ema_from_checkpoint")
+def _unpickle_only_what_is_safe(load, path, *args, **kwargs):
+    if os.path.isfile(path):
+        load_checkpoint(path, header_only=True, harmless_only=True)
+    return load(path, *args, **kwargs)
+
+
+if "persistent_workers" not in inspect.signature(iterators.EpochBatchIterator).parameters:
+
+    @_guard(iterators.EpochBatchIterator, "_get_iterator_for_epoch")
+    def _end_workers_with_their_epoch(get_iterator, *args, **kwargs):
+        loader = torch.utils.data.DataLoader
+        torch.utils.data.DataLoader = lambda *given, **options: loader(
+            *given, **{**options, "persistent_workers": False}
+        )
+        try:
+            return get_iterator(*args, **kwargs)
+        finally:
+            torch.utils.data.DataLoader = loader

@@ -1,0 +1,41 @@
+"""Recipes, composed as the training's command composes them."""
+
+import os
+
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from omegaconf import OmegaConf
+
+import fairseq_stack
+from fairseq_stack.errors import InputError
+
+
+def compose_recipe(config_dir, config_name, overrides):
+    """A recipe as `fairseq-hydra-train` composes it, with all interpolations resolved.
+
+    Raises:
+        InputError: hydra cannot compose it.
+    """
+    try:
+        from hydra import compose, initialize_config_dir
+    except ImportError:  # hydra 1.0, beside fairseq 0.12.2
+        from hydra.experimental import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    fairseq_stack.register()  # the fields of task, model and criterion
+    hydra_init(config_name)
+    try:
+        with initialize_config_dir(config_dir=os.path.abspath(config_dir)):
+            cfg = compose(config_name=config_name, overrides=list(overrides))
+    except HydraException as error:
+        first, *others = str(error).splitlines()
+        advice = next((f" {line}" for line in others if line.startswith("To append")), "")
+        raise InputError(f"{config_dir}/{config_name}: {first}{advice}") from None
+    add_defaults(cfg)
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+
+
+def subsets(loading):
+    """The names by which a training asks for its datasets, from a recipe's `dataset`."""
+    if loading.disable_validation:
+        return [loading.train_subset]
+    return list(dict.fromkeys([loading.train_subset, *loading.valid_subset.split(",")]))

@@ -1,0 +1,193 @@
+"""fairseq's Trainer for a student that grows: it saves and restores the whole state of a run, or says why it cannot."""
+
+import logging
+import os
+
+import torch
+from fairseq.logging import metrics
+from fairseq.registry import REGISTRIES
+from fairseq.trainer import Trainer
+from fairseq_cli import train as fairseq_train
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.data.dataset import SpeechDataset
+from fairseq_stack.errors import InputError, input_errors
+from fairseq_stack.training.full_depth import depth_at_end
+from fairseq_stack.training.moving_average import MovingAverage
+from fairseq_stack.training.nonfinite import gradient_stop, loss_scale_stop
+from fairseq_stack.training.optimizers import save_whole_state
+from fairseq_stack.training.resume import fit, saved_configuration
+from fairseq_stack.training.resume_state import check_optimizer, plain_configuration
+
+logger = logging.getLogger(__name__)
+
+
+class StudentTrainer(Trainer):
+    """Trains a StackedHubert.
+
+    - The optimizer and the moving average save all that a resumed run needs (optimizers.py, moving_average.py).
+    - A checkpoint that does not fit the configuration ends the run with one line (resume.py, resume_state.py).
+    - A gradient that is not finite ends the run with one line. fairseq would save the state as crash.pt, compute the
+      update again in search of the place, and show a traceback.
+    - Validation on a subset that is trained on too reads it as validation does. fairseq keeps one dataset for a name,
+      and would set its epoch back in the middle of the training's.
+    - A run that ends before full depth says so.
+    """
+
+    loading = None  # the trainer that is loading a checkpoint, for guards.py
+    depth_is_said = False
+
+    def _build_optimizer(self):
+        fields = ", ".join(_chosen(self.cfg[group], group) for group in ("optimizer", "lr_scheduler"))
+        with input_errors(f"fairseq cannot build the optimizer and the learning rate schedule from {fields}"):
+            try:
+                super()._build_optimizer()
+            except ConfigAttributeError as error:  # of an optimizer or a schedule whose fields fairseq does not declare
+                declared = REGISTRIES["optimizer"]["dataclass_registry"]
+                group = "lr_scheduler" if self.cfg.optimizer._name in declared else "optimizer"
+                raise InputError(f"{group}.{error.key} is missing; add +{group}.{error.key}=VALUE") from None
+            betas = self.optimizer.optimizer.param_groups[0].get("betas", ())
+            if not all(0 <= beta < 1 for beta in betas):
+                raise InputError(f"optimizer.adam_betas={tuple(betas)} must be from 0 to below 1")
+        save_whole_state(self.optimizer, self.cfg)
+
+    def _build_ema(self):
+        if self.cfg.ema.store_ema:
+            self._ema = MovingAverage(self._model, self.cfg.ema, self.device)
+            logger.info("Exponential Moving Average Shadow Model is initialized.")
+
+    # Checkpoints
+
+    def state_dict(self):
+        state = super().state_dict()
+        # What fairseq counts for checkpoint.patience, in the attributes of a function.
+        counted = vars(fairseq_train.should_stop_early)
+        state["extra_state"]["patience"] = {name: counted[name] for name in ("best", "num_runs") if name in counted}
+        return {**state, "cfg": plain_configuration(state["cfg"])}
+
+    def load_checkpoint(
+        self,
+        filename,
+        reset_optimizer=False,
+        reset_lr_scheduler=False,
+        optimizer_overrides=None,
+        reset_meters=False,
+    ):
+        """Load what fits this configuration.
+
+        A run that stopped at the end of an epoch is restored too. There, fairseq saves before the learning rate
+        schedule receives the validation loss, and a resumed run forgets the means since the last log entry along with
+        those of the epoch.
+
+        Raises:
+            InputError: the checkpoint is that of another network, training or optimizer.
+        """
+        # Otherwise rank 0 sends what it has loaded as a pickle that torch's safe loading refuses on the others.
+        self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
+        if os.path.isfile(filename):
+            saved = load_checkpoint(filename, header_only=True).get("cfg")
+            check_optimizer(saved, self.cfg, filename, reset_optimizer, reset_lr_scheduler)
+        self._starts, self._reset_optimizer = [], reset_optimizer
+        StudentTrainer.loading = self
+        try:
+            state = super().load_checkpoint(
+                filename, reset_optimizer, reset_lr_scheduler, optimizer_overrides, reset_meters
+            )
+        except InputError:
+            raise
+        except (AssertionError, KeyError, ValueError) as error:
+            raise InputError(
+                f"the state in {filename} does not fit this configuration ({type(error).__name__} {error}); take that"
+                " which it was saved with, or for this start checkpoint.reset_optimizer=true"
+            ) from None
+        finally:
+            StudentTrainer.loading = None
+        # A new run may save beside the checkpoints of the one before, which have more updates: recovery counts starts.
+        self._optim_history = self._starts or self._optim_history
+        if state is None or reset_meters:
+            return state
+        if not reset_optimizer:  # as fairseq does with the best loss
+            vars(fairseq_train.should_stop_early).update(state.get("patience", {}))
+        if state["train_iterator"]["iterations_in_epoch"] == 0:
+            self.lr_step(state["train_iterator"]["epoch"] - 1, state["val_loss"])
+            metrics.load_state_dict({"train_inner": state["metrics"]["train_inner"]})
+        return state
+
+    def fitted(self, path, local_path, state):
+        """The content of a checkpoint that is being loaded, made to fit this run (resume.fit).
+
+        Args:
+            path: as the configuration gives it.
+            local_path: of a copy on this machine.
+            state: what fairseq has read.
+
+        Raises:
+            InputError: it does not fit.
+        """
+        cfg = plain_configuration(self.cfg)
+        ways = ("restore_file", "finetune_from_model", "continue_once")
+        field = "checkpoint." + next((name for name in ways if cfg["checkpoint"].get(name) == path), "save_dir")
+        saved = saved_configuration(load_checkpoint(local_path, header_only=True), path, field)
+        stateless = state.get("last_optimizer_state") is None
+        if stateless and not self._reset_optimizer and field == "checkpoint.save_dir":
+            raise InputError(
+                f"{path} was saved without the state of its optimizer (checkpoint.no_save_optimizer_state=true), so no"
+                f" run can resume from it; checkpoint.finetune_from_model={path} with a new checkpoint.save_dir starts a"
+                " new run from its weights"
+            )
+        new_run = self._reset_optimizer or stateless
+        if new_run and field != "checkpoint.finetune_from_model":
+            self._starts = list(state["optimizer_history"])
+        fit(state, path, field, saved, cfg, self.get_model(), self.task.state_dict().get("teacher"), new_run)
+        return state
+
+    # Training
+
+    def clip_grad_norm(self, clip_norm):
+        where = (self.task.utterances, self.get_num_updates(), self.get_model().stage_number)
+        try:
+            norm = super().clip_grad_norm(clip_norm)
+        except FloatingPointError as error:  # fp16's loss scale has reached its minimum
+            raise loss_scale_stop(error, *where) from None
+        # AMP's loss scale takes care of an overflow by itself; FP16Optimizer raises OverflowError for it.
+        if not self.cfg.common.amp and not bool(torch.isfinite(norm)):
+            raise gradient_stop(norm, *where)
+        return norm
+
+    def get_valid_iterator(self, subset, *args):
+        datasets = self.task.datasets
+        dataset = datasets.get(subset)
+        if not isinstance(dataset, SpeechDataset):  # which fairseq answers
+            return super().get_valid_iterator(subset, *args)
+        datasets[subset] = dataset.for_validation()
+        try:
+            return super().get_valid_iterator(subset, *args)
+        finally:
+            datasets[subset] = dataset
+
+    def lr_step(self, epoch, val_loss=None):
+        lr = super().lr_step(epoch, val_loss)
+        if lr <= self.cfg.optimization.stop_min_lr:
+            self.say_depth(next_epoch=1)
+        return lr
+
+    def say_depth(self, next_epoch):
+        """Log, once, the depth of a run that ends before full depth."""
+        line = depth_at_end(self.cfg, self, next_epoch)
+        if line and self.is_data_parallel_master and not self.depth_is_said:
+            self.depth_is_said = True
+            logger.warning(line)
+
+
+def _chosen(section, group):
+    """The fields of a section of the configuration that have no default value, as text."""
+    if not isinstance(section, DictConfig):  # of the older command line
+        return f"{group}._name={section._name}"
+    values = OmegaConf.to_container(section)
+    registered = REGISTRIES[group]["dataclass_registry"].get(values["_name"])
+    known = registered.__dataclass_fields__ if registered else {}
+    return ", ".join(
+        f"{group}.{name}={value}" for name, value in values.items() if name not in known or known[name].default != value
+    )
