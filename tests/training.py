@@ -37,10 +37,8 @@ def _quoted(value):
 
 def train(config, overrides, folder="interleaved"):
     """Compose a recipe and train it in this process, as fairseq-hydra-train does; returns fairseq's trainer."""
-    from fairseq.distributed import utils as distributed_utils
     from fairseq.logging import progress_bar
     from fairseq.trainer import Trainer
-    from fairseq_cli import train as fairseq_train
 
     trainers, start = [], Trainer.__init__
 
@@ -51,10 +49,18 @@ def train(config, overrides, folder="interleaved"):
     cfg = configuration(config, overrides, folder)
     try:
         with mock.patch.object(Trainer, "__init__", remembered):
-            distributed_utils.call_main(cfg, fairseq_train.main)
+            run_training(cfg)
     finally:
         progress_bar._close_writers()  # as at the end of a process
     return trainers[0]
+
+
+def run_training(cfg):
+    """Train as fairseq's command lines do, once they have a configuration."""
+    from fairseq.distributed import utils as distributed_utils
+    from fairseq_cli import train as fairseq_train
+
+    distributed_utils.call_main(cfg, fairseq_train.main)
 
 
 def configuration(config, overrides, folder="interleaved"):

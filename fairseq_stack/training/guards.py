@@ -9,7 +9,7 @@ tests/integration/test_guards.py fails where fairseq no longer calls it. What a 
 - A checkpoint is copied to a temporary name and renamed; fairseq copies in place, and a kill leaves half of one.
 - Before a run resumes, recovery.py makes checkpoint_last.pt the newest whole checkpoint.
 - A file is unpickled only after checkpoints/read.py has found that nothing in it can run. (torch refuses
-  the rest since 2.6, with a traceback.)
+  the rest since 2.6, with a traceback.) This one holds for every task: whoever fine-tunes a student loads a file too.
 - What is loaded fits this configuration, or ends in one line that says what does not.
 - A run does not resume in the middle of an epoch of other batches (resume_state.py).
 - A run that has done its updates and is started again does none; fairseq does one more.
@@ -257,7 +257,7 @@ def _time_the_wait(groups, *args):
     return progress.timed(groups(*args))
 
 
-@_guard(checkpoint_utils, "load_checkpoint_to_cpu")
+@_guard(checkpoint_utils, "load_checkpoint_to_cpu", always=True)
 def _load_what_is_safe_and_fits(load, path, *args, **kwargs):
     local_path = PathManager.get_local_path(path)
     if os.path.isfile(local_path):
@@ -266,7 +266,7 @@ def _load_what_is_safe_and_fits(load, path, *args, **kwargs):
     return state if trainer is None else trainer.fitted(path, local_path, state)
 
 
-@_guard(checkpoint_utils, "load_ema_from_checkpoint")
+@_guard(checkpoint_utils, "load_ema_from_checkpoint", always=True)
 def _unpickle_only_what_is_safe(load, path, *args, **kwargs):
     if os.path.isfile(path):
         load_checkpoint(path, header_only=True, harmless_only=True)

@@ -17,6 +17,7 @@ import torch
 from training import ROOT, composed, tiny
 from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
+import fairseq_stack
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.data.audio import any_audio, read_audio
@@ -184,10 +185,7 @@ def recipe(speech, teacher_file, tmp_path_factory):
     """A recipe as hydra composes it, its interpolations open."""
     from fairseq.dataclass.initialize import hydra_init
 
-    import fairseq_stack.criterions
-    import fairseq_stack.models
-    import fairseq_stack.tasks  # noqa: F401
-
+    fairseq_stack.register()
     hydra_init("librispeech_base")
     overrides = tiny(speech, teacher_file, tmp_path_factory.mktemp("run"))
     return composed("librispeech_base", [*overrides, f"common.user_dir={ROOT}/fairseq_stack"])

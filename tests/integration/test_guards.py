@@ -9,8 +9,7 @@ import torch
 from fairseq import options
 from fairseq.data import iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq_cli import train as fairseq_train
-from training import ROOT, tiny, train
+from training import ROOT, run_training, tiny, train
 
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
@@ -195,7 +194,7 @@ def test_the_older_command_line_resumes_with_an_optimizer_whose_fields_fairseq_d
                      "--lr", 0.0005, "--save-dir", tmp_path, "--optimizer", optimizer, "--max-update", updates]  # fmt: skip
         parser = options.get_training_parser()
         args = options.parse_args_and_arch(parser, input_args=[str(speech), *map(str, arguments)])
-        fairseq_train.main(convert_namespace_to_omegaconf(args))
+        run_training(convert_namespace_to_omegaconf(args))
 
     start("sgd", 2)
     start("sgd", 4)

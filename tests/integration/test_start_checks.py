@@ -5,9 +5,8 @@ import re
 import pytest
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.registry import REGISTRIES
-from fairseq_cli import train as fairseq_train
 from omegaconf import OmegaConf, open_dict
-from training import composed, configuration, tiny, train
+from training import composed, configuration, run_training, tiny, train
 
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.models.stacked_hubert import StackedHubertConfig
@@ -33,7 +32,7 @@ def line(recipe, monkeypatch):
             with open_dict(cfg):
                 cfg[group][name] = value
         with pytest.raises(SystemExit) as ended:
-            fairseq_train.main(cfg)
+            run_training(cfg)
         assert "\n" not in ended.value.code
         return ended.value.code
 
