@@ -8,6 +8,9 @@ from unittest import mock
 
 from conftest import TINY
 
+import fairseq_stack
+from fairseq_stack.errors import one_line_errors
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
@@ -46,34 +49,36 @@ def train(config, overrides, folder="interleaved"):
         start(self, *args, **kwargs)
         trainers.append(self)
 
-    cfg = configuration(config, overrides, folder)
     try:
         with mock.patch.object(Trainer, "__init__", remembered):
-            run_training(cfg)
+            one_line_errors(lambda: run_training(configuration(config, overrides, folder)))()
     finally:
         progress_bar._close_writers()  # as at the end of a process
     return trainers[0]
 
 
 def run_training(cfg):
-    """Train as fairseq's command lines do, once they have a configuration."""
+    """Train as fairseq-hydra-train does, once it has a configuration."""
     from fairseq.distributed import utils as distributed_utils
     from fairseq_cli import train as fairseq_train
 
-    distributed_utils.call_main(cfg, fairseq_train.main)
+    def start():
+        fairseq_train.add_defaults(cfg)
+        distributed_utils.call_main(cfg, fairseq_train.main)
+
+    one_line_errors(start)()
 
 
 def configuration(config, overrides, folder="interleaved"):
     """The configuration of a training, as fairseq-hydra-train makes it of a recipe."""
-    from fairseq.dataclass.initialize import add_defaults, hydra_init
+    from fairseq.dataclass.initialize import hydra_init
+    from fairseq_cli import train as fairseq_train
     from omegaconf import OmegaConf
-
-    import fairseq_stack
 
     fairseq_stack.register()
     hydra_init(config)
     cfg = composed(config, [*overrides, f"common.user_dir={ROOT}/fairseq_stack"], folder)
-    add_defaults(cfg)
+    fairseq_train.add_defaults(cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     OmegaConf.set_struct(cfg, True)
     return cfg

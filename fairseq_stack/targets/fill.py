@@ -11,6 +11,7 @@ from fairseq.data import data_utils
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import fairseq_stack
 from fairseq_stack.errors import InputError
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
@@ -45,6 +46,7 @@ def set_up(cfg, splits):
     Raises:
         InputError: as the training would.
     """
+    fairseq_stack.register()  # in a process of its own, too
     task = SpeechDistillation.setup_task(cfg.task)
     task.build_model(cfg.model)
     task.build_criterion(cfg.criterion)

@@ -98,9 +98,9 @@ def _start_clean_and_checked(add_defaults, cfg):
     name = getattr(cfg.task, "_name", None)
     ours = name == TASK or name not in TASK_REGISTRY  # which check_names answers
     fairseq_train.Trainer = StudentTrainer if ours else Trainer
+    reset_process_state()  # for another task too: what is there may be of a run of ours
     if not ours:
         return add_defaults(cfg)
-    reset_process_state()
     check_names(cfg)
     add_defaults(cfg)
     check_configuration(cfg)
@@ -262,8 +262,11 @@ def _load_what_is_safe_and_fits(load, path, *args, **kwargs):
     local_path = PathManager.get_local_path(path)
     if os.path.isfile(local_path):
         load_checkpoint(local_path, header_only=True, harmless_only=True)
-    state, trainer = load(path, *args, **kwargs), StudentTrainer.loading
-    return state if trainer is None else trainer.fitted(path, local_path, state)
+    trainer = StudentTrainer.loading
+    if trainer is None:
+        return load(path, *args, **kwargs)
+    saved = trainer.saved_configuration(path, local_path)
+    return trainer.fitted(path, saved, load(path, *args, **kwargs))
 
 
 @_guard(checkpoint_utils, "load_ema_from_checkpoint", always=True)

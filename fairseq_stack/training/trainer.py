@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import torch
 from fairseq.logging import metrics
@@ -13,7 +14,7 @@ from omegaconf.errors import ConfigAttributeError
 
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.data.dataset import SpeechDataset
-from fairseq_stack.errors import InputError, input_errors
+from fairseq_stack.errors import InputError, TrainingStopped, input_errors
 from fairseq_stack.training.full_depth import depth_at_end
 from fairseq_stack.training.moving_average import MovingAverage
 from fairseq_stack.training.nonfinite import gradient_stop, loss_scale_stop
@@ -59,6 +60,12 @@ class StudentTrainer(Trainer):
             logger.info("Exponential Moving Average Shadow Model is initialized.")
 
     # Checkpoints
+
+    def save_checkpoint(self, filename, extra_state):
+        # fairseq saves a crash.pt before an error leaves an update. Bad input and a loss that is not finite need none.
+        if isinstance(sys.exc_info()[1], (InputError, TrainingStopped)):
+            return None
+        return super().save_checkpoint(filename, extra_state)
 
     def state_dict(self):
         state = super().state_dict()
@@ -115,21 +122,36 @@ class StudentTrainer(Trainer):
             metrics.load_state_dict({"train_inner": state["metrics"]["train_inner"]})
         return state
 
-    def fitted(self, path, local_path, state):
+    def saved_configuration(self, path, local_path):
+        """The configuration of the run that saved a checkpoint which is about to be loaded.
+
+        Args:
+            path: as this configuration gives it.
+            local_path: of a copy on this machine.
+
+        Raises:
+            InputError: it is no training checkpoint of a student.
+        """
+        return saved_configuration(load_checkpoint(local_path, header_only=True), path, self._field_of(path))
+
+    def _field_of(self, path):
+        """The field of the configuration that chose a file."""
+        ways = ("restore_file", "finetune_from_model", "continue_once")
+        chosen = (name for name in ways if getattr(self.cfg.checkpoint, name, None) == path)
+        return f"checkpoint.{next(chosen, 'save_dir')}"
+
+    def fitted(self, path, saved, state):
         """The content of a checkpoint that is being loaded, made to fit this run (resume.fit).
 
         Args:
-            path: as the configuration gives it.
-            local_path: of a copy on this machine.
+            path: as this configuration gives it.
+            saved: what saved_configuration returns.
             state: what fairseq has read.
 
         Raises:
             InputError: it does not fit.
         """
-        cfg = plain_configuration(self.cfg)
-        ways = ("restore_file", "finetune_from_model", "continue_once")
-        field = "checkpoint." + next((name for name in ways if cfg["checkpoint"].get(name) == path), "save_dir")
-        saved = saved_configuration(load_checkpoint(local_path, header_only=True), path, field)
+        cfg, field = plain_configuration(self.cfg), self._field_of(path)
         stateless = state.get("last_optimizer_state") is None
         if stateless and not self._reset_optimizer and field == "checkpoint.save_dir":
             raise InputError(

@@ -95,7 +95,7 @@ def test_with_a_shared_cnn_its_features_are_stored_too_and_audio_is_not_even_rea
     live, stored = losses(tmp_path / "live"), losses(tmp_path / "first")
     assert len(heard) > 20 and abs(live - stored).max() < 2e-3 * live.min()
     heard.clear()
-    monkeypatch.setattr("fairseq_stack.data.speech.read_audio", None)
+    monkeypatch.setattr("fairseq_stack.data.dataset.read_audio", None)
     second = run(speech, teacher_file, tmp_path / "second", tmp_path / "store", **SHARED_CNN)
     assert not heard and same(weights(first), weights(second))
 
