@@ -285,7 +285,7 @@ def test_data_workers_do_not_wait_for_a_next_epoch(monkeypatch, speech, teacher_
             loaders.append(self)
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", Remembered)
-    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{"dataset.num_workers": 1, "optimization.max_update": 4}))
+    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{"dataset.num_workers": 1, "checkpoint.no_save": True}))
     assert loaders and not any(loader.persistent_workers for loader in loaders)
 
 
