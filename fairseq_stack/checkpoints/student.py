@@ -10,14 +10,10 @@ import torch
 
 from fairseq_stack.checkpoints.read import configurations
 from fairseq_stack.errors import InputError
-from fairseq_stack.growth.plan import plan_growth
+from fairseq_stack.growth.plan import SEATS, plan_growth, plan_text
 from fairseq_stack.models.conv_geometry import parse_conv_layers
 from fairseq_stack.models.shape import check_shape
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
-
-# Beside the weights of a student: for each of its layers whether it is in use, [N] bool. The stage beside it counts
-# in the plan of the run that saved it.
-SEATS = "stage_seats"
 
 
 @dataclass(frozen=True)
@@ -165,16 +161,6 @@ def seats_in_use(config, weights, name="the checkpoint"):
             f" {plan_text(SimpleNamespace(**config))}; it is damaged"
         )
     return plan.stages[stage]
-
-
-def plan_text(config):
-    """The fields that make the growth plan of a model's configuration, as one types them."""
-    return f"model.stack_method={config.stack_method} model.stack_stages={config.stack_stages}"
-
-
-def layers_text(seats):
-    """Layers of the training model by their names in its state dict."""
-    return f"encoder.layers {', '.join(map(str, seats))}"
 
 
 def _conv_layers(text):

@@ -11,6 +11,10 @@ from typing import Tuple
 
 from fairseq_stack.errors import InputError, check_choice
 
+# Beside the weights of a student: for each of its layers whether it is in use, [N] bool. The stage beside it counts
+# in the plan of the run that saved it.
+SEATS = "stage_seats"
+
 
 @dataclass(frozen=True)
 class GrowthPlan:
@@ -149,3 +153,13 @@ def plan_growth(method, layers, stages):
             tuple(sorted((seat[source], seat[born]) for source, born in pairs)) for pairs in births
         ),
     )
+
+
+def plan_text(config):
+    """The fields that make the growth plan of a model's configuration, as one types them."""
+    return f"model.stack_method={config.stack_method} model.stack_stages={config.stack_stages}"
+
+
+def layers_text(seats):
+    """Layers of the training model by their names in its state dict."""
+    return f"encoder.layers {', '.join(map(str, seats))}"

@@ -9,10 +9,9 @@ import torch.nn as nn
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II, OmegaConf
 
-from fairseq_stack.checkpoints.student import SEATS, layers_text, plan_text
 from fairseq_stack.criterions.layer_mapping import check_supervision, student_position, taught_layers
 from fairseq_stack.errors import InputError, check_choice, check_numbers, input_errors
-from fairseq_stack.growth.plan import plan_growth
+from fairseq_stack.growth.plan import SEATS, layers_text, plan_growth, plan_text
 from fairseq_stack.growth.schedule import Plateau, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder

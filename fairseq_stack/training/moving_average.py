@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import torch
 from fairseq.models.ema import EMA
 
-from fairseq_stack.checkpoints.student import SEATS
 from fairseq_stack.errors import input_errors
+from fairseq_stack.growth.plan import SEATS
 from fairseq_stack.growth.surgery import copy_weights
 
 

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import torch
 
 from fairseq_stack.checkpoints.read import configurations
-from fairseq_stack.checkpoints.student import SEATS, layers_text, plan_text, seats_in_use
+from fairseq_stack.checkpoints.student import seats_in_use
 from fairseq_stack.errors import InputError
+from fairseq_stack.growth.plan import SEATS, layers_text, plan_text
 from fairseq_stack.models.conv_geometry import parse_conv_layers
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 
