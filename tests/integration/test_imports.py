@@ -73,8 +73,9 @@ def test_the_command_line_knows_the_task_after_any_import(order):
         ORDERS[order],
         "from fairseq import options",
         f"sys.argv = ['fairseq-train', 'data', '--user-dir', {str(ROOT / 'fairseq_stack')!r},"
-        " '--task', 'speech_distillation', '--arch', 'stacked_hubert', '--criterion', 'layer_distillation']",
-        "options.parse_args_and_arch(options.get_training_parser(), sys.argv[1:]).stack_method",
+        " '--task', 'speech_distillation', '--arch', 'stacked_hubert', '--criterion', 'layer_distillation', '--stack-method', 'none']",
+        "args = options.parse_args_and_arch(options.get_training_parser(), sys.argv[1:])",
+        "assert args.stack_method == 'none' and args.teacher_layers == [4, 8, 12]",
     )
 
 
