@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import LINKED, TINY
 from omegaconf import OmegaConf
-from training import EXAMPLES
+from training import composed
 
 from fairseq_stack.criterions.layer_distillation import (
     LayerDistillation,
@@ -19,7 +19,7 @@ LAYERS, WIDTH = [4, 8, 12], 6
 
 def distilhubert():
     """Student and criterion of the recipe in examples/, with random weights and small sizes."""
-    recipe = OmegaConf.load(EXAMPLES / "distillation/distilhubert.yaml")
+    recipe = composed("distilhubert", [], "distillation")
     criterion_fields, model_fields = ({**recipe[part]} for part in ("criterion", "model"))
     for fields in (criterion_fields, model_fields):
         del fields["_name"]
