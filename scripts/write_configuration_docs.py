@@ -18,8 +18,8 @@ These are the fields that this package adds to fairseq's. `python scripts/write_
 the help texts in the code.
 
 A recipe names some fields of the five groups `task`, `model`, `criterion`, `optimizer` and `lr_scheduler`. To set one that
-the recipe does not name, put a plus before it: `+task.mask_prob=0.65`. Fields of all other groups (`common`, `dataset`,
-`optimization`, `checkpoint`, ...) never need a plus: `checkpoint.patience=5`. To change the optimizer or the schedule, take
+neither the recipe nor its base names, put a plus before it: `+task.mask_prob=0.65`. Fields of all other groups (`common`,
+`dataset`, `optimization`, `checkpoint`, ...) never need a plus: `checkpoint.patience=5`. To change the optimizer or the schedule, take
 out the fields that the new one does not have: `lr_scheduler._name=cosine ~lr_scheduler.total_num_update`.
 
 Several fields belong to fairseq and are used here in a special way:

@@ -58,26 +58,27 @@ def train(config, overrides, folder="interleaved"):
 
 
 def run_training(cfg):
-    """Train as fairseq-hydra-train does, once it has a configuration."""
+    """Train as fairseq's command lines do, once they have a whole configuration."""
     from fairseq.distributed import utils as distributed_utils
     from fairseq_cli import train as fairseq_train
 
-    def start():
-        fairseq_train.add_defaults(cfg)
-        distributed_utils.call_main(cfg, fairseq_train.main)
-
-    one_line_errors(start)()
+    one_line_errors(distributed_utils.call_main)(cfg, fairseq_train.main)
 
 
 def configuration(config, overrides, folder="interleaved"):
     """The configuration of a training, as fairseq-hydra-train makes it of a recipe."""
     from fairseq.dataclass.initialize import hydra_init
-    from fairseq_cli import train as fairseq_train
-    from omegaconf import OmegaConf
 
     fairseq_stack.register()
     hydra_init(config)
-    cfg = composed(config, [*overrides, f"common.user_dir={ROOT}/fairseq_stack"], folder)
+    return completed(composed(config, [*overrides, f"common.user_dir={ROOT}/fairseq_stack"], folder))
+
+
+def completed(cfg):
+    """A composed configuration with all defaults, as fairseq-hydra-train hands it to the training."""
+    from fairseq_cli import train as fairseq_train
+    from omegaconf import OmegaConf
+
     fairseq_train.add_defaults(cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     OmegaConf.set_struct(cfg, True)

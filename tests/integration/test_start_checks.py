@@ -6,9 +6,9 @@ import pytest
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.registry import REGISTRIES
 from omegaconf import OmegaConf, open_dict
-from training import composed, configuration, run_training, tiny, train
+from training import completed, composed, configuration, run_training, tiny, train
 
-from fairseq_stack.errors import InputError, input_errors
+from fairseq_stack.errors import InputError, input_errors, one_line_errors
 from fairseq_stack.models.stacked_hubert import StackedHubertConfig
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation, SpeechDistillationConfig
 from fairseq_stack.training.start_checks import check_configuration
@@ -32,7 +32,7 @@ def line(recipe, monkeypatch):
             with open_dict(cfg):
                 cfg[group][name] = value
         with pytest.raises(SystemExit) as ended:
-            run_training(cfg)
+            one_line_errors(lambda: run_training(completed(cfg)))()
         assert "\n" not in ended.value.code
         return ended.value.code
 
