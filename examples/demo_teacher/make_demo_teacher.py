@@ -104,9 +104,9 @@ def read_manifest(path):
     try:
         manifest = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such manifest; run scripts/prepare_speech.py first") from None
+        raise InputError(f"{path}: no such manifest; run fairseq-stack prepare first") from None
     if len(manifest.splitlines()) < 2:
-        raise InputError(f"{path}: lists no audio; run scripts/prepare_speech.py again")
+        raise InputError(f"{path}: lists no audio; run fairseq-stack prepare again")
     return manifest
 
 
