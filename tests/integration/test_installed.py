@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 from training import EXAMPLES, ROOT
@@ -15,17 +14,14 @@ from fairseq_stack.training.recipes import find_recipe
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder with the files of the package's wheel."""
-    source, wheels, site = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "site"))
+    """A folder with what setuptools installs of a copy of the package, which keeps this folder as it is."""
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for name in ("fairseq_stack", "hydra_plugins", "examples"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.*"):
         if path.is_file():
             shutil.copy(path, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", wheels, source]
-    subprocess.run(command, check=True, cwd=source)
-    (wheel,) = wheels.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(site)
+    subprocess.run([sys.executable, "setup.py", "--quiet", "build", "--build-lib", site], check=True, cwd=source)
     return site
 
 
