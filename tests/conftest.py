@@ -3,6 +3,7 @@
 The teacher's weights are random: these tests are about mechanics, not about what a teacher knows.
 """
 
+import logging
 import sys
 
 import numpy as np
@@ -16,11 +17,21 @@ S3PRL_FITS = sys.version_info >= (3, 11)
 collect_ignore = [] if S3PRL_FITS else ["integration/test_probes.py", "integration/test_superb.py"]
 
 
+# Files of tests that take long, the longest first. Files run side by side, and one that starts last runs alone.
+LONG = (
+    "test_resume.py", "test_kill.py", "test_trainings.py", "test_processes.py", "test_experiment.py", "test_export.py",
+    "test_stored_targets.py", "test_training.py", "test_fuzz.py", "test_guards.py", "test_probes.py", "test_superb.py",
+    "test_benchmark.py", "test_finetuning.py", "test_sweep.py", "test_bad_audio.py", "test_other_configurations.py",
+    "test_published_files.py", "test_teachers.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
-    """Where s3prl and fairseq exclude each other, deselect what compares with s3prl."""
-    out = [item for item in items if item.get_closest_marker("s3prl") and not S3PRL_FITS]
-    items[:] = [item for item in items if item not in out]
-    config.hook.pytest_deselected(items=out)
+    """Put long files first. Where s3prl and fairseq exclude each other, deselect what compares with s3prl."""
+    out = {item for item in items if item.get_closest_marker("s3prl") and not S3PRL_FITS}
+    rank = {name: number for number, name in enumerate(LONG)}
+    items[:] = sorted((item for item in items if item not in out), key=lambda item: rank.get(item.path.name, len(rank)))
+    config.hook.pytest_deselected(items=list(out))
 
 
 TINY = {
@@ -61,6 +72,14 @@ def stock_hubert(seed=0, normalize=False, dictionary=None, final_dim=8, **shape)
         "task": {"_name": "hubert_pretraining", "normalize": normalize},
     }
     return model, cfg
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """Undo what commands do to logging for good, since their process ends."""
+    before = logging.root.manager.disable
+    yield
+    logging.disable(before)
 
 
 @pytest.fixture(scope="session")

@@ -62,9 +62,13 @@ class ForkServer:
         """Start a training; returns its process id."""
         return self.call(_train, config, overrides, kill_at_event, log=log).pid
 
+    def start_command(self, arguments, log):
+        """Start `fairseq-hydra-train` with the arguments that a user would type; returns its process id."""
+        return self.call(_command, arguments, log=log).pid
+
     def command(self, arguments, log):
         """Run `fairseq-hydra-train` with the arguments that a user would type; returns its exit code."""
-        self.call(_command, arguments, log=log)
+        self.start_command(arguments, log)
         return self.wait()
 
     def wait(self):

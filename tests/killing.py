@@ -1,5 +1,6 @@
 """Kill a small training at random moments and let it go on, for the tests and for scripts/soak.sh."""
 
+import math
 import random
 import re
 import shutil
@@ -21,6 +22,7 @@ class Killer:
         speech, teacher_file, folder: where things are.
         seed: of the kills.
         workers: processes that load data.
+        reference: a Killer whose uninterrupted run is that of these runs, too (default: make one).
 
     Attributes:
         kills, resumes, faults, finished: counts.
@@ -28,11 +30,14 @@ class Killer:
         different: finished runs whose model or optimiser differs from the uninterrupted run's.
     """
 
-    def __init__(self, server, speech, teacher_file, folder, seed, workers=0):
+    def __init__(self, server, speech, teacher_file, folder, seed, workers=0, reference=None):
         self.server, self.speech, self.teacher_file, self.folder = server, speech, teacher_file, Path(folder)
         self.workers = workers
         self.random = random.Random(seed)
         self.kills = self.resumes = self.faults = self.finished = self.lost = self.different = 0
+        if reference is not None:
+            self.reference, self.seconds = reference.reference, reference.seconds
+            return
         started = time.monotonic()
         self.reference = self.new_run("reference")
         assert self.start(self.reference) == 0, self.log(self.reference)
@@ -52,18 +57,25 @@ class Killer:
     def log(self, run):
         return (run / "log").read_text()
 
-    def kill_until_finished(self, run, faults=(), number=signal.SIGKILL, expected=-signal.SIGKILL):
+    def kill_until_finished(
+        self, run, faults=(), fault_rate=0.5, number=signal.SIGKILL, expected=-signal.SIGKILL, most=math.inf
+    ):
         """Kill and resume a run until it ends; compare it with the uninterrupted one.
 
         Args:
             run: its folder.
-            faults: of FAULTS, to befall checkpoint_last.pt between two starts, half of the times.
+            faults: of FAULTS, with which checkpoint_last.pt is damaged between two starts.
+            fault_rate: how often.
             number, expected: the signal and the exit code that it leads to.
+            most: kills, or with `faults` damages, behind which the run is left to end.
         """
         code, patience = None, 0.4 * self.seconds
+        before = self.faults if faults else self.kills
         while code != 0:
             self.resumes += code is not None
-            if number == signal.SIGKILL and self.random.random() < 0.5:
+            if (self.faults if faults else self.kills) - before >= most:
+                kill = {}
+            elif number == signal.SIGKILL and self.random.random() < 0.5:
                 kill = {"kill_at_event": self.random.randrange(1, EVENTS)}
             else:
                 kill = {"signal_after": self.random.uniform(0, patience), "number": number}
@@ -72,14 +84,14 @@ class Killer:
             # SIGTERM before the program listens is an end like any other, with nothing to save.
             assert code in (0, expected, -number), self.log(run)
             self.kills += code != 0
-            if faults and code and self.random.random() < 0.5:
-                self.befall(run, self.random.choice(faults))
+            if faults and code and self.random.random() < fault_rate:
+                self.damage(run, self.random.choice(faults))
         self.finished += 1
         self.lost += lost_checkpoints(self.log(run))
         self.different += not same_state(run, self.reference)
         shutil.rmtree(run / "checkpoints")
 
-    def befall(self, run, fault):
+    def damage(self, run, fault):
         """Damage checkpoint_last.pt, and note in the log what is left."""
         last = run / "checkpoints/checkpoint_last.pt"
         if last.exists():
@@ -87,7 +99,7 @@ class Killer:
             fault(last, self.random)
             left = [path.stem.split("_")[2] for path in last.parent.glob("checkpoint_*_*.pt")]
             with open(run / "log", "a") as log:
-                log.write(f"{fault.__name__} befell checkpoint_last.pt, left are {max(map(int, left), default=0)} updates\n")
+                log.write(f"damage to checkpoint_last.pt: {fault.__name__}, left are {max(map(int, left), default=0)} updates\n")
 
 
 def cut_off(path, chosen):
@@ -125,7 +137,7 @@ def lost_checkpoints(log):
             writing = int(found[1])
         elif "Finished saving checkpoint to" in line:
             saved = writing
-        elif found := re.search(r"befell checkpoint_last.pt, left are (\d+) updates", line):
+        elif found := re.search(r"damage to checkpoint_last.pt: \w+, left are (\d+) updates", line):
             saved = int(found[1])
         elif found := re.search(r"Loaded checkpoint \S+ \(epoch \d+ @ (\d+) updates\)", line):
             lost += int(found[1]) < saved

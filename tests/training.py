@@ -40,6 +40,11 @@ def _quoted(value):
 
 def train(config, overrides, folder="interleaved"):
     """Compose a recipe and train it in this process, as fairseq-hydra-train does; returns fairseq's trainer."""
+    return one_line_errors(lambda: train_configuration(configuration(config, overrides, folder)))()
+
+
+def train_configuration(cfg):
+    """Train a configuration that `configuration` made; returns fairseq's trainer."""
     from fairseq.logging import progress_bar
     from fairseq.trainer import Trainer
 
@@ -51,7 +56,7 @@ def train(config, overrides, folder="interleaved"):
 
     try:
         with mock.patch.object(Trainer, "__init__", remembered):
-            one_line_errors(lambda: run_training(configuration(config, overrides, folder)))()
+            run_training(cfg)
     finally:
         progress_bar._close_writers()  # as at the end of a process
     return trainers[0]

@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
-from training import EXAMPLES, command, tiny
+import torch
+from training import EXAMPLES, tiny
 
+from fairseq_stack.cli import main
 from fairseq_stack.errors import InputError
 from fairseq_stack.experiment.grid import read_grid
 from fairseq_stack.experiment.measures import collect, time_to_reach
@@ -40,20 +42,26 @@ def grid_file(tmp_path):
 
 
 @pytest.fixture
-def start(grid_file, speech_with_test, teacher_file, tmp_path):
-    """The command, to be started more than once."""
+def start(grid_file, speech_with_test, teacher_file, tmp_path, capsys):
+    """The command, to be started more than once; its trainings have processes of their own. Gives exit code and output."""
     changed = {"optimization.max_update", "task.data", "task.teacher", "checkpoint.save_dir", "common.tensorboard_logdir"}
     fields = [field for field in tiny("", "", "") if field.split("=")[0] not in changed]
 
     def started(*more):
-        process = command(
-            "python", "-m", "fairseq_stack", "compare", grid_file, "--output", tmp_path / "out", "--speech",
-            speech_with_test, "--teacher", teacher_file, "--processes", 2, *fields, *more,
-        )  # fmt: skip
-        output, _ = process.communicate(timeout=300)
-        return process.returncode, output
+        code, message = 0, ""
+        try:
+            main([
+                "compare", grid_file, "--output", tmp_path / "out", "--speech", speech_with_test,
+                "--teacher", teacher_file, "--processes", 2, *fields, *more,
+            ])  # fmt: skip
+        except SystemExit as ended:
+            code, message = 1, ended.code
+        printed, said = capsys.readouterr()
+        return code, f"{said}\n{printed}\n{message}"
 
-    return started
+    threads = torch.get_num_threads()
+    yield started
+    torch.set_num_threads(threads)
 
 
 def test_every_seed_is_trained_once_and_all_are_in_the_results(start, grid_file, tmp_path):

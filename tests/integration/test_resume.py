@@ -1,11 +1,12 @@
 """A run that is stopped and resumed is the uninterrupted run, bit for bit."""
 
+import copy
 from dataclasses import dataclass, field
 from itertools import combinations, product
 
 import pytest
 import torch
-from training import tiny, train
+from training import configuration, tiny, train, train_configuration
 
 from fairseq_stack.analysis.scalars import read_scalars
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
@@ -168,26 +169,32 @@ def logged(folder):
 def test_a_stopped_run_ends_as_the_uninterrupted_one(
     method, stop, schedule, loading, average, precision, watch, speech, teacher_file, tmp_path
 ):
+    fields = {
+        "model.encoder_layers": 8,
+        "model.stack_method": method,
+        "criterion.teacher_layers": "[6,12]",
+        "optimization.max_update": UPDATES,
+        "common.log_interval": 4,  # does not divide the epochs: means in the log go on over their ends
+        "dataset.disable_validation": True,
+        "dataset.batch_size_valid": 6,
+        **METHODS[method],
+        **SCHEDULES[schedule],
+        **LOADING[loading],
+        **AVERAGES[average],
+        **PRECISIONS[precision],
+    }
+    if schedule == "milestones":
+        fields["+model.stack_milestones"] = MILESTONES[method]
+    # Composed once, because that takes a third of such a short run.
+    composed = configuration("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
+
     def run(folder, stop=None):
-        fields = {
-            "model.encoder_layers": 8,
-            "model.stack_method": method,
-            "criterion.teacher_layers": "[6,12]",
-            "optimization.max_update": UPDATES,
-            "checkpoint.save_interval_updates": stop or 0,
-            "common.log_interval": 4,  # does not divide the epochs: means in the log go on over their ends
-            "dataset.disable_validation": True,
-            "dataset.batch_size_valid": 6,
-            **METHODS[method],
-            **SCHEDULES[schedule],
-            **LOADING[loading],
-            **AVERAGES[average],
-            **PRECISIONS[precision],
-        }
-        if schedule == "milestones":
-            fields["+model.stack_milestones"] = MILESTONES[method]
+        cfg = copy.deepcopy(composed)
+        cfg.checkpoint.save_dir, cfg.common.tensorboard_logdir = f"{folder}/checkpoints", f"{folder}/tensorboard"
+        if schedule not in ("plateau", "patient plateau"):
+            cfg.checkpoint.save_interval_updates = stop or 0
         watch.stop = stop
-        return train("librispeech_base", tiny(speech, teacher_file, folder, **fields))
+        return train_configuration(cfg)
 
     student = run(tmp_path / "whole").get_model()
     growths, watch.growths = watch.growths, []

@@ -1,11 +1,14 @@
 """The main job through fairseq's own command line, on small sizes."""
 
 import multiprocessing
+import os
 import re
 import signal
+import time
 
 import pytest
 import torch
+from fork_server import ForkServer
 from training import ROOT, command, hydra_train, tiny, train
 
 GROWTHS = [(2, 3, 6), (6, 6, 9), (12, 9, 12)]  # update, depth before, depth after: PROP-1 of 20 updates
@@ -24,13 +27,24 @@ def run_folder(tmp_path, overrides=()):
     ]
 
 
+def readme_command(folder, overrides):
+    """The arguments of the README's command, in small."""
+    return ["--config-dir", "examples/interleaved", "--config-name", "librispeech_base", *run_folder(folder, overrides)]
+
+
 @pytest.fixture(scope="module")
-def finished(speech, teacher_file, tmp_path_factory):
-    """One uninterrupted training by the command in the README, in small."""
+def server():
+    with ForkServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def finished(server, speech, teacher_file, tmp_path_factory):
+    """One uninterrupted training."""
     folder = tmp_path_factory.mktemp("finished")
-    run = hydra_train("librispeech_base", run_folder(folder, tiny(speech, teacher_file, folder)))
-    output, _ = run.communicate()
-    assert run.returncode == 0, output
+    code = server.command(readme_command(folder, tiny(speech, teacher_file, folder)), folder / "log")
+    output = (folder / "log").read_text()
+    assert code == 0, output
     return folder, output
 
 
@@ -54,18 +68,18 @@ def test_the_teacher_is_not_in_the_checkpoint(finished):
 
 
 def test_a_run_killed_after_a_growth_continues_at_its_depth_and_ends_with_the_same_weights(
-    finished, speech, teacher_file, tmp_path
+    finished, server, speech, teacher_file, tmp_path
 ):
     overrides = tiny(speech, teacher_file, tmp_path, **{"checkpoint.save_interval_updates": 1})
-    run = hydra_train("librispeech_base", run_folder(tmp_path, overrides))
-    for line in run.stdout:
-        if "Saved checkpoint" in line and "8 updates" in line:
-            run.send_signal(signal.SIGKILL)
-            break
-    assert run.wait() == -signal.SIGKILL
-    again = hydra_train("librispeech_base", run_folder(tmp_path, overrides))
-    output, _ = again.communicate()
-    assert again.returncode == 0, output
+    killed, again = tmp_path / "killed.log", tmp_path / "again.log"
+    pid = server.start_command(readme_command(tmp_path, overrides), killed)
+    while not re.search(r"Saved checkpoint .* 8 updates", killed.read_text()):
+        assert server.processes[-1].is_alive(), killed.read_text()
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL, killed.read_text()
+    code, output = server.command(readme_command(tmp_path, overrides), again), again.read_text()
+    assert code == 0, output
     depths = [int(depth) for depth in re.findall(r"depth=(\d+),", output)]
     assert re.search(r"Loaded checkpoint \S+ \(epoch \d+ @ (8|9) updates\)", output) and depths[0] == 9
     ours, theirs = (load(folder / "checkpoints/checkpoint_last.pt")["model"] for folder in (tmp_path, finished[0]))
@@ -121,5 +135,5 @@ def test_data_workers_end_with_their_epoch(speech, teacher_file, tmp_path):
     train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{"dataset.num_workers": 2, "checkpoint.no_save": True}))
     workers = set(multiprocessing.active_children()) - before
     for worker in workers:
-        worker.join(timeout=5)
+        worker.join(timeout=60)
     assert not any(worker.is_alive() for worker in workers)

@@ -71,7 +71,7 @@ def test_configurations_are_read_from_the_objects_that_fairseq_has_pickled(zippe
         "args": argparse.Namespace(arch="wav2vec_ctc", w2v_args=inner, normalize=False),
         "extra_state": {"best": np.float64(1.5), "history": np.arange(3)},
         "meters": collections.defaultdict(list, {"loss": [1, 2]}),
-        "types": [typing.Any, typing.Optional[int], dict, type(None)],
+        "types": [typing.Any, typing.Optional[int], dict, type(None)],  # noqa: UP045
     }
     state = {"model": {"weight": torch.ones(2)}, "cfg": OmegaConf.create(OPTIONS), **beside}
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
@@ -178,6 +178,7 @@ def test_what_holds_itself_or_holds_much_in_little_space_costs_nothing(tmp_path)
 def test_what_others_allow_stays_theirs(tmp_path):
     path = tmp_path / "other.pt"
     torch.save({"model": {}, "object": Harmless()}, path)
+    before = torch.serialization.get_safe_globals()
     torch.serialization.add_safe_globals([Harmless])
     try:
         torch.load(path, weights_only=True)
@@ -186,6 +187,7 @@ def test_what_others_allow_stays_theirs(tmp_path):
         torch.load(path, weights_only=True)
     finally:
         torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[100:], lambda content: content.replace(b"1234", b"1235")])
