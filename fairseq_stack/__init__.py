@@ -5,6 +5,8 @@ task, model and criterion with `--user-dir` or `common.user_dir`, a program with
 export and analysis need neither fairseq nor hydra.
 """
 
+__version__ = "0.2.0"
+
 
 def register():
     """Register the task, the model and the criterion with fairseq, as `--user-dir fairseq_stack` does.

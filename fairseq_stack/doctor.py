@@ -87,8 +87,6 @@ def python():
     found = f"{platform.python_version()} ({sys.executable})"
     if version in TESTED:
         return Finding("Python", "ok", found)
-    if sys.version_info < (3, 9):
-        return Finding("Python", "fix", f"{found} is too old; use {' or '.join(TESTED)}")
     return Finding("Python", "note", f"{found} is not tested; {', '.join(TESTED)} are")
 
 
@@ -97,7 +95,7 @@ def packages():
     version = ".".join(map(str, sys.version_info[:2]))
     tested = TESTED.get(version, TESTED["3.10"] if sys.version_info < (3, 11) else _LATEST)
     constraints = "constraints-3.10.txt" if tested is TESTED["3.10"] else "constraints.txt"
-    install = f"pip install -c {constraints} -e ."
+    install = f"pip install -c {constraints} -e .[train]"
     yield _this_package(install)
     there = [name for name in FAIRSEQS if _version(name)]
     wanted = next(name for name in FAIRSEQS if name in tested)

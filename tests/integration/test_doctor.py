@@ -38,7 +38,7 @@ def test_a_package_that_does_not_import_is_to_be_fixed_and_nothing_that_needs_it
     code, lines, errors = doctor("--data", speech, before="sys.modules.update(torchaudio=None)")
     assert code == 1 and errors == "1 to fix\n"
     (fix,) = [line for line in lines if line.startswith("fix")]
-    assert re.match(r"fix   torchaudio: \S+ cannot be imported .*; pip install -c constraints\S* -e \.$", fix)
+    assert re.match(r"fix   torchaudio: \S+ cannot be imported .*; pip install -c constraints\S* -e \.\[train\]$", fix)
     assert lines[-1] == "note  data: not looked at; first fix the installation"
 
 
