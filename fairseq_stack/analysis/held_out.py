@@ -1,7 +1,7 @@
-"""How much of the teacher a student predicts on speech that it has not heard."""
+"""How much of the teacher a student predicts on speech that it was not trained on."""
 
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from fairseq_stack.data.manifest import Manifest, read_manifest
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.growth.similarity import explained_variance
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON, normalize_waveforms
+from fairseq_stack.tables import markdown_table
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import Teacher
 
@@ -38,9 +39,9 @@ class HeldOut(NamedTuple):
     student: Any
     teacher: Teacher
     manifest: Manifest
-    epsilon: Optional[float]
+    epsilon: float | None
     normalization: str
-    layers: List[int]
+    layers: list[int]
 
 
 def has_heads(criterion):
@@ -155,8 +156,8 @@ def explained_by_layer(student, teacher, manifest, epsilon, normalization, layer
         left -= samples
         waveform, length = torch.from_numpy(read_audio(manifest.path(index), 0, samples))[None], torch.tensor([samples])
         wanted = teacher.hidden_states(waveform, length, layers)
-        heard = waveform if epsilon is None else normalize_waveforms(waveform, length, epsilon)
-        given = student(heard, length)["predictions"]
+        x = waveform if epsilon is None else normalize_waveforms(waveform, length, epsilon)
+        given = student(x, length)["predictions"]
         for layer in layers:
             predictions[layer].append(given[layer][0])
             target = wanted[layer]
@@ -169,3 +170,9 @@ def explained_by_layer(student, teacher, manifest, epsilon, normalization, layer
             layer: explained_variance(torch.cat(predictions[layer]).numpy(), torch.cat(targets[layer]).numpy())
             for layer in layers
         }
+
+
+def explained_table(trained, fresh):
+    """What `explained_before_and_after` has found, as Markdown."""
+    rows = [[str(layer), f"{trained[layer]:.3f}", f"{fresh[layer]:.3f}"] for layer in trained]
+    return markdown_table(["teacher layer", "trained student", "same student at its initialisation"], rows)

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional
 
 import numpy as np
 import yaml
@@ -32,17 +31,17 @@ class Run:
         valid: the same of the validation, on the first of several subsets; may be empty.
         stages: its stages.
         costs: median seconds of an update in each stage, nan where unknown.
-        growths: how alike the layers were around each growth; may be empty.
+        growths: the similarity of the layers around each growth; may be empty.
         config: the resolved configuration, or None where neither a checkpoint nor hydra kept it.
     """
 
     name: str
-    train: Dict[str, Series]
-    valid: Dict[str, Series]
-    stages: List[Stage]
-    costs: List[float]
-    growths: List[GrowthSimilarity]
-    config: Optional[dict]
+    train: dict[str, Series]
+    valid: dict[str, Series]
+    stages: list[Stage]
+    costs: list[float]
+    growths: list[GrowthSimilarity]
+    config: dict | None
 
     @property
     def updates(self):

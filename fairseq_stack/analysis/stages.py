@@ -119,7 +119,7 @@ def dearer_stages(stages, costs):
         if cheaper:
             deep, less = min(cheaper, key=lambda pair: pair[1])
             found.append(
-                f"stage {shallow.number} took {cost:.3f} s an update with {shallow.depth} layers, and stage {deep.number}"
-                f" {less:.3f} s with {deep.depth}"
+                f"stage {shallow.number} took {cost:.3f} s an update with {shallow.depth} layers, and stage"
+                f" {deep.number} {less:.3f} s with {deep.depth}"
             )
     return found

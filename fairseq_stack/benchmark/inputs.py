@@ -1,4 +1,4 @@
-"""What every training of the benchmark gets: a teacher with random weights, and noise to hear.
+"""The inputs of every training in the benchmark: a teacher with random weights, and recordings of noise.
 
 Weights and waveforms do not change the time.
 """

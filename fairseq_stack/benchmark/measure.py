@@ -11,10 +11,10 @@ from statistics import median
 
 from tqdm import tqdm
 
+from fairseq_stack.benchmark.baselines import BASELINES
 from fairseq_stack.benchmark.inputs import make_inputs
 from fairseq_stack.benchmark.ours import Case, Ours, fill_store
-from fairseq_stack.benchmark.peers import PEERS
-from fairseq_stack.benchmark.workers import Killed, OutOfMemory, in_another_process, workers
+from fairseq_stack.benchmark.workers import Killed, OutOfMemory, in_another_process, peak_memory, workers
 from fairseq_stack.growth.schedule import stage_starts
 
 DEPTHS = (3, 6, 9, 12)
@@ -22,7 +22,7 @@ EPOCHS = 75  # of the paper's recipe
 UPDATES = 100_000  # of a recipe whose schedules are reckoned up; its number does not matter
 
 
-def measure(recipes, size, batch, seconds, rounds, device, precisions, peers, threads):
+def measure(recipes, size, batch, seconds, rounds, device, precisions, baselines, threads):
     """Seconds of an update for every case, depth and part.
 
     Args:
@@ -33,7 +33,7 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, peers, th
         rounds: updates measured of each case at each depth; one more comes first and warms up.
         device: cpu or cuda.
         precisions: of our students.
-        peers: names of PEERS.
+        baselines: names of BASELINES, to compare with.
         threads: of each training, on a CPU.
 
     Returns:
@@ -44,14 +44,14 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, peers, th
         folder = Path(folder)
         make_inputs(folder, size, seconds, utterances=batch * (rounds + 1) * len(DEPTHS))
         makers = {name: (Ours, recipes, folder, size, batch, device, case) for name, case in cases.items()}
-        makers.update({name: (PEERS[name], folder, size, batch, seconds, device) for name in peers})
+        makers.update({name: (BASELINES[name], folder, size, batch, seconds, device) for name in baselines})
         for cnn in ("trained", "shared"):
             case = Case(precisions[0], "stored", cnn)
             try:
                 in_another_process(threads, fill_store, recipes, folder, size, batch, device, case)
             except OutOfMemory:  # of the teacher
                 makers = {name: maker for name, maker in makers.items() if not _needs_store(cases.get(name), cnn)}
-        names = [*cases, *peers]
+        names = [*cases, *baselines]
         depths = {name: DEPTHS if name in cases else DEPTHS[-1:] for name in names}
         measured = measure_each(threads, makers, depths, rounds, one_by_one=device == "cuda")
     nothing = {"update": {}, "parts": {}}
@@ -59,7 +59,7 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, peers, th
     return {
         "cases": found,
         "did_not_fit": {name: [depth for depth in depths[name] if depth not in found[name]["update"]] for name in found},
-        "peers": list(peers),
+        "baselines": list(baselines),
         "rounds": rounds,
     }
 
@@ -121,7 +121,7 @@ def measure_each(threads, makers, depths, rounds, one_by_one):
                 if len(depths[name]) > 1 and deepest in spent[name]:
                     growths[name].append(ask(name, deepest, "growth"))
         # A peak that was reached where memory ran out is that of an update that does not count.
-        memory = {name: running[name].call("peak_memory") for name in running if len(spent[name]) == len(depths[name])}
+        memory = {name: running[name].run(peak_memory) for name in running if len(spent[name]) == len(depths[name])}
     return {
         name: {
             "update": {depth: median(sum(one.values()) for one in found) for depth, found in spent[name].items() if found},

@@ -114,7 +114,7 @@ def configuration(recipes, folder, size, batch, device, case):
         "dataset.num_workers": 1,
         "distributed_training.distributed_world_size": 1,
         "task.data": folder,
-        "task.max_sample_size": 1_000_000_000,  # whole utterances, as the peers hear them
+        "task.max_sample_size": 1_000_000_000,  # whole utterances, as in the baselines
         "task.teacher": folder / TEACHER,
         "+task.teacher_precision": "bf16",
         **{f"model.{name}": f'"{value}"' if isinstance(value, str) else value for name, value in shape.items()},

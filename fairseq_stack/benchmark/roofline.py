@@ -1,8 +1,8 @@
 """The least time that a GPU needs for an update: a roofline of the real training on a pretended GPU.
 
-The training runs as it is, with shapes in place of numbers. Each kernel that it launches takes at least the time that its
-bytes need at the GPU's bandwidth, that its products need at the GPU's rate, and that a launch needs. Their sum is a
-bound, no measurement: kernels fall behind it, the CPU may, and caches may save some of the bytes.
+The training runs as it is, with shapes in place of numbers. Each kernel that it launches takes at least the time that
+its bytes need at the GPU's bandwidth, that its products need at the GPU's rate, and that a launch needs. Their sum is
+a bound, no measurement: kernels are slower, the CPU may be, and caches may save some of the bytes.
 """
 
 import json
@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+from fairseq_stack.benchmark.baselines import BASELINES
 from fairseq_stack.benchmark.clock import Clock
 from fairseq_stack.benchmark.inputs import make_inputs
 from fairseq_stack.benchmark.measure import DEPTHS, cases_of, growing
 from fairseq_stack.benchmark.ours import Ours, fill_store
-from fairseq_stack.benchmark.peers import PEERS
 from fairseq_stack.benchmark.pretended_gpu import (
     INDEXING,
     WITHOUT_KERNEL,
@@ -32,8 +32,8 @@ from fairseq_stack.benchmark.pretended_gpu import (
     aten,
     pretended_gpu,
 )
-from fairseq_stack.benchmark.tables import table_head, table_row
 from fairseq_stack.errors import InputError
+from fairseq_stack.tables import markdown_table
 from fairseq_stack.teachers.base import fp32_switches
 
 # Of the recipe librispeech_base.
@@ -41,7 +41,8 @@ RECIPE_UPDATES, RECIPE_BATCH = 329_625, 64
 
 # These overwrite what they are given, or take its shape alone.
 WRITING_ALONE = (
-    aten.fill_, aten.zero_, aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full,
+    aten.fill_, aten.zero_, aten.zeros_like, aten.ones_like, aten.full_like,
+    aten.new_zeros, aten.new_ones, aten.new_full,
 )  # fmt: skip
 
 # What Shapes.counted gives, in its order.
@@ -67,8 +68,8 @@ class Gpu:
     launch: float = 2e-6
 
 
-# About 90 % of the bandwidth and, in half precision and TF32 without sparsity, half to three quarters of the products in
-# the data sheets: H100 SXM 3.35 TB/s and 989 TFLOP/s, A100 SXM 80 GB 2.04 and 312, RTX 4090 1.01 and 165.
+# About 90 % of the bandwidth and, in half precision and TF32 without sparsity, half to three quarters of the products
+# in the data sheets: H100 SXM 3.35 TB/s and 989 TFLOP/s, A100 SXM 80 GB 2.04 and 312, RTX 4090 1.01 and 165.
 GPUS = {
     "h100": Gpu(bandwidth=3.0e12, half=520e12, tf32=260e12, fp32=50e12, attention=110e12),
     "a100": Gpu(bandwidth=1.8e12, half=230e12, tf32=115e12, fp32=18e12, attention=60e12),
@@ -210,11 +211,11 @@ class Shapes(Machine):
         self.held -= size
 
 
-def rooflines(recipes, size, batch, seconds, precisions, peers, gpu):
-    """Bound an update of every case of benchmark.measure, and of the peers.
+def rooflines(recipes, size, batch, seconds, precisions, baselines, gpu):
+    """Bound an update of every case of benchmark.measure, and of the baselines.
 
     Args:
-        recipes, size, batch, seconds, precisions, peers: see measure.
+        recipes, size, batch, seconds, precisions, baselines: see measure.
         gpu: a Gpu.
 
     Returns:
@@ -230,8 +231,8 @@ def rooflines(recipes, size, batch, seconds, precisions, peers, gpu):
                 with pretended_gpu(Shapes(gpu)):  # the store then holds zeros, which take as long to read
                     fill_store(*inputs, case)
             found[str(case)] = roofline(partial(Ours, *inputs, case), DEPTHS, gpu)
-        for name in peers:
-            found[name] = roofline(partial(PEERS[name], folder, size, batch, seconds, "cuda"), DEPTHS[-1:], gpu)
+        for name in baselines:
+            found[name] = roofline(partial(BASELINES[name], folder, size, batch, seconds, "cuda"), DEPTHS[-1:], gpu)
     return found
 
 
@@ -244,7 +245,7 @@ def roofline(make, depths, gpu):
         gpu: a Gpu.
 
     Returns:
-        {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}, with COUNTS of an update that is not the first.
+        {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}, with COUNTS of a later update than the first.
     """
     machine = Shapes(gpu)
     found = {}
@@ -264,30 +265,34 @@ def roofline(make, depths, gpu):
 def roofline_tables(found, size, batch):
     """What `rooflines` has found, as Markdown: each update, the parts of each at full depth, and the paper's recipe."""
     titles = ["bound of an update, ms", "TFLOP", "GB moved", "launches", "waits", "peak memory, GiB"]
-    lines = table_head("", "layers", *titles)
+    updates = []
     for name, by_depth in found.items():
         for depth, figures in by_depth.items():
             total = {count: sum(part[count] for part in figures["parts"].values()) for count in COUNTS}
-            lines.append(table_row(name, depth, *_cells(total), f"{figures['peak_memory'] / 2**30:.2f}"))
-    parts = table_head("parts at full depth", "part", *titles[:-1])
+            updates.append([name, str(depth), *_cells(total), f"{figures['peak_memory'] / 2**30:.2f}"])
+    parts = []
     for name, by_depth in found.items():
         for part, counts in by_depth[DEPTHS[-1]]["parts"].items():
             if counts["launches"]:
-                parts.append(table_row(name, part, *_cells(counts)))
-    sections = [lines, parts]
+                parts.append([name, part, *_cells(counts)])
+    sections = [
+        markdown_table(["", "layers", *titles], updates),
+        markdown_table(["parts at full depth", "part", *titles[:-1]], parts),
+    ]
     if size == "paper":
         sections.append(_recipe(found, batch))
-    return "\n\n".join("\n".join(section) for section in sections)
+    return "\n\n".join(sections)
 
 
 def _recipe(found, batch):
-    hours = table_head("bound of the whole recipe, 75 epochs of LibriSpeech 960 h", "full depth, GPU-hours", "PROP-1, GPU-hours")
+    header = ["bound of the whole recipe, 75 epochs of LibriSpeech 960 h", "full depth, GPU-hours", "PROP-1, GPU-hours"]
+    rows = []
     updates = RECIPE_UPDATES * RECIPE_BATCH / batch
     for name, by_depth in found.items():
         seconds = {depth: sum(part["seconds"] for part in by_depth[depth]["parts"].values()) for depth in by_depth}
         grown = f"{growing(seconds, 'prop') * updates / 3600:.1f}" if len(seconds) == len(DEPTHS) else ""
-        hours.append(table_row(name, f"{seconds[DEPTHS[-1]] * updates / 3600:.1f}", grown))
-    return hours
+        rows.append([name, f"{seconds[DEPTHS[-1]] * updates / 3600:.1f}", grown])
+    return markdown_table(header, rows)
 
 
 def _cells(counts):

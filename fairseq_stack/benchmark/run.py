@@ -11,18 +11,18 @@ import torch
 from fairseq_stack.benchmark.inputs import teacher_shape
 from fairseq_stack.benchmark.measure import measure
 from fairseq_stack.benchmark.roofline import named_gpu, roofline_tables, rooflines
-from fairseq_stack.benchmark.tables import tables
+from fairseq_stack.benchmark.tables import benchmark_tables
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError, check_output, check_positive
 from fairseq_stack.files import write_whole
 from fairseq_stack.models.conv_geometry import parse_conv_layers, receptive_field
 
 
-def run(recipes, size, batch, seconds, rounds, precisions, peers, device, threads, gpu=None, output=None):
+def run(recipes, size, batch, seconds, rounds, precisions, baselines, device, threads, gpu=None, output=None):
     """Measure updates, or with `gpu` bound their time without one; returns the tables as Markdown.
 
     Args:
-        recipes, size, rounds, precisions, peers: see measure.
+        recipes, size, rounds, precisions, baselines: see measure.
         batch, seconds: see measure; None for 4 utterances of 8 s, with `gpu` 64 of 12 s.
         device: cpu, cuda, or None for the GPU where there is one.
         threads: of each training, on a CPU; None for torch's.
@@ -37,8 +37,8 @@ def run(recipes, size, batch, seconds, rounds, precisions, peers, device, thread
     threads = torch.get_num_threads() if threads is None else threads
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(batch, seconds, rounds, precisions, peers, None if gpu else device, threads, output, size)
-    shared = {"size": size, "batch": batch, "seconds": seconds, "precisions": precisions, "peers": peers}
+    check(batch, seconds, rounds, precisions, baselines, None if gpu else device, threads, output, size)
+    shared = {"size": size, "batch": batch, "seconds": seconds, "precisions": precisions, "baselines": baselines}
     if gpu:
         gpu = named_gpu(gpu)
         logging.disable(logging.WARNING)
@@ -47,13 +47,13 @@ def run(recipes, size, batch, seconds, rounds, precisions, peers, device, thread
     else:
         given = {**shared, "rounds": rounds, "device": device, "threads": threads}
         result = {**measure(recipes, **given), "torch": torch.__version__, "machine": platform.machine(), **given}
-        text = tables(result)
+        text = benchmark_tables(result)
     if output:
         write_whole(output, json.dumps(result, indent=2), f"--output {output}")
     return text
 
 
-def check(batch, seconds, rounds, precisions, peers, device, threads, output, size):
+def check(batch, seconds, rounds, precisions, baselines, device, threads, output, size):
     """Raise an InputError unless the options' values can be measured; a `device` of None is a pretended one."""
     for option, value in (("--batch", batch), ("--seconds", seconds), ("--rounds", rounds), ("--threads", threads)):
         check_positive(option, value)
@@ -64,7 +64,7 @@ def check(batch, seconds, rounds, precisions, peers, device, threads, output, si
         raise InputError("--device cuda: torch finds no GPU that it can use; give --device cpu")
     if device == "cpu" and "fp16" in precisions:
         raise InputError("--precision fp16 needs a GPU; give fp32 or bf16")
-    if "s3prl" in peers and importlib.util.find_spec("s3prl") is None:
-        raise InputError("--peer s3prl: s3prl is not installed; leave it out, or install what constraints.txt names")
+    if "s3prl" in baselines and importlib.util.find_spec("s3prl") is None:
+        raise InputError("--baseline s3prl: s3prl is not installed; leave it out, or install what constraints.txt names")
     if output:
         check_output("--output", output)

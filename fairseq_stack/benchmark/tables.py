@@ -1,17 +1,18 @@
 """The benchmark's figures as Markdown."""
 
 from fairseq_stack.benchmark.measure import DEPTHS, growing, with_first_epoch
+from fairseq_stack.tables import markdown_table
 
 # Part of the time of an update that training at depths 3, 6, 9 and 12 takes if only the layers cost anything.
 LIMITS = {name: DEPTHS[-1] / growing(dict(zip(DEPTHS, DEPTHS)), name) for name in ("equal", "prop")}
 
 
-def tables(result):
+def benchmark_tables(result):
     """All tables, as text. Cells of what did not fit into memory are empty, and a line for each case says so."""
     cases = {name: _with_numbers(figures) for name, figures in result["cases"].items()}
-    ours = {name: figures for name, figures in cases.items() if name not in result["peers"]}
+    ours = {name: figures for name, figures in cases.items() if name not in result["baselines"]}
     sections = [_parts(cases, result["did_not_fit"]), _growth(ours)]
-    sections += [_against(peer, cases[peer], ours) for peer in result["peers"]]
+    sections += [_against(baseline, cases[baseline], ours) for baseline in result["baselines"]]
     missing = [(name, depths) for name, depths in result["did_not_fit"].items() if depths]
     if missing:
         sections.append("\n".join(f"{name}: {_listed(depths)} layers did not fit into memory" for name, depths in missing))
@@ -25,19 +26,21 @@ def _listed(numbers):
 
 def _parts(cases, did_not_fit):
     parts = list({part: None for figures in cases.values() for depth in figures["parts"].values() for part in depth})
-    lines = table_head("seconds of an update", "layers", *parts, "update", "peak memory, GiB")
+    header = ["seconds of an update", "layers", *parts, "update", "peak memory, GiB"]
+    rows = []
     for name, figures in cases.items():
         for depth, seconds in figures["parts"].items():
             cells = [f"{seconds[part]:.3f}" if part in seconds else "" for part in parts]
             memory = f"{figures['peak_memory'] / 2**30:.2f}" if "peak_memory" in figures else ""
-            lines.append(table_row(name, depth, *cells, f"{figures['update'][depth]:.3f}", memory))
-        lines += [table_row(name, depth, *[""] * (len(parts) + 2)) for depth in did_not_fit[name]]
-    return "\n".join(lines)
+            rows.append([name, str(depth), *cells, f"{figures['update'][depth]:.3f}", memory])
+        rows += [[name, str(depth), *[""] * (len(parts) + 2)] for depth in did_not_fit[name]]
+    return markdown_table(header, rows)
 
 
 def _growth(ours):
     limits = [f"{name} (limit {limit:.2f}x)" for name, limit in LIMITS.items()]
-    lines = table_head("speed-up by growing, against full depth", *limits, "seconds of a growth")
+    header = ["speed-up by growing, against full depth", *limits, "seconds of a growth"]
+    rows = []
     for name, figures in ours.items():
         ratios, seconds = ["" for _ in LIMITS], ""
         if _whole(figures):
@@ -45,12 +48,13 @@ def _growth(ours):
             ratios = [f"{full / growing(figures['update'], schedule):.2f}x" for schedule in LIMITS]
         if "growth" in figures:
             seconds = f"{figures['growth']:.3f}"
-        lines.append(table_row(name, *ratios, seconds))
-    return "\n".join(lines)
+        rows.append([name, *ratios, seconds])
+    return markdown_table(header, rows)
 
 
-def _against(peer, reference, ours):
-    lines = table_head(f"updates per second against {peer}", "full depth", "whole recipe", "peak memory")
+def _against(baseline, reference, ours):
+    header = [f"updates per second against {baseline}", "full depth", "whole recipe", "peak memory"]
+    rows = []
     full = reference["update"].get(DEPTHS[-1])
     for name, figures in ours.items():
         at_depth, recipe, memory = "", "", ""
@@ -61,8 +65,8 @@ def _against(peer, reference, ours):
                 memory = f"{figures['peak_memory'] / reference['peak_memory']:.2f}x"
         if full and "stored" in name and _whole(figures) and DEPTHS[0] in live["update"]:
             recipe = f"{full / with_first_epoch(figures['update'], live['update']):.2f}x"
-        lines.append(table_row(name, at_depth, recipe, memory))
-    return "\n".join(lines)
+        rows.append([name, at_depth, recipe, memory])
+    return markdown_table(header, rows)
 
 
 def _whole(figures):
@@ -75,13 +79,3 @@ def _with_numbers(figures):
         **figures,
         **{field: {int(depth): value for depth, value in figures[field].items()} for field in ("update", "parts")},
     }
-
-
-def table_head(*titles):
-    """The first two lines of a Markdown table; all columns but the first are numbers."""
-    return [table_row(*titles), table_row("---", *["---:"] * (len(titles) - 1))]
-
-
-def table_row(*cells):
-    """A line of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"

@@ -1,12 +1,14 @@
 """Trainings in processes of their own, asked for one update at a time.
 
-Each has its own memory, which can be measured, and its own libraries' settings; and since only one of them computes at
-any time, they meet the same machine.
+Each has its own memory, which can be measured, and its own libraries' settings. Only one of them computes at any time,
+so all meet the same machine.
 """
 
 import logging
 import resource
 import traceback
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 
@@ -16,7 +18,8 @@ from fairseq_stack.errors import InputError
 
 # What torch, CUDA and their libraries say where memory runs out.
 SIGNS = (
-    "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc", "killed by signal: Killed",
+    "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc",
+    "killed by signal: Killed",
 )  # fmt: skip
 
 
@@ -29,63 +32,53 @@ class Killed(OutOfMemory):
 
 
 class Worker:
-    """A training in another process; its methods are called by name.
+    """A process that calls functions, one after another.
 
     Args:
-        make: a function that makes the training; it is called in the other process.
-        threads: how many threads the other process computes with.
-        arguments: for `make`.
-
-    Raises:
-        OutOfMemory: there was not enough memory for what was asked. Unless the process was Killed, the training can
-            be called again.
-        InputError: what was asked cannot be done.
-        RuntimeError: something else failed there; the message is its traceback.
+        threads: how many threads it computes with.
     """
 
-    def __init__(self, make, threads, *arguments):
-        context = get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, threads, arguments))
-        self.process.start()
-        theirs.close()  # so that the end of the process is the end of the connection
+    def __init__(self, threads):
+        # A pool gives its calls to any of its processes. A pool of one keeps what a call has made.
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _set_up, (threads,))
+
+    def run(self, function, *arguments):
+        """What a function returns in the other process.
+
+        Raises:
+            OutOfMemory: there was not enough memory. Unless the process was Killed, it can be asked again.
+            InputError: what was asked cannot be done.
+            RuntimeError: something else failed there; the message is its traceback.
+        """
         try:
-            self._receive()
-        except Exception:
-            self.close()
-            raise
+            return self._pool.submit(_run, function, arguments).result()
+        except BrokenProcessPool:
+            raise Killed("its process was killed") from None
 
     def call(self, method, *arguments):
-        try:
-            self.connection.send((method, arguments))
-        except OSError:
-            raise Killed("its process was killed") from None
-        return self._receive()
+        """What a method of the process's training returns; raises as `run` does."""
+        return self.run(_call, method, *arguments)
 
     def close(self):
-        self.process.kill()
-        self.process.join()
-
-    def _receive(self):
-        try:
-            error, value = self.connection.recv()
-        except (EOFError, OSError):
-            raise Killed("its process was killed") from None
-        if error is not None:
-            raise error(value)
-        return value
+        """End the process."""
+        self._pool.shutdown()
 
 
 @contextmanager
 def workers(threads, makers):
-    """{name: Worker} of {name: (make, *arguments)}, and the names of those that do not fit; they end with the block."""
+    """{name: Worker with a training} of {name: (make, *arguments)}, and the names of trainings that do not fit.
+
+    `make` makes the training in the worker's process. The processes end with the block.
+    """
     running, without = {}, []
     try:
-        for name, (make, *arguments) in makers.items():
+        for name, maker in makers.items():
+            worker = running[name] = Worker(threads)
             try:
-                running[name] = Worker(make, threads, *arguments)
+                worker.run(_make, *maker)
             except OutOfMemory:
                 without.append(name)
+                running.pop(name).close()
         yield running, without
     finally:
         for worker in running.values():
@@ -93,41 +86,12 @@ def workers(threads, makers):
 
 
 def in_another_process(threads, function, *arguments):
-    """Call a function in a process of its own and wait for it."""
-    Worker(_call, threads, function, arguments).close()
-
-
-class _call:
-    def __init__(self, function, arguments):
-        function(*arguments)
-
-
-def _serve(connection, make, threads, arguments):
-    logging.disable(logging.WARNING)  # fairseq has a page to say about memory
-    torch.set_num_threads(threads)
-    made = []
-    function, given = (lambda: made.append(make(*arguments))), ()
-    while True:
-        answer = _attempt(function, given)
-        if answer[0] is OutOfMemory and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        connection.send(answer)
-        if not made:
-            return
-        method, given = connection.recv()
-        function = peak_memory if method == "peak_memory" else getattr(made[0], method)
-
-
-def _attempt(function, given):
-    """(None, what a function returns), or the class and the message of an error."""
+    """Call a function in a process of its own and wait for it; raises as `Worker.run` does."""
+    worker = Worker(threads)
     try:
-        return None, function(*given)
-    except (InputError, SystemExit) as error:  # of a task, to which fairseq is the shell
-        return InputError, str(error).removeprefix("error: ")
-    except Exception as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS):
-            return OutOfMemory, str(error)
-        return RuntimeError, traceback.format_exc()
+        worker.run(function, *arguments)
+    finally:
+        worker.close()
 
 
 def peak_memory():
@@ -135,3 +99,36 @@ def peak_memory():
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+_training = None  # of this process
+
+
+def _set_up(threads):
+    logging.disable(logging.WARNING)  # fairseq has a page to say about memory
+    torch.set_num_threads(threads)
+
+
+def _make(make, *arguments):
+    global _training
+    _training = make(*arguments)
+
+
+def _call(method, *arguments):
+    return getattr(_training, method)(*arguments)
+
+
+def _run(function, arguments):
+    """Call a function; its errors become those of `Worker.run`."""
+    try:
+        return function(*arguments)
+    except InputError:
+        raise
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS)):
+            raise RuntimeError(traceback.format_exc()) from None
+        message = str(error)
+    # Out here nothing holds the call's tensors any more.
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    raise OutOfMemory(message)

@@ -17,7 +17,7 @@ def add_arguments(parser):
         "--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"],
         help="of the student (default: fp32 bf16)",
     )  # fmt: skip
-    parser.add_argument("--peer", nargs="*", choices=("s3prl", "fairseq"), default=[], help="what to compare with")
+    parser.add_argument("--baseline", nargs="*", choices=("s3prl", "fairseq"), default=[], help="what to compare with")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: the GPU if there is one)")
     parser.add_argument("--threads", type=int, help="of each training, on a CPU (default: as torch)")
     parser.add_argument(
@@ -34,5 +34,5 @@ def run(args):
 
     print(run(
         find_recipe("interleaved/librispeech_base").parent, args.size, args.batch, args.seconds, args.rounds,
-        args.precision, args.peer, args.device, args.threads, args.roofline, args.output,
+        args.precision, args.baseline, args.device, args.threads, args.roofline, args.output,
     ))  # fmt: skip

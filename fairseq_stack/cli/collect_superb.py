@@ -13,9 +13,9 @@ def add_arguments(parser):
 def run(args):
     import sys
 
-    from fairseq_stack.analysis.report import markdown_table
     from fairseq_stack.evaluation.superb import COLUMNS, best_runs, find_runs, scores
     from fairseq_stack.evaluation.superb_published import PUBLISHED
+    from fairseq_stack.tables import markdown_table
 
     rows = []
     for folder in args.folders:

@@ -36,9 +36,9 @@ def add_arguments(parser):
 def run(args):
     import sys
 
-    from fairseq_stack.analysis.held_out import NoHeads, read_held_out
+    from fairseq_stack.analysis.held_out import NoHeads, explained_table, read_held_out
     from fairseq_stack.cli.quiet import quiet_libraries
-    from fairseq_stack.evaluation.results import add_held_out, held_out_table, run, table, upstreams
+    from fairseq_stack.evaluation.results import add_held_out, probe_table, run_probes, upstream_rows
 
     check_positive("--seeds", args.seeds)
     quiet_libraries()
@@ -46,7 +46,7 @@ def run(args):
     # The probes take long: what is wrong is said before.
     check_output("--output", args.output)
     seeds = range(1, args.seeds + 1)
-    rows = upstreams(args.exports, args.teacher)
+    rows = upstream_rows(args.exports, args.teacher)
     held_out, without = None, None
     if args.checkpoint:
         try:
@@ -54,8 +54,8 @@ def run(args):
         except NoHeads as error:
             without = f"no held-out variance: {error}"
             print(f"note: {without}", file=sys.stderr)
-    results = run(rows, args.speech, seeds, args.output)
-    print(table(results, seeds))
+    results = run_probes(rows, args.speech, seeds, args.output)
+    print(probe_table(results, seeds))
     for task, reason in results["without"].items():
         print(f"no {task}: {reason}")
     if without:
@@ -63,4 +63,4 @@ def run(args):
     if held_out:
         entry = add_held_out(args.output, held_out, args.checkpoint, args.speech)
         print("\nshare of the held-out teacher variance explained (1 is all, 0 is none)\n")
-        print(held_out_table(entry))
+        print(explained_table(entry["shares"], entry["at_initialisation"]))

@@ -11,13 +11,10 @@ def add_arguments(parser):
 
 
 def run(args):
-    from fairseq_stack.analysis.held_out import explained_before_and_after, read_held_out
+    from fairseq_stack.analysis.held_out import explained_before_and_after, explained_table, read_held_out
 
     check_positive("--seconds", args.seconds)
     held_out = read_held_out(args.checkpoint, args.speech, args.teacher)
     trained, fresh = explained_before_and_after(held_out, args.seconds)
     print("share of the held-out teacher variance explained (1 is all, 0 is none)")
-    print("| teacher layer | trained student | same student at its initialisation |")
-    print("| ---: | ---: | ---: |")
-    for layer in trained:
-        print(f"| {layer} | {trained[layer]:.3f} | {fresh[layer]:.3f} |")
+    print(explained_table(trained, fresh))

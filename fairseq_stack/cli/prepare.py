@@ -45,7 +45,7 @@ def run(args):
     import logging
 
     from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT
-    from fairseq_stack.data.prepare import check, prepare, summary
+    from fairseq_stack.data.prepare import check_speech, prepare, summary
 
     if args.check == bool(args.source):
         raise InputError("give either --source, to prepare, or --check, to verify what was prepared")
@@ -54,7 +54,7 @@ def run(args):
         raise InputError(f"--bad-audio-limit {limit} must be 0 or more and below 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.check:
-        problems = check(args.output)
+        problems = check_speech(args.output)
         if problems:
             return "\n".join(problems)
     else:

@@ -11,8 +11,8 @@ from fairseq_stack.errors import InputError
 SAMPLE_RATE = 16_000  # Hz; HuBERT, wav2vec 2.0, WavLM and Whisper all take this rate
 BLOCK = 60 * SAMPLE_RATE  # samples of all channels together
 SHORTEST = 400  # samples that one frame of these models sees
-# Full scale is 1. Decoders and resamplers overshoot it by up to a third for speech, and loud noise through Opus can reach
-# 2.3. What goes farther was never scaled: integers of 16 bits written as floats, or waveforms of unit variance.
+# Full scale is 1. Decoders and resamplers overshoot it by up to a third for speech, and loud noise through Opus can
+# reach 2.3. What goes farther was never scaled: integers of 16 bits written as floats, or waveforms of unit variance.
 LOUDEST = 4.0
 CANCELLED = 0.05  # share of the power that channels without relation would keep in their mean
 

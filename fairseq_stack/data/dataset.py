@@ -19,7 +19,7 @@ from fairseq_stack.targets.store import CNN, UnusableEntry, file_source, wavefor
 class SpeechDataset(FairseqDataset):
     """Waveforms for distillation, with what the teacher makes of them where that is stored.
 
-    A recording that is too long is heard in one of its windows (windows.py). Which one, and the order,
+    A recording that is too long is cut to one of its windows (windows.py). Which one, and the order,
     depend on (seed, epoch, utterance) alone: a resumed run sees what the uninterrupted one would have
     seen, with any number of workers.
 
@@ -52,7 +52,7 @@ class SpeechDataset(FairseqDataset):
         register_after_fork(self, lambda _: obey_parent_alone())
 
     def for_validation(self):
-        """The same recordings as validation hears them, whatever epoch the training is in."""
+        """The same recordings as validation takes them, whatever epoch the training is in."""
         validation = copy.copy(self)
         validation.random_crop = False
         validation.window_counts = np.minimum(self.window_counts, 1)
@@ -82,7 +82,7 @@ class SpeechDataset(FairseqDataset):
         return order[np.argsort(self.sizes[order], kind="stable")]
 
     def window_number(self, index):
-        """Which window of the recording is heard in this epoch, counted from 0."""
+        """Which window of the recording this epoch takes, counted from 0."""
         count = int(self.window_counts[index])
         return int(self._random(self.manifest.paths[index]).integers(count)) if count > 1 else 0
 
@@ -95,10 +95,10 @@ class SpeechDataset(FairseqDataset):
         return self.store.entry(self.manifest.paths[index], self.start(index, number), int(self.sizes[index]))
 
     def __getitem__(self, index):
-        """`hear` the recording's window of this epoch."""
-        return self.hear(index, self.window_number(index))
+        """The recording's window of this epoch, as `load_window` gives it."""
+        return self.load_window(index, self.window_number(index))
 
-    def hear(self, index, number):
+    def load_window(self, index, number):
         """One window of a recording, or the reason why there is none.
 
         An exception in a worker process would reach the user wrapped in two tracebacks; the reason
@@ -129,16 +129,16 @@ class SpeechDataset(FairseqDataset):
                 return {"stored": stored}
         except (OSError, UnusableEntry):
             pass  # whoever reads the audio tells more
-        heard = self._waveform(index, number)
-        if "problem" in heard:
-            return heard
-        entry = replace(entry, digest=waveform_digest(heard["waveform"]))
+        loaded = self._waveform(index, number)
+        if "problem" in loaded:
+            return loaded
+        entry = replace(entry, digest=waveform_digest(loaded["waveform"]))
         try:
             if stored := self.store.read(entry):
-                return {**heard, "stored": stored}
+                return {**loaded, "stored": stored}
         except UnusableEntry as error:
             entry = replace(entry, problem=str(error))
-        return {**heard, "entry": entry}
+        return {**loaded, "entry": entry}
 
     def collater(self, samples):
         """Pad to the longest.
@@ -156,7 +156,7 @@ class SpeechDataset(FairseqDataset):
         """
         if not samples:
             return {}
-        if any("entry" in sample for sample in samples):  # the teacher is to hear the whole batch
+        if any("entry" in sample for sample in samples):  # the teacher will process the whole batch
             samples = [
                 {**self._waveform(sample["index"], sample["window"]), **sample}
                 if "stored" in sample and "waveform" not in sample

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -341,7 +341,7 @@ class Result(NamedTuple):
     """
 
     samples: int = 0
-    problem: Optional[str] = None
+    problem: str | None = None
     peak: float = 0.0
     digest: bytes = b""
 
@@ -543,7 +543,7 @@ def _manifests(output):
     return [path for path in paths if path.exists() or path.stem != "test"]
 
 
-def check(output):
+def check_speech(output):
     """Compare the manifests in `output` with their files; return the problems, one line each."""
     return [problem for path in _manifests(output) for problem in check_manifest(path, SHORTEST)]
 

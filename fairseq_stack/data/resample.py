@@ -1,8 +1,8 @@
 """Resampling in blocks, so that a recording of hours takes no more memory than one of minutes.
 
 The filter is the default of torchaudio.functional.resample: a sinc of six zero crossings on each side under a Hann
-window, which passes 99 % of the lower band. torchaudio resamples a whole recording at once, and torch alone takes half a
-gigabyte in each process. scipy's polyphase filter computes the same sums.
+window, which passes 99 % of the lower band. torchaudio resamples a whole recording at once, and torch alone takes half
+a gigabyte in each process. scipy's polyphase filter computes the same sums.
 """
 
 from math import gcd

@@ -12,8 +12,8 @@ GROUPINGS = ("prompt", "speaker")
 # Names that tell of a file what it is, and not what is said in it.
 _GENERIC = frozenset(
     "audio sound sounds recording recordings record rec file sample clip clips track wav wave wavs flac mp3 utt"
-    " utterance utterances speech voice mic microphone channel ch session take part chapter segment seg chunk output out"
-    " untitled id no".split()
+    " utterance utterances speech voice mic microphone channel ch session take part chapter segment seg chunk output"
+    " out untitled id no".split()
 )
 
 _ONE_OF_SEVERAL = re.compile(r"[\W_]+(mic|microphone|channel)[\W_]*\d+$")  # such as p225_001_mic2
@@ -42,11 +42,11 @@ def choose_splits(recordings, copies, grouping="prompt"):
         return key
 
     for recording in recordings:
-        alike = [keys[recording.utterance], keys[copies.get(recording.utterance, recording.utterance)]]
+        same = [keys[recording.utterance], keys[copies.get(recording.utterance, recording.utterance)]]
         words = re.findall(r"\w+", recording.text.casefold())
         if words and grouping == "prompt":
-            alike.append(("text", " ".join(words)))
-        roots = sorted(find(key) for key in alike)
+            same.append(("text", " ".join(words)))
+        roots = sorted(find(key) for key in same)
         for root in roots:
             group[root] = roots[0]  # the first by name, a prompt, whatever the order of the recordings
 

@@ -1,4 +1,4 @@
-"""Windows: the pieces in which long recordings are heard.
+"""Windows: the pieces into which long recordings are cut.
 
 A recording is cut into as few windows as cover it, all of the same length, the first at its beginning,
 the last at its end and the others evenly between. There are finitely many of them, so that what the

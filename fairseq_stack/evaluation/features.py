@@ -16,7 +16,7 @@ def extract(upstream, recordings, with_frames, name="features"):
 
     Args:
         upstream: an S3PRLUpstream, or what has its interface.
-        recordings: {utterance: Recording}; only their first LONGEST_SECONDS are used.
+        recordings: {utterance: LabelledRecording}; only their first LONGEST_SECONDS are used.
         with_frames: utterances whose frames are kept too.
         name: what the progress bar says.
 

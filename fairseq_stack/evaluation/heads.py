@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from s3prl.nn import Featurizer
 from s3prl.nn.common import FrameLevel, UtteranceLevel
+from torchaudio.functional import edit_distance
 
 # One of them is chosen on valid, for each upstream, task, fold and seed.
 LEARNING_RATES = (1e-3, 1e-2)
@@ -96,48 +97,55 @@ def classify(task, means, upstream, seed):
         over the folds}.
     """
     index = {answer: number for number, answer in enumerate(task.classes)}
-    right, asked, valid, rates, weights = 0, 0, [], [], []
+    right, valid, rates, weights = 0, [], [], []
     for fold in task.folds:
         parts = [
-            (torch.stack([means[recording.utterance] for recording, _ in part]),
-             torch.tensor([index[answer] for _, answer in part]))
+            (
+                torch.stack([means[recording.utterance] for recording, _ in part]),
+                torch.tensor([index[answer] for _, answer in part]),
+            )
             for part in (fold.train, fold.valid, fold.test)
         ]
-
-        def outputs(probe, x):
-            # [B, layers, D] as the layers of utterances of one frame.
-            return probe(list(x.transpose(0, 1)[:, :, None]), torch.ones(len(x), dtype=torch.long))
-
-        def accuracy(probe, part):
-            x, answers = part
-            return (outputs(probe, x).argmax(1) == answers).float().mean().item()
-
-        def make():
-            torch.manual_seed(seed)
-            return Probe(upstream, UtteranceLevel, len(index))
-
-        def train(probe, learning_rate):
-            x, answers = parts[0]
-
-            def loss(draw):
-                batch = draw.sample(range(len(x)), min(BATCH, len(x)))
-                return F.cross_entropy(outputs(probe, x[batch]), answers[batch])
-
-            return train_probe(probe, learning_rate, STEPS, loss, lambda: accuracy(probe, parts[1]), seed)
-
-        score, rate, probe = best_of(LEARNING_RATES, make, train)
+        score, rate, probe = _best_classifier(*parts[:2], upstream, len(index), seed)
         with torch.no_grad():
-            right += round(accuracy(probe, parts[2]) * len(fold.test))
-        asked += len(fold.test)
+            right += round(_accuracy(probe, parts[2]) * len(fold.test))
         valid.append(score)
         rates.append(rate)
         weights.append(probe.layer_weights())
     return {
-        "test": right / asked,
+        "test": right / sum(len(fold.test) for fold in task.folds),
         "valid": sum(valid) / len(valid),
         "learning_rates": rates,
         "layer_weights": [sum(column) / len(column) for column in zip(*weights)],
     }
+
+
+def _best_classifier(train, valid, upstream, classes, seed):
+    """best_of for means [n, layers, D] and their answers [n]."""
+    x, answers = train
+
+    def make():
+        torch.manual_seed(seed)
+        return Probe(upstream, UtteranceLevel, classes)
+
+    def train_one(probe, learning_rate):
+        def loss(draw):
+            batch = draw.sample(range(len(x)), min(BATCH, len(x)))
+            return F.cross_entropy(_outputs(probe, x[batch]), answers[batch])
+
+        return train_probe(probe, learning_rate, STEPS, loss, lambda: _accuracy(probe, valid), seed)
+
+    return best_of(LEARNING_RATES, make, train_one)
+
+
+def _outputs(probe, x):
+    # [B, layers, D] as the layers of utterances of one frame.
+    return probe(list(x.transpose(0, 1)[:, :, None]), torch.ones(len(x), dtype=torch.long))
+
+
+def _accuracy(probe, part):
+    x, answers = part
+    return (_outputs(probe, x).argmax(1) == answers).float().mean().item()
 
 
 def train_units(texts, prefix, size=60):
@@ -237,13 +245,3 @@ def recognize(task, frames, upstream, units, seed):
             "learning_rates": [rate],
             "layer_weights": probe.layer_weights(),
         }
-
-
-def edit_distance(found, wanted):
-    """Levenshtein's distance between two sequences: the fewest insertions, deletions and substitutions."""
-    row = list(range(len(wanted) + 1))
-    for i, a in enumerate(found, start=1):
-        diagonal, row[0] = row[0], i
-        for j, b in enumerate(wanted, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
-    return row[-1]

@@ -22,8 +22,8 @@ with, for each PROBE,
     {"test": number, "valid": number, "test_wer": number (recognition only),
      "learning_rates": [one for each fold], "layer_weights": [one for each hidden state; their sum is 1]}
 
-Rows stand in the order of the table; `held_out_variance` only where a checkpoint was given. Numbers are as in SUPERB, not
-in percent: an accuracy of 0.9, an error rate of 0.7.
+Rows stand in the order of the table; `held_out_variance` only where a checkpoint was given. Numbers are as in SUPERB,
+not in percent: an accuracy of 0.9, an error rate of 0.7.
 """
 
 import hashlib
@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 from fairseq_stack.analysis.held_out import explained_before_and_after
 from fairseq_stack.analysis.intervals import mean_and_interval
-from fairseq_stack.analysis.report import markdown_table
 from fairseq_stack.data.prepare import SPLITS
 from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation import heads
@@ -49,18 +48,19 @@ from fairseq_stack.evaluation.features import extract
 from fairseq_stack.evaluation.tasks import read_tasks
 from fairseq_stack.evaluation.upstreams import (
     TeacherUpstream,
-    fingerprint,
+    files_digest,
     load_export,
     load_log_mel,
     load_random,
 )
 from fairseq_stack.files import write_whole
+from fairseq_stack.tables import markdown_table
 from fairseq_stack.teachers import load_teacher
 
 VERSION = 1  # of the protocol; results of another one are made again
 
 
-def upstreams(exports, teacher=None):
+def upstream_rows(exports, teacher=None):
     """The rows of the table: {name: (what it depends on, function that loads it)}.
 
     Args:
@@ -75,28 +75,28 @@ def upstreams(exports, teacher=None):
     if teacher:
         load_teacher(teacher)
     rows = {
-        "random student": (fingerprint(exports[0]), lambda: load_random(exports[0])),
+        "random student": (files_digest(exports[0]), lambda: load_random(exports[0])),
         "log-mel": ("", load_log_mel),
         "log-mel, normalized (SUPERB's FBANK)": ("", lambda: load_log_mel(normalized=True)),
     }
     if teacher:
-        rows = {"teacher": (fingerprint(teacher), lambda: TeacherUpstream(teacher)), **rows}
+        rows = {"teacher": (files_digest(teacher), lambda: TeacherUpstream(teacher)), **rows}
     students = {}
     for path in map(Path, exports):
         name = path.stem if path.is_file() else path.resolve().name
         if name in students or name in rows:
             raise InputError(f"{path}: another row of the table is named {name}; rename the export")
-        students[name] = fingerprint(path), lambda path=path: load_export(path)
+        students[name] = files_digest(path), lambda path=path: load_export(path)
     return {**students, **rows}
 
 
-def run(rows, speech, seeds, file):
+def run_probes(rows, speech, seeds, file):
     """Run the probes that `file` does not hold yet, and write each result there as soon as it is known.
 
     A result is known when the model, labels, manifests and the protocol were the same.
 
     Args:
-        rows: see `upstreams`.
+        rows: see `upstream_rows`.
         speech: folder that fairseq-stack prepare made.
         seeds: numbers.
         file: results.json; rows of it that are not asked for stay.
@@ -108,7 +108,7 @@ def run(rows, speech, seeds, file):
         InputError: something of it cannot be read, or the labels allow no task.
     """
     file = Path(file)
-    before = read_results(file) if file.exists() else {"upstreams": {}}
+    before = read_probe_results(file) if file.exists() else {"upstreams": {}}
     known = before["upstreams"]
     tasks, without = read_tasks(speech)
     results = {
@@ -126,7 +126,7 @@ def run(rows, speech, seeds, file):
         entry = known[name] if name in known and known[name]["of"] == of else {"of": of, "tasks": {}}
         known[name] = entry
         for _ in _fill(entry, load, tasks, seeds, name):
-            write_results(file, {**results, "upstreams": known})
+            write_probe_results(file, {**results, "upstreams": known})
     return {**results, "upstreams": {name: known[name] for name in rows}}
 
 
@@ -172,8 +172,8 @@ def add_held_out(file, held_out, checkpoint, speech):
         checkpoint: the file.
         speech: folder with test.tsv.
     """
-    results = read_results(file)
-    of = " ".join(fingerprint(path) for path in (checkpoint, held_out.teacher.name, Path(speech, "test.tsv")))
+    results = read_probe_results(file)
+    of = " ".join(files_digest(path) for path in (checkpoint, held_out.teacher.name, Path(speech, "test.tsv")))
     entry = results.get("held_out_variance")
     if not entry or entry["of"] != of:
         trained, fresh = explained_before_and_after(held_out)
@@ -183,7 +183,7 @@ def add_held_out(file, held_out, checkpoint, speech):
             "shares": {str(layer): share for layer, share in trained.items()},
             "at_initialisation": {str(layer): share for layer, share in fresh.items()},
         }
-        write_results(file, {**results, "held_out_variance": entry})
+        write_probe_results(file, {**results, "held_out_variance": entry})
     return entry
 
 
@@ -200,7 +200,7 @@ def _describe(task):
     }
 
 
-def read_results(file):
+def read_probe_results(file):
     """Read results.json.
 
     Raises:
@@ -215,12 +215,12 @@ def read_results(file):
     raise InputError(f"{file} cannot be read as results of fairseq-stack evaluate; remove it, or give another --output")
 
 
-def write_results(file, results):
+def write_probe_results(file, results):
     """Write results.json as a whole or not at all."""
     write_whole(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n", f"--output {file}")
 
 
-def table(results, seeds):
+def probe_table(results, seeds):
     """The results as Markdown: per cent with a 95 % interval over the seeds, and what each row costs."""
     header = ["upstream"]
     for name, task in results["tasks"].items():
@@ -242,12 +242,3 @@ def table(results, seeds):
     chance = [f"{100 * task['chance']:.1f}" if task["classes"] else "" for task in results["tasks"].values()]
     rows.append(["most frequent answer", *chance, "", "", ""])
     return markdown_table(header, rows)
-
-
-def held_out_table(held_out):
-    """The shares of the held-out teacher variance as Markdown."""
-    rows = [
-        [layer, f"{share:.3f}", f"{held_out['at_initialisation'][layer]:.3f}"]
-        for layer, share in held_out["shares"].items()
-    ]
-    return markdown_table(["teacher layer", "trained student", "at its initialisation"], rows)

@@ -33,7 +33,7 @@ COLUMNS = tuple(column for _, _, columns in PROBLEMS.values() for column in colu
 
 
 @dataclass(frozen=True)
-class Run:
+class SuperbRun:
     """One training of one problem.
 
     Attributes:
@@ -60,7 +60,7 @@ def find_runs(folder):
         folder: of a model: any depth of folders, with runs of several problems and learning rates.
 
     Returns:
-        [Run], in the order of their paths.
+        [SuperbRun], in the order of their paths.
 
     Raises:
         InputError: there is none, one is of another problem, or one of its files cannot be read.
@@ -81,10 +81,10 @@ def best_runs(runs):
     The test results take no part. The first wins a tie, and a run that has diverged (nan) never wins.
 
     Args:
-        runs: [Run].
+        runs: [SuperbRun].
 
     Returns:
-        [Run], in the order of PROBLEMS.
+        [SuperbRun], in the order of PROBLEMS.
     """
     best = []
     for problem, (_, higher, _) in PROBLEMS.items():
@@ -129,7 +129,7 @@ def _read_run(folder):
     if tests:
         result = _read_yaml(tests[0])
         test = {column: 100 * _number(result, name, tests[0]) for column, name in columns.items()}
-    return Run(
+    return SuperbRun(
         folder=folder,
         problem=problem,
         learning_rate=_number(_group(_group(config, "build_optimizer"), "conf"), "lr", configs[-1]),

@@ -15,7 +15,7 @@ LONGEST_SECONDS = 10  # of a recording: longer ones are cut, or left out where t
 
 
 @dataclass(frozen=True)
-class Recording:
+class LabelledRecording:
     """A recording of prepared speech.
 
     Attributes:
@@ -58,7 +58,7 @@ class Task:
 
     @property
     def recordings(self):
-        """{utterance: Recording} of all folds."""
+        """{utterance: LabelledRecording} of all folds."""
         parts = [part for fold in self.folds for part in (fold.train, fold.valid, fold.test)]
         return {recording.utterance: recording for part in parts for recording, _ in part}
 
@@ -70,7 +70,7 @@ class Task:
         return sum(hits) / sum(len(fold.test) for fold in self.folds)
 
 
-def read_speech(folder):
+def read_labelled_speech(folder):
     """The recordings of a folder that fairseq-stack prepare made.
 
     Raises:
@@ -100,7 +100,7 @@ def read_speech(folder):
             if utterance not in labels:
                 raise InputError(f"{path}: has no line for {utterance} of {split}.tsv; prepare the speech again")
             recordings.append(
-                Recording(utterance, manifest.path(index), int(manifest.samples[index]), split, labels[utterance])
+                LabelledRecording(utterance, manifest.path(index), int(manifest.samples[index]), split, labels[utterance])
             )
     return recordings
 
@@ -109,9 +109,9 @@ def read_tasks(folder):
     """find_tasks of the recordings of a folder that fairseq-stack prepare made.
 
     Raises:
-        InputError: as read_speech, or the labels allow no task.
+        InputError: as read_labelled_speech, or the labels allow no task.
     """
-    tasks, without = find_tasks(read_speech(folder))
+    tasks, without = find_tasks(read_labelled_speech(folder))
     if not tasks:
         reasons = "; ".join(f"{task}: {why}" for task, why in without.items())
         raise InputError(f"--speech {folder}: its labels allow no task ({reasons})")
@@ -122,13 +122,13 @@ def find_tasks(recordings, most=1000):
     """The tasks that the labels allow.
 
     Speaker, language and recognition keep the splits of the preparation, which put no prompt into two of
-    them: what is tested was said by nobody in the training, nor heard by the student in its own. A keyword (a
-    spoken digit or letter) is its prompt, so there the voice is what is new: of every voice (a speaker in a
-    language) whose language another voice speaks too, the keywords are tested in one fold, and learned from in
+    them: neither the probe nor the student was trained on a prompt that is tested. A keyword (a spoken digit or
+    letter) is its own prompt, so keyword probes are tested on voices that were not in their training data: each
+    voice (a speaker in a language) whose language another voice speaks too is tested in one fold and trained on in
     the others.
 
     Args:
-        recordings: list of Recording.
+        recordings: list of LabelledRecording.
         most: recordings of a split to use at most; which ones is fixed by their names.
 
     Returns:

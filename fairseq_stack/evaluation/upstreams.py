@@ -48,8 +48,8 @@ def load_export(path):
         hop = math.prod(upstream.upstream.model.config.conv_stride)
         if hop != SAMPLES_PER_FRAME:
             raise InputError(
-                f"{path} makes a frame of {hop} samples, and s3prl takes {SAMPLES_PER_FRAME} for granted; probe a student"
-                " with such frames"
+                f"{path} makes a frame of {hop} samples, and s3prl takes {SAMPLES_PER_FRAME} for granted; probe a"
+                " student with such frames"
             )
         return upstream
     return _load("hubert_local" if "model_weight" in _read(path) else "distiller_local", path)
@@ -119,7 +119,7 @@ class TeacherUpstream(nn.Module):
         return list(states.values()), [frames] * self.num_layers
 
 
-def fingerprint(path):
+def files_digest(path):
     """The SHA-256 of a file, or of the files directly in a folder, as hexadecimal digits."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():

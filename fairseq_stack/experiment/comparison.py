@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.errors import InputError, Preempted
-from fairseq_stack.experiment.measures import cannot_measure, collect, is_measured, measure, write_results
+from fairseq_stack.experiment.measures import cannot_measure, collect, is_measured, measure_training, write_results
 from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
-from fairseq_stack.experiment.training import Terminated, train, trainings
+from fairseq_stack.experiment.training import Terminated, train_all, trainings
 from fairseq_stack.files import write_whole
 from fairseq_stack.targets.fill import store_targets
 from fairseq_stack.teachers import load_teacher
@@ -84,10 +84,10 @@ class Comparison:
         failed, done = [], len(self.planned) - len(self.due)
         try:
             with tqdm(total=len(self.planned), initial=done, desc="trainings", unit="") as bar:
-                for training, problem in train(self.grid, self.due, processes):
+                for training, problem in train_all(self.grid, self.due, processes):
                     try:
                         if problem is None:
-                            measure(training, self.speech, self.probes)
+                            measure_training(training, self.speech, self.probes)
                     except InputError as error:
                         problem = str(error)
                     if problem is not None:

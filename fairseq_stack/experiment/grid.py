@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Tuple
 
 import yaml
 
@@ -27,10 +26,10 @@ class Grid:
     """
 
     recipe: Path
-    fields: Tuple[str, ...]
-    students: Dict[str, Tuple[str, ...]]
+    fields: tuple[str, ...]
+    students: dict[str, tuple[str, ...]]
     reference: str
-    seeds: Tuple[int, ...]
+    seeds: tuple[int, ...]
 
     def cost_group(self, student):
         """Equal for students of which a layer costs the same, so that their times can be pooled."""

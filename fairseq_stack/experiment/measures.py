@@ -44,7 +44,7 @@ def is_measured(training, probes=False):
     return file.exists() and (not probes or bool(json.loads(file.read_text())["probes"]))
 
 
-def measure(training, speech, probes):
+def measure_training(training, speech, probes):
     """Measure a finished training and keep the numbers in its folder. What a student does not have stays empty.
 
     Args:
@@ -79,14 +79,14 @@ def measure(training, speech, probes):
 
 def _probes(training, checkpoint, speech):
     """{task: test result} of one probe each."""
-    from fairseq_stack.evaluation.results import run
-    from fairseq_stack.evaluation.upstreams import fingerprint, load_export
+    from fairseq_stack.evaluation.results import run_probes
+    from fairseq_stack.evaluation.upstreams import files_digest, load_export
     from fairseq_stack.export.student import export
 
     student = training.folder / "student"
     export(checkpoint, "huggingface", student, Path(speech) / "test.tsv", force=True)
-    rows = {"student": (fingerprint(student), lambda: load_export(student))}
-    results = run(rows, speech, [1], training.folder / "probes.json")
+    rows = {"student": (files_digest(student), lambda: load_export(student))}
+    results = run_probes(rows, speech, [1], training.folder / "probes.json")
     return {task: seeds["1"]["test"] for task, seeds in results["upstreams"]["student"]["tasks"].items()}
 
 

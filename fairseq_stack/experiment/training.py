@@ -8,7 +8,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Tuple
 
 import fairseq_stack
 from fairseq_stack.errors import InputError
@@ -37,7 +36,7 @@ class Training:
     student: str
     seed: int
     folder: Path
-    fields: Tuple[str, ...]
+    fields: tuple[str, ...]
 
     def command(self, recipe):
         """The command that trains it, or goes on where it was."""
@@ -84,7 +83,7 @@ def trainings(grid, folder, fields=()):
     return made
 
 
-def train(grid, due, processes):
+def train_all(grid, due, processes):
     """Run trainings, several at a time, each with its share of the cores; yields each when it has ended.
 
     Args:

@@ -106,7 +106,7 @@ class _Windows(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, window):
-        return self.dataset.hear(*window)
+        return self.dataset.load_window(*window)
 
 
 def _set_up_and_fill(cfg, splits, rank, processes):

@@ -23,7 +23,7 @@ from fairseq_stack.data.prepare import (
     PACKAGES,
     Recording,
     asterisk_recordings,
-    check,
+    check_speech,
     fetch_packages,
     prepare,
     prepare_recordings,
@@ -273,7 +273,7 @@ def test_names_that_no_manifest_can_hold_are_left_out_and_those_of_other_encodin
         assert [line.endswith("rename the file") for line in caplog.messages] == [True, True]
         manifests = [read_manifest(output / f"{split}.tsv") for split in ("train", "valid", "test")]
         assert sorted(path for manifest in manifests for path in manifest.paths) == kept
-    assert check(output) == []
+    assert check_speech(output) == []
 
 
 def test_a_full_disk_is_no_fault_of_the_recording(folder, tmp_path):

@@ -24,14 +24,14 @@ from fairseq_stack.data.splits import SPLITS, choose_splits
 from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation import heads
 from fairseq_stack.evaluation.cost import count_parameters, multiply_adds
-from fairseq_stack.evaluation.results import run, upstreams
+from fairseq_stack.evaluation.results import run_probes, upstream_rows
 from fairseq_stack.evaluation.tasks import (
     Fold,
-    Recording,
+    LabelledRecording,
     Task,
     find_tasks,
     plain_text,
-    read_speech,
+    read_labelled_speech,
 )
 from fairseq_stack.evaluation.upstreams import (
     TeacherUpstream,
@@ -104,7 +104,7 @@ def quick(monkeypatch):
 
 
 def test_no_prompt_of_the_test_was_learned_from(labelled):
-    tasks, without = find_tasks(read_speech(labelled))
+    tasks, without = find_tasks(read_labelled_speech(labelled))
     assert [task.name for task in tasks] == ["speaker", "recognition"]
     assert without.keys() == {"language", "keyword"}
     for task in tasks:
@@ -118,7 +118,7 @@ def test_no_prompt_of_the_test_was_learned_from(labelled):
 
 def keyword(language, speaker, word):
     labels = {"language": language, "speaker": speaker, "keyword": word, "text": ""}
-    return Recording(f"{language}/{speaker}/{word}", "", 16_000, "train", labels)
+    return LabelledRecording(f"{language}/{speaker}/{word}", "", 16_000, "train", labels)
 
 
 def test_keywords_are_tested_in_a_voice_that_was_not_learned_from_in_a_language_that_was():
@@ -142,7 +142,7 @@ def test_keywords_are_tested_in_a_voice_that_was_not_learned_from_in_a_language_
 def test_a_test_speaker_whom_the_training_lacks_leaves_no_speaker_task():
     def recording(split, speaker):
         labels = {"language": "en", "speaker": speaker, "keyword": "", "text": ""}
-        return Recording(f"{split}/{speaker}", "", 16_000, split, labels)
+        return LabelledRecording(f"{split}/{speaker}", "", 16_000, split, labels)
 
     known = [recording(split, speaker) for split in SPLITS for speaker in ("Ann", "Bea")]
     assert "speaker" not in find_tasks([*known, recording("train", "Cleo")])[1]
@@ -157,7 +157,7 @@ def test_texts_are_compared_without_case_and_punctuation():
 
 
 def recordings(count, texts=None):
-    return [Recording(f"{number}", "", 16_000, "train", {}) for number in range(count)]
+    return [LabelledRecording(f"{number}", "", 16_000, "train", {}) for number in range(count)]
 
 
 def test_an_answer_in_a_hidden_state_is_found_and_noise_is_not():
@@ -310,27 +310,27 @@ def test_a_restart_repeats_nothing(labelled, tmp_path, quick):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run({"first": ("a", load), "second": ("b", stopped)}, labelled, [1], file)
+        run_probes({"first": ("a", load), "second": ("b", stopped)}, labelled, [1], file)
     assert json.loads(file.read_text())["upstreams"]["first"]["tasks"].keys() == {"speaker", "recognition"}
 
-    run({"first": ("a", stopped), "second": ("b", load)}, labelled, [1], file)
+    run_probes({"first": ("a", stopped), "second": ("b", load)}, labelled, [1], file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    results = run({"first": ("a", stopped), "second": ("b", stopped)}, labelled, [1], file)
+    results = run_probes({"first": ("a", stopped), "second": ("b", stopped)}, labelled, [1], file)
     assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
     assert len(loaded) == 2
     # The same features and seed give the same score.
     assert results["upstreams"]["first"]["tasks"] == results["upstreams"]["second"]["tasks"]
 
     with pytest.raises(KeyboardInterrupt):  # another seed is new, and so is another model of the same name
-        run({"first": ("a", stopped)}, labelled, [1, 2], file)
+        run_probes({"first": ("a", stopped)}, labelled, [1, 2], file)
     with pytest.raises(KeyboardInterrupt):
-        run({"first": ("changed", stopped)}, labelled, [1], file)
+        run_probes({"first": ("changed", stopped)}, labelled, [1], file)
 
 
 def test_two_exports_of_one_name_are_refused(exports, tmp_path):
     (tmp_path / "student").symlink_to(exports / "student")
     with pytest.raises(InputError, match="named student"):
-        upstreams([exports / "student", tmp_path / "student"])
+        upstream_rows([exports / "student", tmp_path / "student"])
 
 
 def test_the_script_prints_a_table_and_keeps_every_number(exports, labelled, teacher_file, tmp_path, quick, monkeypatch, capsys):

@@ -74,7 +74,7 @@ def test_a_subset_that_is_trained_on_is_validated_on_without_random_windows(data
     training = trainer.task.dataset("train_960")
     assert training.random_crop and training.epoch == 2
     assert sum(map(len, first)) == 24 and all(map(torch.equal, first, again))
-    beginnings = {training.hear(index, 0)["waveform"].numpy().tobytes() for index in range(24)}
+    beginnings = {training.load_window(index, 0)["waveform"].numpy().tobytes() for index in range(24)}
     assert {wave.numpy().tobytes() for batch in first for wave in batch} == beginnings
 
 

@@ -1,4 +1,4 @@
-"""Updates of what else there is: s3prl's distiller, and fairseq's own modules. All at full depth, with a live teacher.
+"""Updates of the baselines: s3prl's distiller, and fairseq's own modules. All at full depth, with a live teacher.
 
 They get their batch from memory, and their teacher is in fp32. On a GPU the student trains in fp16 autocast, on a CPU
 in fp32, as s3prl's distiller does.
@@ -17,8 +17,8 @@ from fairseq_stack.models.conv_geometry import parse_conv_layers
 TEACHER_LAYERS = (4, 8, 12)
 
 
-class Peer:
-    """One update at a time of somebody else's modules.
+class Baseline:
+    """Trains other libraries' modules, one update at a time.
 
     Args:
         folder: what make_inputs filled.
@@ -54,7 +54,7 @@ class Peer:
         return self.clock.stop()
 
 
-class S3prlDistiller(Peer):
+class S3prlDistiller(Baseline):
     """DistillerModel and the HuBERT upstream of s3prl, with DistilHuBERT's loss: L1 and cosine similarity."""
 
     def build(self, weights, folder, size):
@@ -98,7 +98,7 @@ class S3prlDistiller(Peer):
         return F.l1_loss(predictions, targets) - F.logsigmoid(similarity).mean()
 
 
-class FairseqModules(Peer):
+class FairseqModules(Baseline):
     """HubertModel of fairseq as teacher and as student, with linear heads and the mean squared error."""
 
     def build(self, weights, folder, size):
@@ -145,4 +145,4 @@ def hidden_states(model, waveforms):
     return states
 
 
-PEERS = {"s3prl": S3prlDistiller, "fairseq": FairseqModules}
+BASELINES = {"s3prl": S3prlDistiller, "fairseq": FairseqModules}
