@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from training import composed
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
+import fairseq_stack
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.cli import main
@@ -169,6 +170,7 @@ def test_fairseqs_own_fine_tuning_starts_from_the_fairseq_export(tmp_path, shape
     from fairseq.data import Dictionary
     from fairseq.models import build_model
 
+    fairseq_stack.register()  # as common.user_dir does
     model, state = hubert_and_state(shape, stage, normalize)
     state["model"]["mask_emb"] = torch.randn(TINY["encoder_embed_dim"])
     export_fairseq(student_from_checkpoint(state), tmp_path / "student.pt")
