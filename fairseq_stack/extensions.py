@@ -61,15 +61,15 @@ def load_installed():
 def _load_file(path, field):
     if not os.path.isfile(path):
         raise InputError(f"{field}={path} is no file (in {os.getcwd()}); give the path of a Python file, or a module's name")
-    path = os.path.realpath(path)
+    whole_path = os.path.realpath(path)
     # Another name than the file's, which could be that of a module.
-    name = f"fairseq_stack_extension_{hashlib.sha256(path.encode()).hexdigest()[:16]}"
+    name = f"fairseq_stack_extension_{hashlib.sha256(whole_path.encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return
-    spec = spec_from_file_location(name, path)
+    spec = spec_from_file_location(name, whole_path)
     module = sys.modules[name] = module_from_spec(spec)  # dataclasses look their module up
     try:
-        with _one_line(f"{field}={path}", path):
+        with _one_line(f"{field}={path}", whole_path):
             spec.loader.exec_module(module)
     except InputError:
         del sys.modules[name]
