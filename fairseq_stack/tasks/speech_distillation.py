@@ -22,7 +22,8 @@ from fairseq_stack.extensions import load_extensions
 from fairseq_stack.growth.events import Growth, announced
 from fairseq_stack.models.conv_geometry import receptive_field
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
-from fairseq_stack.targets.formats import FORMATS, decode, encode
+from fairseq_stack.targets.formats import FORMATS
+from fairseq_stack.targets.source import targets_of
 from fairseq_stack.targets.store import CNN, TargetStore, size_text
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import PRECISIONS
@@ -294,46 +295,12 @@ class SpeechDistillation(FairseqTask):
     def with_targets(self, sample, model):
         """The batch with the teacher's hidden states, and waveforms as the student wants them."""
         self.bad_audio[sample["split"]].report(sample["problems"])
-        if self.store is None:
-            arrays = self.computed(sample, self.target_layers, self.shares_cnn)
-        else:
-            arrays = {name: decode(parts) for name, parts in self.from_store(sample).items()}
-        features = arrays.pop(CNN).transpose(1, 2) if self.shares_cnn else None
+        targets = targets_of(sample, self.teacher, self.target_layers, self.shares_cnn, self.store)
+        features = targets.pop(CNN).transpose(1, 2) if self.shares_cnn else None
         waveforms = sample["waveforms"]
         if self.cfg.normalize and features is None:
             waveforms = normalize_waveforms(waveforms, sample["lengths"], self.cfg.normalize_epsilon)
-        return {**sample, "waveforms": waveforms, "features": features, "targets": arrays}
-
-    def computed(self, sample, layers, cnn):
-        """{layer: [B, T, D]} from the teacher, with `cnn` also {CNN: [B, T, C]}, the features of its CNN."""
-        waveforms, lengths = sample["waveforms"], sample["lengths"]
-        if not cnn:
-            return self.teacher.hidden_states(waveforms, lengths, layers)
-        features = self.teacher.cnn_features(waveforms, lengths)
-        targets = self.teacher.hidden_states(waveforms, lengths, layers, features)
-        return {**targets, CNN: features.transpose(1, 2)}
-
-    def from_store(self, sample):
-        """The batch's targets as the store keeps them, {array: {part: [B, T, ...]}}.
-
-        The teacher fills what is missing. The student learns from rounded targets in the first epoch
-        too, and from what is stored wherever there is something: so it makes no difference to a run how
-        much has been stored before it.
-        """
-        rows, entries, stored = sample["stored_rows"], sample["entries"], sample["stored"]
-        if rows and not entries:
-            return stored
-        for entry in entries.values():
-            if entry.problem:
-                logger.warning(f"target store | computed again, because {entry.problem} ({entry.utterance})")
-        layers = [name for name in self.store.arrays if name != CNN]
-        arrays = self.computed(sample, layers, CNN in self.store.arrays)
-        arrays = {name: encode(values, self.store.form) for name, values in arrays.items()}
-        self.store.write(entries, arrays)
-        for name, parts in stored.items():
-            for part, values in parts.items():
-                arrays[name][part][rows, : values.size(1)] = values
-        return {name: arrays[name] for name in self.store.wanted}
+        return {**sample, "waveforms": waveforms, "features": features, "targets": targets}
 
     def mask(self, sample, model, update_num):
         """[B, T] bool, the masked frames of a batch: a matter of (seed, update, utterance) alone."""
