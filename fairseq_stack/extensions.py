@@ -60,7 +60,9 @@ def load_installed():
 
 def _load_file(path, field):
     if not os.path.isfile(path):
-        raise InputError(f"{field}={path} is no file (in {os.getcwd()}); give the path of a Python file, or a module's name")
+        raise InputError(
+            f"{field}={path} is no file (in {os.getcwd()}); give the path of a Python file, or a module's name"
+        )
     whole_path = os.path.realpath(path)
     # Another name than the file's, which could be that of a module.
     name = f"fairseq_stack_extension_{hashlib.sha256(whole_path.encode()).hexdigest()[:16]}"

@@ -10,8 +10,8 @@ from fairseq_stack.extensions import load_installed
 class Registry(Mapping):
     """{name: thing}, filled by a decorator.
 
-    The package's own modules register when their names are first asked for, and so do the extensions that are installed as
-    packages. A module that is slow to import costs nothing before that.
+    The package's own modules register when their names are first asked for, and so do the extensions that are
+    installed as packages. A module that is slow to import costs nothing before that.
 
     Args:
         field: the configuration's field, or the command's option, that chooses; errors name it.
@@ -37,7 +37,9 @@ class Registry(Mapping):
             taken = self._found.get(name, (thing,))[0]
             # The same place twice is a module that is executed again.
             if (taken.__module__, taken.__qualname__) != (thing.__module__, thing.__qualname__):
-                raise InputError(f"{self.field}={name} is taken by {taken.__module__}.{taken.__qualname__}; choose another name")
+                raise InputError(
+                    f"{self.field}={name} is taken by {taken.__module__}.{taken.__qualname__}; choose another name"
+                )
             self._found[name] = thing, self._entry(thing, **options) if self._entry else thing
             return thing
 

@@ -41,7 +41,7 @@ def taught_layers(cfg, teacher_depth):
 
 
 def predicted_layers(cfg, teacher_depth):
-    """The teacher layers that the student predicts by heads: all that it learns, or none where the loss has no heads."""
+    """The teacher layers that the student predicts by heads: those that it learns, or none if the loss has no heads."""
     return taught_layers(cfg, teacher_depth) if LOSSES.choose(cfg.loss).heads else []
 
 

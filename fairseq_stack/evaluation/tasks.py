@@ -166,8 +166,8 @@ def _language(recordings, most):
 def _keyword(recordings, most):
     """Which digit or letter is spoken.
 
-    A keyword is its prompt, so the voice is what is new: of every voice (a speaker in a language) whose language another
-    voice speaks too, the keywords are tested in one fold, and learned from in the others.
+    A keyword is its prompt, so the voice is what is new: of every voice (a speaker in a language) whose language
+    another voice speaks too, the keywords are tested in one fold, and learned from in the others.
     """
     folds = _voices([recording for recording in recordings if recording.labels["keyword"]])
     if not folds:

@@ -101,7 +101,8 @@ def _as_two_maps(maps):
 @FORMATS.register(
     "s3prl-distiller",
     write=export_distiller,
-    help="a file for s3prl's distiller_local, with the prediction heads; its first hidden state comes before the positions",
+    help="a file for s3prl's distiller_local, with the prediction heads; its first hidden state comes before the"
+    " positions",
     group_norm=f"in s3prl the group norm of extractor_mode=default runs over the padding too: {ONE_BY_ONE}",
     limits=(
         no_norm_behind_the_cnn,

@@ -48,9 +48,9 @@ class GrowthMethod:
     """How a student grows.
 
     Attributes:
-        next_stack: a function of (stack, block, layers): the next stack, from bottom to top, out of the present one, a list
-            of numbers. Where a number is named again, a copy of its layer will stand. `block` is K, the depth of
-            the first stage, `layers` that of the last.
+        next_stack: a function of (stack, block, layers): the next stack, from bottom to top, out of the present one,
+            a list of numbers. Where a number is named again, a copy of its layer will stand. `block` is K, the depth
+            of the first stage, `layers` that of the last.
         parts: a function of the number of stages: `layers` divided by it is K.
         parts_text: the same for an error, with {} for the stages.
     """
@@ -168,8 +168,8 @@ def plan_growth(method, layers, stages):
         wanted = list(growth_method.next_stack(stack, block, layers))
         if list(dict.fromkeys(wanted)) != stack or not len(stack) < len(wanted) <= layers:
             raise InputError(
-                f"model.stack_method={method} makes {wanted} of the layers {stack}; a growth must keep them all in their order"
-                f" and add copies, up to model.encoder_layers={layers}"
+                f"model.stack_method={method} makes {wanted} of the layers {stack}; a growth must keep them all in"
+                f" their order and add copies, up to model.encoder_layers={layers}"
             )
         for layer in wanted:
             if layer in grown:

@@ -92,7 +92,9 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
         )
     starts = list(starts_of(stages, max_update, alpha, milestones))
     if len(starts) != stages or starts[0] != 0:
-        raise InputError(f"model.stack_schedule={schedule} gives {stages} stages the starts {starts}; give each one, from 0 on")
+        raise InputError(
+            f"model.stack_schedule={schedule} gives {stages} stages the starts {starts}; give each one, from 0 on"
+        )
     if sorted(set(starts)) != starts or starts[-1] >= max_update:
         raise InputError(
             f"optimization.max_update={max_update} is too short for {stages} stages; each needs an update"

@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 def targets_of(sample, teacher, layers, cnn, store=None):
-    """The teacher's hidden states for a batch, {layer: [B, T, D]}, with `cnn` also {CNN: [B, T, C]}, its CNN's features.
+    """The teacher's hidden states for a batch, {layer: [B, T, D]}; with `cnn` also {CNN: [B, T, C]}, of its CNN.
 
     Args:
         sample: a batch of a SpeechDataset.
