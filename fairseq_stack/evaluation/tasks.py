@@ -143,7 +143,7 @@ class NoTask(Exception):
 
 
 # Functions of (recordings, most), see `find_tasks`, that return folds and classes of a Task or raise NoTask.
-TASKS = Registry("the probe task")
+TASKS = Registry("probe task")
 
 
 @TASKS.register("speaker")

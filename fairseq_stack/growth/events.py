@@ -42,7 +42,7 @@ class GrowthListener:
         """Called after the student has grown, with the same Growth."""
 
 
-LISTENERS = Registry("a listener's name")
+LISTENERS = Registry("listener")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import fairseq_stack
 from fairseq_stack.errors import InputError
+from fairseq_stack.extensions import load_extensions
 from fairseq_stack.targets.source import stored_targets
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
@@ -48,6 +49,7 @@ def set_up(cfg, splits):
         InputError: as the training would.
     """
     fairseq_stack.register()  # in a process of its own, too
+    load_extensions(cfg.task.extensions)  # in each process
     task = SpeechDistillation.setup_task(cfg.task)
     task.build_model(cfg.model)
     task.build_criterion(cfg.criterion)

@@ -18,7 +18,6 @@ from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifests
 from fairseq_stack.data.masking import span_mask
 from fairseq_stack.errors import InputError, check_choice
-from fairseq_stack.extensions import load_extensions
 from fairseq_stack.growth.events import Growth, announced
 from fairseq_stack.models.conv_geometry import receptive_field
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
@@ -137,7 +136,6 @@ class SpeechDistillation(FairseqTask):
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
-        load_extensions(cfg.extensions)
         for name in ("data", "teacher"):
             path = getattr(cfg, name)
             if not os.path.exists(path):

@@ -36,5 +36,5 @@ class Family:
 
 
 # The last one is asked first, so that extensions come before the package.
-LAYOUTS = Registry("the layout", ["fairseq_stack.teachers.layouts"], Layout)
+LAYOUTS = Registry("layout", ["fairseq_stack.teachers.layouts"], Layout)
 FAMILIES = Registry("model_type", ["fairseq_stack.teachers.huggingface"], Family)

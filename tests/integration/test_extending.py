@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, stock_hubert
+from fairseq import tasks
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from training import EXAMPLES, ROOT, hydra_train, tiny, train
 from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel, Wav2Vec2FeatureExtractor
@@ -110,6 +112,7 @@ def test_a_student_is_used_without_the_extensions_that_trained_it(file, depth, r
     assert objective_of(state["cfg"])["criterion.loss"] == "huber"
     export(path, "huggingface", tmp_path / "student")
     assert f"exported at {depth} of 12 layers" in (tmp_path / "student/README.md").read_text()
+    assert "huber" not in LOSSES  # nothing that the checkpoint names has run
 
 
 def test_a_students_seats_must_be_seats(run):
@@ -181,8 +184,7 @@ def test_a_users_probe_task_joins_the_others(examples):
         for number in range(4)
     ]
     load_extensions(["duration.py"])
-    tasks, without = find_tasks(recordings)
-    (task,) = tasks
+    (task,), without = find_tasks(recordings)
     assert (task.name, task.classes) == ("duration", ("long", "short")) and task.chance == 0.5
     assert list(without) == ["speaker", "language", "keyword", "recognition"]
 
@@ -207,25 +209,33 @@ def test_an_installed_package_is_loaded_by_its_entry_point(examples, monkeypatch
     del sys.modules["huber"]
 
 
+def test_a_task_set_up_from_a_checkpoint_runs_no_file_that_it_names(run, examples):
+    state = load_checkpoint(run / "checkpoints/checkpoint_last.pt")
+    tasks.setup_task(OmegaConf.create(state["cfg"]["task"]))
+    assert "huber" not in LOSSES
+
+
 def test_a_file_is_loaded_once_and_a_name_belongs_to_one(examples):
     load_extensions(["huber.py", str(examples / "huber.py"), "./huber.py"])
     (examples / "other.py").write_text((examples / "huber.py").read_text())
-    with pytest.raises(InputError, match=r"other.py cannot be imported in line [67]: .* criterion.loss=huber is taken by"):
+    with pytest.raises(InputError, match=r"other.py cannot be imported in line [67]: .*loss=huber is taken by"):
         load_extensions(["other.py"])
 
 
 @pytest.mark.parametrize(
     "code, given, message",
     [
-        ("import no_such_module\n", "[bad.py]", "=bad.py cannot be imported in line 1: ModuleNotFoundError: No module named"),
-        ("\n1 / 0\n", "[bad.py]", "=bad.py cannot be imported in line 2: ZeroDivisionError: division by zero; correct it"),
+        ("import no_such_module\n", "[bad.py]", "=bad.py cannot be imported in line 1: ModuleNotFoundError: "),
+        ("\n1 / 0\n", "[bad.py]", "=bad.py cannot be imported in line 2: ZeroDivisionError: division"),
         ("def f(:\n", "[bad.py]", "=bad.py cannot be imported: SyntaxError: invalid syntax"),
         ("", "[missing.py]", "=missing.py is no file (in "),
         ("", "[no_such_module]", "=no_such_module cannot be imported: ModuleNotFoundError"),
         ("", "bad.py", "=bad.py must be a list of files and modules, such as [my_losses.py]"),
     ],
 )
-def test_a_file_that_cannot_be_loaded_ends_the_training_in_one_line(code, given, message, examples, speech, teacher_file):
+def test_a_file_that_cannot_be_loaded_ends_the_training_in_one_line(
+    code, given, message, examples, speech, teacher_file
+):
     Path("bad.py").write_text(code)
     with pytest.raises(SystemExit) as ended:
         train("librispeech_base", tiny(speech, teacher_file, examples, **{"+task.extensions": given}))
