@@ -17,7 +17,11 @@ setup(
     # hydra looks for plugins in the folders of the namespace package hydra_plugins. Named like this, an editable install
     # puts this folder on the path; otherwise it leaves a finder there, which has no folders to look into.
     package_dir={"": "."},
-    packages=find_namespace_packages(include=["fairseq_stack", "fairseq_stack.*", "hydra_plugins.*"]),
+    packages=find_namespace_packages(
+        include=["fairseq_stack", "fairseq_stack.*", "hydra_plugins.*"], exclude=["fairseq_stack.examples*"]
+    ),
+    # fairseq_stack/examples is a link to examples/, so that the recipes are installed with the package.
+    package_data={"fairseq_stack": ["examples/*/*.yaml", "examples/*/*/*.yaml"]},
     python_requires=">=3.9",
     install_requires=[
         # ve-fairseq follows fairseq's main branch and has wheels for Python 3.11 and later;
@@ -41,7 +45,7 @@ setup(
         # espnet-s3prl is the s3prl that is kept up; its omegaconf excludes fairseq 0.12.2.
         'espnet-s3prl==2026.5.14; python_version >= "3.11"',
     ],
-    entry_points={"console_scripts": ["fairseq-stack-export = fairseq_stack.export.command:main"]},
+    entry_points={"console_scripts": ["fairseq-stack = fairseq_stack.cli:main"]},
     extras_require={
         "onnx": ONNX,
         "slurm": SUBMITIT,

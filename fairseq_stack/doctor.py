@@ -177,7 +177,7 @@ def libsndfile():
 def speech(folder):
     """One Finding for each manifest: it is well-formed, and at most a few of its recordings are of no use.
 
-    Only the first, the shortest and the longest are read: reading all is the job of prepare_speech.py --check.
+    Only the first, the shortest and the longest are read: reading all is the job of fairseq-stack prepare --check.
     """
     from fairseq_stack.errors import InputError
 

@@ -16,10 +16,10 @@ export PYTHONWARNINGS=ignore HF_HUB_DISABLE_PROGRESS_BARS=1
 step() { echo; echo "== $*"; }
 
 step "1/5 Speech: Debian's recorded prompts, as 16 kHz audio with manifests"
-[ -e "$speech/test.tsv" ] || python scripts/prepare_speech.py --source asterisk --output "$speech"
+[ -e "$speech/test.tsv" ] || fairseq-stack prepare --source asterisk --output "$speech"
 
 step "2/5 Teacher: a small HuBERT, pre-trained by fairseq on this speech"
-python scripts/make_demo_teacher.py --speech "$speech" --output "$run/teacher"
+python examples/demo_teacher/make_demo_teacher.py --speech "$speech" --output "$run/teacher"
 
 step "3/5 Distillation: 3, 6, 9, 12 layers"
 fairseq-hydra-train --config-dir examples/interleaved --config-name demo \
@@ -30,12 +30,12 @@ for target in huggingface s3prl; do
   output=$run/student_$target
   [ "$target" = s3prl ] && output=$output.pt
   [ "$output" -nt "$checkpoint" ] && { echo "$output is there already"; continue; }
-  python scripts/export_student.py "$checkpoint" --to "$target" --output "$output" --speech "$speech/test.tsv" --force
+  fairseq-stack export "$checkpoint" --to "$target" --output "$output" --speech "$speech/test.tsv" --force
 done
 
 step "5/5 Report"
-python scripts/report.py "$run" --output "$run/report" --student "$run/student_huggingface" --speech "$speech/test.tsv"
-python scripts/held_out_variance.py "$checkpoint" --speech "$speech/test.tsv" | tee "$run/report/held_out.md"
+fairseq-stack report "$run" --output "$run/report" --student "$run/student_huggingface" --speech "$speech/test.tsv"
+fairseq-stack held-out "$checkpoint" --speech "$speech/test.tsv" | tee "$run/report/held_out.md"
 
 cat <<END
 
@@ -47,7 +47,7 @@ cat <<END
 
 Next, LibriSpeech and HuBERT Base:
   source .venv/bin/activate
-  python scripts/prepare_speech.py --source /path/to/LibriSpeech --output /path/to/manifests
+  fairseq-stack prepare --source /path/to/LibriSpeech --output /path/to/manifests
   fairseq-hydra-train --config-dir examples/interleaved --config-name librispeech_base \\
     task.data=/path/to/manifests task.teacher=/path/to/hubert_base_ls960.pt
 END

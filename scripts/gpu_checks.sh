@@ -7,4 +7,4 @@ if [ "${1:-}" = --help ]; then sed -n '2,/^set/s/^# \?//p' "$0"; exit; fi
 source "$(dirname "$0")/environment.sh"
 python -c "import sys, torch; torch.cuda.is_available() or sys.exit('error: torch sees no GPU')"
 python -m pytest -q tests/gpu
-python scripts/benchmark.py --batch 64 --seconds 12 --precision fp32 bf16 fp16 --device cuda --peer s3prl fairseq
+fairseq-stack benchmark --batch 64 --seconds 12 --precision fp32 bf16 fp16 --device cuda --peer s3prl fairseq

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
-from fairseq_stack.export.command import FORMATS, training_model
+from fairseq_stack.export.student import FORMATS, training_model
 from fairseq_stack.export.verify import TOLERANCE
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 

@@ -73,7 +73,7 @@ def read_held_out(checkpoint, speech, teacher=None):
         raise NoHeads(
             f"{checkpoint} was trained with criterion.loss={config.get('loss')}, which has no heads: it predicts no"
             " hidden states of the teacher, so there is no variance explained; compare such students by probes"
-            " (scripts/evaluate.py)"
+            " (fairseq-stack evaluate)"
         )
     manifest = read_manifest(speech)
     if teacher is None and not Path(task.get("teacher") or "").exists():

@@ -23,13 +23,13 @@ def check_export(folder):
     """
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}; give the folder that scripts/export_student.py wrote")
+            raise InputError(f"{folder} has no {name}; give the folder that fairseq-stack export wrote")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{folder}/config.json cannot be read; export the student again") from None
     if kind != "hubert":
-        raise InputError(f"{folder} holds a model of type {kind}; give the folder that scripts/export_student.py wrote")
+        raise InputError(f"{folder} holds a model of type {kind}; give the folder that fairseq-stack export wrote")
 
 
 def hidden_states_of(student, manifest, seconds=60.0, seed=0):

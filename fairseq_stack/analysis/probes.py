@@ -1,4 +1,4 @@
-"""What the probes of scripts/evaluate.py have learned, for the report."""
+"""What the probes of fairseq-stack evaluate have learned, for the report."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ def read_layer_weights(path):
     """The weights that probes give to the hidden states, means over their seeds.
 
     Args:
-        path: JSON that scripts/evaluate.py writes; under `upstreams`, name, `tasks`, task and seed it has
+        path: JSON that fairseq-stack evaluate writes; under `upstreams`, name, `tasks`, task and seed it has
             `layer_weights`, one for each hidden state.
 
     Returns:
@@ -29,7 +29,7 @@ def read_layer_weights(path):
                 if mean.size > 1:
                     weights.setdefault(upstream, {})[task] = mean
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"--probes {path} has no results of probes; give the JSON that scripts/evaluate.py wrote") from None
+        raise InputError(f"--probes {path} has no results of probes; give the JSON that fairseq-stack evaluate wrote") from None
     if not weights:
         raise InputError(f"--probes {path} has no weights of several hidden states; evaluate an export first")
     return weights

@@ -37,7 +37,7 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, peers, th
         threads: of each training, on a CPU.
 
     Returns:
-        a dict of plain values, as `scripts/benchmark.py` writes it.
+        a dict of plain values, as `fairseq-stack benchmark` writes it.
     """
     cases = {str(case): case for case in cases_of(precisions)}
     with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fairseq_stack.checkpoints.read import DamagedCheckpoint, check_whole, load_checkpoint
 from fairseq_stack.errors import InputError
+from fairseq_stack.files import written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,8 @@ def recover(folder):
         return None
     if newest != last:
         found = f"was at update {updates[last]}" if last.exists() else "was missing or broken"
-        beside = f"{last}{UNFINISHED}"
-        shutil.copyfile(newest, beside)
-        os.replace(beside, last)
+        with written_beside(last, suffix=UNFINISHED) as beside:
+            shutil.copyfile(newest, beside)
         logger.warning(
             f"recovery | {newest.name} at update {updates[newest]} is the newest whole checkpoint and becomes"
             f" {last}, which {found}"

@@ -125,7 +125,7 @@ def _check_format(path, file):
     if file.samplerate != SAMPLE_RATE or file.channels != 1:
         raise InputError(
             f"{path}: has {file.samplerate} Hz and {file.channels} channel(s) instead of"
-            f" {SAMPLE_RATE} Hz mono; prepare it with scripts/prepare_speech.py"
+            f" {SAMPLE_RATE} Hz mono; prepare it with fairseq-stack prepare"
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fairseq_stack.errors import InputError
+from fairseq_stack.files import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +151,7 @@ def _lines(path):
             content = file.read()
     except OSError as error:
         raise InputError(
-            f"{path}: cannot read this manifest ({error.strerror}); make one with scripts/prepare_speech.py"
+            f"{path}: cannot read this manifest ({error.strerror}); make one with fairseq-stack prepare"
         ) from error
     # File names need not be UTF-8; surrogateescape keeps their bytes.
     encoding, errors = "utf-8-sig", "surrogateescape"
@@ -159,7 +160,7 @@ def _lines(path):
     text = content.decode(encoding, errors).replace("\r\n", "\n").replace("\r", "\n")
     if not text or "\0" in text:
         problem = "is not a text file" if text else "is empty"
-        raise InputError(f"{path}: {problem}; make a manifest with scripts/prepare_speech.py")
+        raise InputError(f"{path}: {problem}; make a manifest with fairseq-stack prepare")
     lines = text.split("\n")
     while len(lines) > 1 and not lines[-1].strip():
         lines.pop()
@@ -220,10 +221,7 @@ def check_name(name):
 
 def write_lines(path, lines):
     """Write a text file as a whole or not at all."""
-    beside = f"{path}.part"
-    with open(beside, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    os.replace(beside, path)
+    write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def check_manifest(path, shortest=1):

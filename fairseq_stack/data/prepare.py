@@ -37,6 +37,7 @@ from fairseq_stack.data.manifest import (
 from fairseq_stack.data.resample import resample
 from fairseq_stack.data.splits import SPLITS, choose_splits
 from fairseq_stack.errors import InputError
+from fairseq_stack.files import CannotWrite, written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -429,7 +430,7 @@ def _convert(job):
     """Convert (source, target), unless that was done before; returns a Result.
 
     Raises:
-        InputError: the target cannot be written.
+        CannotWrite: the target.
     """
     source, target = job
     try:
@@ -441,26 +442,21 @@ def _convert(job):
         return Result(problem=f"{source}: cannot be read ({error.strerror}); replace or remove it")
     version = f"source: {status.st_size} bytes, modified {status.st_mtime_ns} ns, unclipped"
     samples, peak = _converted_before(target, version), 0.0
-    beside = f"{target}.part"
-    try:
-        if samples is None:
-            samples, peak = _write_flac(source, beside, version)
-            # 16 bits would clip what is louder, and would lose what is much quieter.
-            if peak > 1:
-                _write_flac(source, beside, version, gain=1 / peak)
-            elif 0 < peak < QUIET:
-                _write_flac(source, beside, version, subtype="PCM_24")
-            os.replace(beside, target)
-        with open(target, "rb") as file:
-            digest = file.read(42)[26:]  # the MD5 of the samples, which FLAC keeps in its header
-    except InputError as error:
-        with suppress(FileNotFoundError):  # not even begun
-            os.remove(beside)
-        return Result(problem=str(error))
-    except OSError as error:
-        with suppress(OSError):
-            os.remove(beside)
-        raise InputError(f"{target}: cannot be written ({error.strerror}); make room and start again") from None
+    if samples is None:
+        try:
+            with written_beside(target) as beside:
+                samples, peak = _write_flac(source, beside, version)
+                # 16 bits would clip what is louder, and would lose what is much quieter.
+                if peak > 1:
+                    _write_flac(source, beside, version, gain=1 / peak)
+                elif 0 < peak < QUIET:
+                    _write_flac(source, beside, version, subtype="PCM_24")
+        except CannotWrite:
+            raise
+        except InputError as error:  # of the source
+            return Result(problem=str(error))
+    with open(target, "rb") as file:
+        digest = file.read(42)[26:]  # the MD5 of the samples, which FLAC keeps in its header
     return Result(samples, too_short(source, samples, SHORTEST), peak, digest)
 
 

@@ -28,7 +28,6 @@ in percent: an accuracy of 0.9, an error rate of 0.7.
 
 import hashlib
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -55,6 +54,7 @@ from fairseq_stack.evaluation.upstreams import (
     load_log_mel,
     load_random,
 )
+from fairseq_stack.files import write_whole
 from fairseq_stack.teachers import load_teacher
 
 VERSION = 1  # of the protocol; results of another one are made again
@@ -97,7 +97,7 @@ def run(rows, speech, seeds, file):
 
     Args:
         rows: see `upstreams`.
-        speech: folder that scripts/prepare_speech.py made.
+        speech: folder that fairseq-stack prepare made.
         seeds: numbers.
         file: results.json; rows of it that are not asked for stay.
 
@@ -212,16 +212,12 @@ def read_results(file):
             return results
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{file} cannot be read as results of scripts/evaluate.py; remove it, or give another --output")
+    raise InputError(f"{file} cannot be read as results of fairseq-stack evaluate; remove it, or give another --output")
 
 
 def write_results(file, results):
     """Write results.json as a whole or not at all."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.part")
-    beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, file)
+    write_whole(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n", f"--output {file}")
 
 
 def table(results, seeds):

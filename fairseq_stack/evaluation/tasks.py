@@ -72,7 +72,7 @@ class Task:
 
 
 def read_speech(folder):
-    """The recordings of a folder that scripts/prepare_speech.py made.
+    """The recordings of a folder that fairseq-stack prepare made.
 
     Raises:
         InputError: a manifest or labels.tsv is missing or malformed, or a recording has no labels.
@@ -83,7 +83,7 @@ def read_speech(folder):
         header, *lines = path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror}); make it with scripts/prepare_speech.py"
+            f"{path}: cannot be read ({error.strerror}); make it with fairseq-stack prepare"
         ) from None
     if tuple(header.split("\t")) != LABELS:
         raise InputError(f"{path}:1: is not {' '.join(LABELS)}; prepare the speech again")
@@ -107,7 +107,7 @@ def read_speech(folder):
 
 
 def read_tasks(folder):
-    """find_tasks of the recordings of a folder that scripts/prepare_speech.py made.
+    """find_tasks of the recordings of a folder that fairseq-stack prepare made.
 
     Raises:
         InputError: as read_speech, or the labels allow no task.

@@ -30,7 +30,7 @@ SAMPLES_PER_FRAME = 320  # of every HuBERT that s3prl loads
 
 
 def load_export(path):
-    """Load a student that scripts/export_student.py wrote, with s3prl's own loader.
+    """Load a student that fairseq-stack export wrote, with s3prl's own loader.
 
     Args:
         path: the folder of `--to huggingface`, or the file of `--to s3prl` or `--to s3prl-distiller`.
@@ -123,7 +123,7 @@ def fingerprint(path):
     """The SHA-256 of a file, or of the files directly in a folder, as hexadecimal digits."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
-        raise InputError(f"{path} does not exist; give what scripts/export_student.py wrote, or a teacher")
+        raise InputError(f"{path} does not exist; give what fairseq-stack export wrote, or a teacher")
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
@@ -151,14 +151,14 @@ def _load(name, path):
 def _read(path):
     """What a file for s3prl holds. s3prl itself would unpickle anything."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist; give what scripts/export_student.py wrote")
+        raise InputError(f"{path} does not exist; give what fairseq-stack export wrote")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # what a damaged file makes torch raise has no common class
         state = None
     if not isinstance(state, dict) or not {"model_weight", "Distiller"} & state.keys():
         raise InputError(
-            f"{path} is no export for s3prl; give what scripts/export_student.py made with --to huggingface,"
+            f"{path} is no export for s3prl; give what fairseq-stack export made with --to huggingface,"
             " s3prl or s3prl-distiller"
         )
     return state

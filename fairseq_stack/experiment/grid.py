@@ -8,6 +8,7 @@ from typing import Dict, Tuple
 import yaml
 
 from fairseq_stack.errors import InputError
+from fairseq_stack.training.recipes import find_recipe
 
 # These fields decide what is trained and when, not what a layer costs.
 _SAME_COST = ("model.stack_", "criterion.", "optimization.", "optimizer.", "lr_scheduler.")
@@ -37,7 +38,7 @@ class Grid:
 
 
 def read_grid(path):
-    """Read an experiment's file, a YAML of the fields of Grid; `recipe` is relative to the file.
+    """Read an experiment's file, a YAML of the fields of Grid; `recipe` is relative to the file, or one of the package's examples.
 
     Raises:
         InputError: the file cannot be read, or a field of it is missing, unknown or of the wrong kind.
@@ -52,7 +53,10 @@ def read_grid(path):
         raise InputError(f"{path} must have the fields {', '.join(names)}, and no others")
     recipe, students, seeds = path.parent / str(content["recipe"]), content["students"], content["seeds"]
     if not recipe.is_file():
-        raise InputError(f"{path}: recipe={content['recipe']} does not exist; give a path relative to {path.parent}")
+        try:
+            recipe = find_recipe(content["recipe"])
+        except InputError as error:
+            raise InputError(f"{path}: recipe={content['recipe']} does not exist in {path.parent}: {error}") from None
     if not isinstance(students, dict) or not students:
         raise InputError(f"{path}: students must map names to lists of fields")
     for name in students:

@@ -16,6 +16,7 @@ from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.criterions.layer_mapping import predicted_layers, taught_layers
 from fairseq_stack.experiment.training import MEASURED
+from fairseq_stack.files import write_whole
 
 LOSS = "output_loss"  # the same whatever a student's intermediate loss is
 
@@ -49,7 +50,7 @@ def measure(training, speech, probes):
     Args:
         training: a Training.
         speech: folder with test.tsv and, for probes, labels.
-        probes: whether to train the probes of scripts/evaluate.py, one seed each.
+        probes: whether to train the probes of fairseq-stack evaluate, one seed each.
 
     Raises:
         InputError: something of it cannot be read.
@@ -73,14 +74,14 @@ def measure(training, speech, probes):
         "explained": {str(layer): share for layer, share in explained.items()},
         "probes": _probes(training, checkpoint, speech) if probes else {},
     }
-    _write(training.folder / MEASURED, found)
+    write_whole(training.folder / MEASURED, json.dumps(found, indent=1) + "\n")
 
 
 def _probes(training, checkpoint, speech):
     """{task: test result} of one probe each."""
     from fairseq_stack.evaluation.results import run
     from fairseq_stack.evaluation.upstreams import fingerprint, load_export
-    from fairseq_stack.export.command import export
+    from fairseq_stack.export.student import export
 
     student = training.folder / "student"
     export(checkpoint, "huggingface", student, Path(speech) / "test.tsv", force=True)
@@ -172,10 +173,4 @@ def _processor():
 
 def write_results(results, folder):
     """Write results.json into the experiment's folder."""
-    _write(Path(folder) / "results.json", results)
-
-
-def _write(path, content):
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(Path(folder) / "results.json", json.dumps(results, indent=1) + "\n", f"--output {folder}")

@@ -12,9 +12,14 @@ from typing import Tuple
 
 import fairseq_stack
 from fairseq_stack.errors import InputError
+from fairseq_stack.files import write_whole
 
 FIELDS = "fields.json"
 MEASURED = "measured.json"
+
+
+class Terminated(BaseException):
+    """SIGTERM has come while trainings run; no handler of errors is to take it for one."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,7 @@ class Training:
 
     def keep_fields(self, recipe):
         """Write down what makes it."""
-        beside = self.folder / f"{FIELDS}.part"
-        beside.write_text(json.dumps([recipe.name, *self.fields], indent=1) + "\n")
-        os.replace(beside, self.folder / FIELDS)
+        write_whole(self.folder / FIELDS, json.dumps([recipe.name, *self.fields], indent=1) + "\n")
 
 
 def trainings(grid, folder, fields=()):
@@ -91,6 +94,9 @@ def train(grid, due, processes):
 
     Yields:
         a Training, and None if it has finished or the reason why it has not.
+
+    Raises:
+        Terminated: SIGTERM has come. The trainings that run are told to end, too.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     running = []
@@ -107,7 +113,7 @@ def train(grid, due, processes):
             return process.wait()
 
     # A job that is ended takes its trainings along; they save a checkpoint.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, _end)
     pool = ThreadPoolExecutor(processes)
     try:
         started = {pool.submit(run, training): training for training in due}
@@ -120,6 +126,10 @@ def train(grid, due, processes):
             if process.poll() is None:
                 process.terminate()
         signal.signal(signal.SIGTERM, before)
+
+
+def _end(number, frame):
+    raise Terminated
 
 
 def _reason(log):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fairseq_stack.errors import InputError
+from fairseq_stack.files import write_whole
 from fairseq_stack.growth.similarity import layer_similarity
 
 FRAMES = 2000  # of a batch; more would take the training seconds and tell little more
@@ -53,16 +54,8 @@ def write_growth(folder, growth):
     """
     path = os.path.join(folder, f"growth_at_{growth.update}.json")
     content = {"update": growth.update, "before": growth.before, "after": growth.after}
-    beside = f"{path}.part"
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(beside, "w", encoding="utf-8") as file:
-            json.dump({name: np.round(value, 4).tolist() for name, value in content.items()}, file)
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(
-            f"checkpoint.save_dir={folder} cannot be written ({error.strerror}); choose another folder"
-        ) from None
+    text = json.dumps({name: np.round(value, 4).tolist() for name, value in content.items()})
+    write_whole(path, text, f"checkpoint.save_dir={folder}")
 
 
 def read_growths(folder):

@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from fairseq_stack.errors import InputError
+from fairseq_stack.files import written_beside
 from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import Teacher
@@ -75,15 +76,9 @@ def described_teacher(path, store, **options):
     teacher = load_teacher(path, **options)
     fields = {name: getattr(teacher, name) for name in FIELDS}
     fields = json.loads(json.dumps({**fields, "name": str(path)}))
-    beside = folder / f"{DESCRIPTION}.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    # Every process of a job writes it.
+    with written_beside(folder / DESCRIPTION, f"task.target_store={store}", suffix=f".{os.getpid()}") as beside:
         beside.write_text(json.dumps({**fields, "sum": _sum(fields)}, indent=2), encoding="utf-8")
-        os.replace(beside, folder / DESCRIPTION)
-    except OSError as error:
-        raise InputError(
-            f"task.target_store={store} cannot be written ({error.strerror}); choose another folder"
-        ) from None
     described = DescribedTeacher(path, options, fields)
     described.loaded = teacher
     return described, folder

@@ -1,6 +1,7 @@
 """Recipes, composed as the training's command composes them."""
 
 import os
+from pathlib import Path
 
 from fairseq.dataclass.initialize import add_defaults, hydra_init
 from omegaconf import OmegaConf
@@ -8,6 +9,31 @@ from omegaconf import OmegaConf
 import fairseq_stack
 from fairseq_stack.errors import InputError
 from fairseq_stack.extensions import load_extensions
+
+# In a checkout a link to the folder beside the package; installed with it otherwise.
+EXAMPLES = (Path(fairseq_stack.__file__).parent / "examples").resolve()
+
+
+def find_recipe(name):
+    """The path of a recipe or of an experiment: the file `name`, or one of the package's examples.
+
+    Args:
+        name: a path, or a name such as librispeech_base or stacking/full.
+
+    Raises:
+        InputError: there is none.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    name = f"{name}".removesuffix(".yaml") + ".yaml"
+    if Path(name).is_file():
+        return Path(name)
+    examples = sorted(EXAMPLES.glob("*/*.yaml"))
+    found = [path for path in examples if path.match(name)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(str(path.relative_to(EXAMPLES).with_suffix("")) for path in found or examples)
+    raise InputError(f"{name} is no file and {'several' if found else 'none'} of the examples; choose from {known}")
 
 
 def compose_recipe(config_dir, config_name, overrides):

@@ -2,18 +2,16 @@
 
 import json
 import logging
-import runpy
 import shutil
-import sys
 
 import pytest
 import torch
 from conftest import TINY, stock_hubert
 from training import ROOT, tiny, train
 
-from fairseq_stack.__main__ import main as fairseq_stack
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
+from fairseq_stack.cli import main as fairseq_stack
 from fairseq_stack.export.fairseq import export_fairseq
 from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.s3prl import export_s3prl
@@ -69,64 +67,62 @@ def logging_as_before():
 
 S3PRL = pytest.mark.s3prl
 CASES = [
-    ("report.py {run} --output {file}", "--output {file} is a file; give a folder"),
-    ("report.py {run} --output {file}/report", "{file} is a file and no folder"),
-    ("report.py {empty} --output {out}", "{empty}/tensorboard/train_inner has no TensorBoard event files"),
-    ("report.py {file} --output {out}", "has no TensorBoard event files"),
-    ("report.py {run} --reference {export} --output {out}", "{export}/tensorboard/train_inner has no TensorBoard"),
-    ("report.py {run} --output {out} --student {checkpoint} --speech {test}", "{checkpoint} has no config.json"),
-    ("report.py {run} --output {out} --student {whisper} --speech {test}", "{whisper} holds a model of type whisper; give"),
-    ("report.py {run} --output {out} --student {export} --speech {empty}", "{empty}: cannot read"),
-    ("report.py {run} --output {out} --student {export} --speech {test} --seconds -5", "--seconds -5"),
-    ("report.py {run} --output {out} --student {export} --speech {test} --seconds nan", "--seconds nan"),
-    ("report.py {run} --output {out} --probes {file}", "--probes {file} has no results of probes"),
-    ("held_out_variance.py {checkpoint} --speech {test} --seconds 0", "--seconds 0"),
-    ("held_out_variance.py {checkpoint} --speech {empty}/test.tsv", "{empty}/test.tsv: cannot read"),
-    ("held_out_variance.py {run} --speech {test}", "{run} is a folder"),
-    ("held_out_variance.py {export} --speech {test}", "{export} is a folder"),
-    ("held_out_variance.py {s3prl.pt} --speech {test}", "{s3prl.pt} holds no model"),
-    ("held_out_variance.py {fairseq.pt} --speech {test}", "{fairseq.pt} is no checkpoint of a distillation"),
-    ("held_out_variance.py {teacher} --speech {test}", "{teacher} is no checkpoint of a distillation"),
-    ("held_out_variance.py {moved} --speech {test}", "task.teacher=gone.pt, which is not there; give it with --teacher"),
-    ("held_out_variance.py {checkpoint} --speech {test} --teacher {wide}", "{wide} is not the teacher of {checkpoint}"),
-    ("held_out_variance.py {checkpoint} --speech {test} --teacher {shallow}", "it has 6 layers, and the student has learned from layer 12"),
-    ("held_out_variance.py {checkpoint} --speech {test} --teacher {slow}", "{slow} is not the teacher of {checkpoint}"),
-    ("evaluate.py {export} --speech {speech} --output {out}/r.json", "{speech}/labels.tsv: cannot be read"),
-    ("evaluate.py {export} --speech {empty} --output {out}/r.json", "{empty}/labels.tsv: cannot be read"),
-    ("evaluate.py {export} --speech {speech} --output {empty}", "--output {empty} is a folder; give a file"),
-    ("evaluate.py {checkpoint} --speech {speech} --output {out}/r.json", "{checkpoint} is no export for s3prl"),
-    ("evaluate.py {whisper} --speech {speech} --output {out}/r.json", "{whisper} holds a model of type whisper; give"),
-    ("evaluate.py {run} --speech {speech} --output {out}/r.json", "{run} has no config.json"),
-    ("evaluate.py {export} --speech {speech} --teacher {file} --output {out}/r.json", "{file} is damaged"),
-    ("evaluate.py {export} --speech {speech} --checkpoint {export} --output {out}/r.json", "{export} is a folder"),
-    ("evaluate.py {export} --speech {speech} --checkpoint {checkpoint} --teacher {wide} --output {out}/r.json", "is not the teacher"),
-    ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {file}", "--output {file} is a file; give a folder"),
-    ("experiment.py {grid} --speech {empty} --teacher {teacher} --output {out}", "--speech {empty} has no test.tsv"),
-    ("experiment.py {grid} --speech {speech} --teacher {file} --output {out}", "{file} is damaged"),
-    ("experiment.py {grid} --speech {speech} --teacher {out} --output {out}", "{out} does not exist"),
-    ("experiment.py {file} --speech {speech} --teacher {teacher} --output {out}", "{file} must have the fields"),
-    ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {out} --probes", "{speech}/labels.tsv: cannot be read"),
-    ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {out} model.depth=3", "model.depth"),
-    ("experiment.py {grid} --speech {speech} --teacher {teacher} --output {out} task.mask_prob=0.5", "use +task.mask_prob=0.5"),
-    ("collect_superb.py {empty}", "{empty}: has no run of s3prl"),
-    ("collect_superb.py {file}", "{file}: has no run of s3prl"),
+    ("report {run} --output {file}", "--output {file} is a file; give a folder"),
+    ("report {run} --output {file}/report", "{file} is a file and no folder"),
+    ("report {empty} --output {out}", "{empty}/tensorboard/train_inner has no TensorBoard event files"),
+    ("report {file} --output {out}", "has no TensorBoard event files"),
+    ("report {run} --reference {export} --output {out}", "{export}/tensorboard/train_inner has no TensorBoard"),
+    ("report {run} --output {out} --student {checkpoint} --speech {test}", "{checkpoint} has no config.json"),
+    ("report {run} --output {out} --student {whisper} --speech {test}", "{whisper} holds a model of type whisper; give"),
+    ("report {run} --output {out} --student {export} --speech {empty}", "{empty}: cannot read"),
+    ("report {run} --output {out} --student {export} --speech {test} --seconds -5", "--seconds -5"),
+    ("report {run} --output {out} --student {export} --speech {test} --seconds nan", "--seconds nan"),
+    ("report {run} --output {out} --probes {file}", "--probes {file} has no results of probes"),
+    ("held-out {checkpoint} --speech {test} --seconds 0", "--seconds 0"),
+    ("held-out {checkpoint} --speech {empty}/test.tsv", "{empty}/test.tsv: cannot read"),
+    ("held-out {run} --speech {test}", "{run} is a folder"),
+    ("held-out {export} --speech {test}", "{export} is a folder"),
+    ("held-out {s3prl.pt} --speech {test}", "{s3prl.pt} holds no model"),
+    ("held-out {fairseq.pt} --speech {test}", "{fairseq.pt} is no checkpoint of a distillation"),
+    ("held-out {teacher} --speech {test}", "{teacher} is no checkpoint of a distillation"),
+    ("held-out {moved} --speech {test}", "task.teacher=gone.pt, which is not there; give it with --teacher"),
+    ("held-out {checkpoint} --speech {test} --teacher {wide}", "{wide} is not the teacher of {checkpoint}"),
+    ("held-out {checkpoint} --speech {test} --teacher {shallow}", "it has 6 layers, and the student has learned from layer 12"),
+    ("held-out {checkpoint} --speech {test} --teacher {slow}", "{slow} is not the teacher of {checkpoint}"),
+    ("evaluate {export} --speech {speech} --output {out}/r.json", "{speech}/labels.tsv: cannot be read"),
+    ("evaluate {export} --speech {empty} --output {out}/r.json", "{empty}/labels.tsv: cannot be read"),
+    ("evaluate {export} --speech {speech} --output {empty}", "--output {empty} is a folder; give a file"),
+    ("evaluate {checkpoint} --speech {speech} --output {out}/r.json", "{checkpoint} is no export for s3prl"),
+    ("evaluate {whisper} --speech {speech} --output {out}/r.json", "{whisper} holds a model of type whisper; give"),
+    ("evaluate {run} --speech {speech} --output {out}/r.json", "{run} has no config.json"),
+    ("evaluate {export} --speech {speech} --teacher {file} --output {out}/r.json", "{file} is damaged"),
+    ("evaluate {export} --speech {speech} --checkpoint {export} --output {out}/r.json", "{export} is a folder"),
+    ("evaluate {export} --speech {speech} --checkpoint {checkpoint} --teacher {wide} --output {out}/r.json", "is not the teacher"),
+    ("compare {grid} --speech {speech} --teacher {teacher} --output {file}", "--output {file} is a file; give a folder"),
+    ("compare {grid} --speech {empty} --teacher {teacher} --output {out}", "--speech {empty} has no test.tsv"),
+    ("compare {grid} --speech {speech} --teacher {file} --output {out}", "{file} is damaged"),
+    ("compare {grid} --speech {speech} --teacher {out} --output {out}", "{out} does not exist"),
+    ("compare {file} --speech {speech} --teacher {teacher} --output {out}", "{file} must have the fields"),
+    ("compare {grid} --speech {speech} --teacher {teacher} --output {out} --probes", "{speech}/labels.tsv: cannot be read"),
+    ("compare {grid} --speech {speech} --teacher {teacher} --output {out} model.depth=3", "model.depth"),
+    ("compare {grid} --speech {speech} --teacher {teacher} --output {out} task.mask_prob=0.5", "use +task.mask_prob=0.5"),
+    ("collect-superb {empty}", "{empty}: has no run of s3prl"),
+    ("collect-superb {file}", "{file}: has no run of s3prl"),
 ]
 
 
 @pytest.mark.parametrize("line, says", [
-    pytest.param(*case, marks=S3PRL) if case[0].startswith("evaluate") or "--probes" in case[0] and "experiment" in case[0] else case
+    pytest.param(*case, marks=S3PRL) if case[0].startswith("evaluate") or "--probes" in case[0] and "compare" in case[0] else case
     for case in CASES
 ])  # fmt: skip
-def test_it_is_named_in_one_line(line, says, places, tmp_path, monkeypatch, capsys):
+def test_it_is_named_in_one_line(line, says, places, tmp_path, capsys):
     def filled(text):
         for name, place in {**places, "out": tmp_path / "out"}.items():
             text = text.replace(f"{{{name}}}", str(place))
         return text
 
-    name, *arguments = filled(line).split()
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        fairseq_stack(filled(line).split())
     message = str(ended.value.code)
     assert message.startswith("error: ") and filled(says) in message and "\n" not in message
     assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
@@ -141,11 +137,9 @@ def test_the_doctor_names_both_manifests(place, places, capsys):
     assert [line.split(":")[0] for line in lines] == ["fix   train.tsv", "fix   valid.tsv"]
 
 
-def test_heads_that_have_learned_nothing_are_not_judged(places, tmp_path, monkeypatch, capsys):
+def test_heads_that_have_learned_nothing_are_not_judged(places, tmp_path, capsys):
     state = torch.load(places["checkpoint"], weights_only=True)
     state["cfg"]["criterion"]["intermediate_weight"] = 0.0
     torch.save(state, tmp_path / "last_layer_alone.pt")
-    arguments = [tmp_path / "last_layer_alone.pt", "--speech", places["test"]]
-    monkeypatch.setattr(sys, "argv", ["held_out_variance.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "scripts" / "held_out_variance.py"), run_name="__main__")
+    fairseq_stack(["held-out", tmp_path / "last_layer_alone.pt", "--speech", places["test"]])
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[3:]] == ["12"]

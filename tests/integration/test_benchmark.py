@@ -1,8 +1,6 @@
 """The benchmark measures what it says; how fast a machine is, no test says."""
 
 import json
-import runpy
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from fairseq_stack.benchmark.ours import Case, Ours, fill_store
 from fairseq_stack.benchmark.peers import FairseqModules, S3prlDistiller
 from fairseq_stack.benchmark.tables import tables
 from fairseq_stack.benchmark.workers import workers
+from fairseq_stack.cli import main
 from fairseq_stack.teachers import load_teacher
 
 RECIPES = EXAMPLES / "interleaved"
@@ -171,10 +170,9 @@ def test_an_update_that_runs_out_of_memory_has_no_time(inputs):
         pytest.param(["--device", "cuda"], "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
     ],
 )
-def test_options_that_cannot_be_measured_are_refused_in_a_line(options, says, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+def test_options_that_cannot_be_measured_are_refused_in_a_line(options, says):
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts/benchmark.py"), run_name="__main__")
+        main(["benchmark", *options])
     assert str(ended.value.code).startswith("error: ") and says in ended.value.code and "\n" not in ended.value.code
 
 

@@ -15,7 +15,7 @@ from fairseq.data import Dictionary
 from fairseq.models.hubert import HubertModel
 from omegaconf import OmegaConf
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_demo_teacher.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "demo_teacher" / "make_demo_teacher.py"
 SIZES = [
     "model.encoder_layers=2",
     "model.encoder_embed_dim=32",
@@ -120,7 +120,7 @@ def test_labels_of_other_speech_are_refused_not_trained_on(speech, trained, tmp_
 
 
 def test_a_folder_without_manifests_is_refused_in_one_line(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}/train\.tsv: .*prepare_speech.py first$"):
+    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}/train\.tsv: .*fairseq-stack prepare first$"):
         make_teacher_here(monkeypatch, tmp_path, tmp_path / "output")
     assert not (tmp_path / "output").exists()
 

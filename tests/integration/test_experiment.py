@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from training import EXAMPLES, ROOT, command, tiny
+from training import EXAMPLES, command, tiny
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.experiment.grid import read_grid
@@ -47,7 +47,7 @@ def start(grid_file, speech_with_test, teacher_file, tmp_path):
 
     def started(*more):
         process = command(
-            "python", ROOT / "scripts" / "experiment.py", grid_file, "--output", tmp_path / "out", "--speech",
+            "python", "-m", "fairseq_stack", "compare", grid_file, "--output", tmp_path / "out", "--speech",
             speech_with_test, "--teacher", teacher_file, "--processes", 2, *fields, *more,
         )  # fmt: skip
         output, _ = process.communicate(timeout=300)
@@ -69,7 +69,7 @@ def test_every_seed_is_trained_once_and_all_are_in_the_results(start, grid_file,
         assert measured["updates"] == [3, 6] and measured["loss"][1] < measured["loss"][0]
         assert [depth for depth, _, _ in measured["stages"]] == [3, 6, 9, 12]
         assert set(measured["explained"]) == {"4", "8", "12"}
-    assert results["environment"]["torch"] and "experiment.py" in results["command"]
+    assert results["environment"]["torch"] and results["command"].startswith(f"fairseq-stack compare {grid_file} --output ")
     for name in ("by_updates", "by_time", "loss_and_time"):
         assert (out / f"{name}.png").stat().st_size > 10_000
     assert (out / "summary.md").read_text().strip() in output

@@ -5,10 +5,8 @@ package's student takes part in the tests of the script only. The waveforms are 
 the arithmetic is compared.
 """
 
-import importlib
 import json
 import re
-import runpy
 import subprocess
 import sys
 from functools import partial
@@ -28,14 +26,15 @@ from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
+from fairseq_stack.cli import main
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.card import model_card
-from fairseq_stack.export.command import FORMATS
 from fairseq_stack.export.fairseq import export_fairseq
 from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.onnx import export_onnx
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.s3prl import export_s3prl
+from fairseq_stack.export.student import FORMATS
 from fairseq_stack.export.verify import (
     TOLERANCE,
     ExportMismatch,
@@ -47,7 +46,6 @@ from fairseq_stack.models.conv_geometry import parse_conv_layers
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "export_student.py"
 CONV_LAYERS = parse_conv_layers(TINY["conv_feature_layers"])
 
 # Seats in use at each stage of 12 layers in 4 stages: A1 B1 C1, then A1 A2 B1 B2 C1 C2, and so on.
@@ -426,13 +424,12 @@ def student_file(folder, speech, stage, teacher_layers=(4, 8, 12), **shape):
 
 
 @pytest.fixture
-def export_student(monkeypatch, capsys):
-    """Run scripts/export_student.py; returns its error (None or a line) and its standard output."""
+def export_student(capsys):
+    """Run fairseq-stack export; returns its error (None or a line) and its standard output."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
         try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+            main(["export", *arguments])
         except SystemExit as exit:
             return exit.code, capsys.readouterr().out
         return None, capsys.readouterr().out
@@ -446,22 +443,17 @@ def test_the_command_works_without_fairseq_and_hydra_and_says_what_it_compared_w
         folder = tmp_path / f"{format} source"
         folder.mkdir()
         checkpoint = student_file(folder, speech, 2, **(DISTILHUBERT if format == "s3prl-distiller" else {}))
-        jobs.append(["", str(checkpoint), "--to", format, "--output", str(tmp_path / format)])
+        jobs.append(["export", str(checkpoint), "--to", format, "--output", str(tmp_path / format)])
     jobs = [job for job in jobs if job[3] != "fairseq"]  # which is verified in fairseq
     code = (
         "import sys; sys.modules.update(fairseq=None, hydra=None)\n"
-        "from fairseq_stack.export.command import main\n"
-        f"for sys.argv in {jobs}: main()"
+        "from fairseq_stack.cli import main\n"
+        f"for job in {jobs}: main(job)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = "largest difference to the same weights in plain PyTorch (fairseq is not installed)"
     assert done.stdout.count(said) == len(jobs) >= 2 and all(Path(job[5]).exists() for job in jobs)
-
-
-def test_the_console_command_is_the_scripts():
-    module, function = re.search(r"fairseq-stack-export *= *([\w.]+):(\w+)", (ROOT / "setup.py").read_text()).groups()
-    assert runpy.run_path(str(SCRIPT))["main"] is getattr(importlib.import_module(module), function)
 
 
 @pytest.mark.parametrize("stage, depth", [(2, 6), (4, 12)])

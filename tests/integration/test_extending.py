@@ -18,12 +18,13 @@ from fairseq_stack.analysis.held_out import explained_by_layer, read_held_out
 from fairseq_stack.analysis.objective import objective_of
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
+from fairseq_stack.cli import main
 from fairseq_stack.criterions.layer_mapping import predicted_layers
 from fairseq_stack.criterions.losses import LOSSES
 from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation.tasks import TASKS, Recording, find_tasks
-from fairseq_stack.export.command import export
 from fairseq_stack.export.formats import FORMATS
+from fairseq_stack.export.student import export
 from fairseq_stack.extensions import load_extensions
 from fairseq_stack.growth.events import LISTENERS
 from fairseq_stack.growth.plan import METHODS, plan_growth
@@ -124,12 +125,13 @@ def test_a_students_seats_must_be_seats(run):
 
 
 def test_a_users_format_is_verified_like_any_other(run, examples):
-    load_extensions(["flat_file.py"])
+    checkpoint, output = run / "checkpoints/checkpoint_last.pt", examples / "by_command"
+    main(["--extensions", "flat_file.py", "export", checkpoint, "--to", "flat-file", "--output", output])
     assert list(FORMATS) == ["huggingface", "s3prl", "s3prl-distiller", "fairseq", "onnx", "flat-file"]
-    proof = export(run / "checkpoints/checkpoint_last.pt", "flat-file", examples / "student.safetensors")
+    proof = export(checkpoint, "flat-file", examples / "student.safetensors")
     assert proof["format"] == "flat-file" and proof["largest_difference_padded"] < 1e-4
-    student = student_from_checkpoint(load_checkpoint(run / "checkpoints/checkpoint_last.pt"))
-    assert load_file(examples / "student.safetensors").keys() == student.weights.keys()
+    student = student_from_checkpoint(load_checkpoint(checkpoint))
+    assert load_file(output).keys() == load_file(examples / "student.safetensors").keys() == student.weights.keys()
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -11,7 +11,7 @@ from training import configuration, tiny, train
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.export.card import model_card
-from fairseq_stack.export.command import export
+from fairseq_stack.export.student import export
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 from fairseq_stack.training.full_depth import validations
 
@@ -74,7 +74,7 @@ def test_the_export_of_a_student_before_full_depth_says_so(fields, caplog, tmp_p
     checkpoint = tmp_path / "checkpoints/checkpoint_last.pt"
     caplog.clear()
     export(checkpoint, "huggingface", tmp_path / "student")
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "fairseq_stack.export.command"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "fairseq_stack.export.student"]
     assert str(checkpoint) in line and "6 of 12 layers" in line and "\n" not in line
     assert "its growth has not ended, the student has 6 of 12 layers" in (tmp_path / "student/README.md").read_text()
 

@@ -24,7 +24,7 @@ from fairseq_stack.data.audio import any_audio, read_audio
 from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import missing_files, read_manifest
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.command import export
+from fairseq_stack.export.student import export
 from fairseq_stack.export.verify import ExportMismatch
 from fairseq_stack.teachers import load_teacher
 

@@ -6,7 +6,7 @@ from conftest import TINY, stock_hubert
 from training import tiny, train
 from transformers import Wav2Vec2FeatureExtractor
 
-from fairseq_stack.export.command import export
+from fairseq_stack.export.student import export
 from fairseq_stack.models.waveform_norm import normalize_waveforms
 
 

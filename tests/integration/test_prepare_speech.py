@@ -5,7 +5,6 @@ import gzip
 import math
 import os
 import resource
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from fairseq.data.audio.hubert_dataset import load_audio
 from torchaudio.functional import resample as torchaudio_resample
 
+from fairseq_stack.cli import main
 from fairseq_stack.data import prepare as prepare_module
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.prepare import (
@@ -31,7 +31,7 @@ from fairseq_stack.data.prepare import (
 from fairseq_stack.data.splits import choose_splits
 from fairseq_stack.errors import InputError
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_speech.py"
+ROOT = Path(__file__).parents[2]
 
 
 def tone(rate, hertz=440.0, seconds=0.5):
@@ -67,10 +67,9 @@ def labels(output):
     return {row["utterance"]: row for row in rows}
 
 
-def run_script(monkeypatch, *arguments):
-    """Run the script's main in this process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    runpy.run_path(str(SCRIPT))["main"]()
+def command(*arguments):
+    """Run the command in this process."""
+    main(["prepare", *arguments])
 
 
 # Any folder
@@ -351,7 +350,7 @@ def test_hours_of_music_take_no_more_memory_than_minutes(tmp_path):
     """
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "long.wav", tmp_path / "long.flac"], text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     samples, before, after = map(int, done.stdout.split())
@@ -453,19 +452,19 @@ def test_speakers_are_the_first_folders(tmp_path, monkeypatch):
     source, output = tmp_path / "source", tmp_path / "output"
     for seed, name in enumerate(("ann/1/a", "ann/2/b", "bob/1/c", "cleo/1/a")):
         write(source / f"{name}.wav", noise(seed))
-    run_script(monkeypatch, "--source", source, "--output", output, "--split-by", "speaker")
+    command("--source", source, "--output", output, "--split-by", "speaker")
     found = listed(output)
     assert found["ann/1/a"][0] == found["ann/2/b"][0] and len({split for split, _, _ in found.values()}) == 3
     assert labels(output)["cleo/1/a"]["speaker"] == "cleo"
     write(source / "alone.wav", noise(9))
     with pytest.raises(SystemExit, match="alone.wav: its speaker is not known"):
-        run_script(monkeypatch, "--source", source, "--output", output, "--split-by", "speaker")
+        command("--source", source, "--output", output, "--split-by", "speaker")
     source.rename(tmp_path / "wav")
     above = tmp_path / "above"
     above.mkdir(), (tmp_path / "wav").rename(above / "wav"), (above / "wav" / "alone.wav").unlink()
     with pytest.raises(SystemExit, match="1 different speakers.* give --source the folder that holds the speakers'"):
-        run_script(monkeypatch, "--source", above, "--output", output, "--split-by", "speaker")
-    run_script(monkeypatch, "--source", above / "wav", "--output", output, "--split-by", "speaker")
+        command("--source", above, "--output", output, "--split-by", "speaker")
+    command("--source", above / "wav", "--output", output, "--split-by", "speaker")
 
 
 def test_the_same_sound_in_two_formats_shares_a_split(tmp_path):
@@ -621,8 +620,8 @@ def test_librispeech_files_of_another_rate_are_refused(librispeech, tmp_path):
 
 def test_the_script_prepares_checks_and_names_each_damage_in_a_line(folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "output"
-    run_script(monkeypatch, "--source", folder, "--output", output)
-    run_script(monkeypatch, "--output", output, "--check")
+    command("--source", folder, "--output", output)
+    command("--output", output, "--check")
     train = f"{output}: train 2 files, 0.00 h; valid 1 files, 0.00 h; test 1 files, 0.00 h"
     assert capsys.readouterr().out.splitlines() == [train, train]
 
@@ -630,26 +629,26 @@ def test_the_script_prepares_checks_and_names_each_damage_in_a_line(folder, tmp_
     whole = (output / "audio/one.flac").read_bytes()
     (output / "audio/one.flac").write_bytes(whole[:-40])
     with pytest.raises(SystemExit) as stopped:
-        run_script(monkeypatch, "--output", output, "--check")
+        command("--output", output, "--check")
     assert sorted(line.split(": ")[0] for line in stopped.value.code.splitlines()) == [
         f"{output}/audio/one.flac", f"{output}/audio/three.flac"
     ]
 
     # What was damaged is mended by removing it and preparing again.
     (output / "audio/one.flac").unlink()
-    run_script(monkeypatch, "--source", folder, "--output", output)
-    run_script(monkeypatch, "--output", output, "--check")
+    command("--source", folder, "--output", output)
+    command("--output", output, "--check")
 
 
 def test_check_without_manifests_says_how_to_make_them(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=r"^error: .*train\.tsv: cannot read .* make one with scripts"):
-        run_script(monkeypatch, "--output", tmp_path, "--check")
+    with pytest.raises(SystemExit, match=r"^error: .*train\.tsv: cannot read .* make one with fairseq-stack prepare"):
+        command("--output", tmp_path, "--check")
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_a_nonzero_exit(tmp_path):
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--source", "absent", "--output", "out"], cwd=tmp_path, text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+        [sys.executable, "-m", "fairseq_stack", "prepare", "--source", "absent", "--output", "out"], cwd=tmp_path, text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(f"error: --source {tmp_path}/absent: is not a folder")

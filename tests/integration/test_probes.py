@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +17,7 @@ from transformers import HubertModel
 
 from fairseq_stack.analysis.intervals import mean_and_interval
 from fairseq_stack.checkpoints.student import student_from_checkpoint
+from fairseq_stack.cli import main
 from fairseq_stack.data import prepare
 from fairseq_stack.data.manifest import write_lines, write_manifest
 from fairseq_stack.data.splits import SPLITS, choose_splits
@@ -278,7 +277,7 @@ def test_what_is_no_export_is_refused(tmp_path, teacher_file):
     (tmp_path / "empty").mkdir()
     torch.save({"model_weight": Path("x")}, tmp_path / "code.pt")  # a class that only code could make
     for path in (tmp_path / "empty", tmp_path / "code.pt", tmp_path / "missing.pt", teacher_file):
-        with pytest.raises(InputError, match="export_student.py"):
+        with pytest.raises(InputError, match="fairseq-stack export"):
             load_export(path)
 
 
@@ -337,11 +336,10 @@ def test_two_exports_of_one_name_are_refused(exports, tmp_path):
 def test_the_script_prints_a_table_and_keeps_every_number(exports, labelled, teacher_file, tmp_path, quick, monkeypatch, capsys):
     output_file = tmp_path / "probes.json"
     arguments = [
-        "evaluate.py", str(exports / "student"), "--speech", str(labelled), "--teacher", str(teacher_file),
+        "evaluate", str(exports / "student"), "--speech", str(labelled), "--teacher", str(teacher_file),
         "--seeds", "2", "--output", str(output_file),
     ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", arguments)
-    runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="__main__")
+    main(arguments)
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
     assert rows.keys() >= {"student", "teacher", "random student", "log-mel", "most frequent answer"}
@@ -363,8 +361,7 @@ def test_the_script_prints_a_table_and_keeps_every_number(exports, labelled, tea
         train("full_l2l", tiny(labelled, teacher_file, tmp_path / loss, **fields), folder="stacking")
         capsys.readouterr()
         checkpoint = tmp_path / loss / "checkpoints/checkpoint_last.pt"
-        monkeypatch.setattr(sys, "argv", [*arguments, "--checkpoint", str(checkpoint)])
-        runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="__main__")
+        main([*arguments, "--checkpoint", checkpoint])
         output = capsys.readouterr()
         with_heads = loss == "mse"
         assert lines[0] in output.out and ("share of the held-out" in output.out) is with_heads

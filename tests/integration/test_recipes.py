@@ -2,16 +2,15 @@
 
 import json
 import re
-import runpy
-import sys
 
 import pytest
 import torch
 from conftest import TINY, stock_hubert
-from training import EXAMPLES, ROOT, composed, tiny, train
+from training import EXAMPLES, composed, tiny, train
 from transformers import WavLMConfig, WavLMModel
 
 from fairseq_stack.analysis.held_out import read_held_out
+from fairseq_stack.cli import main
 
 RECIPES = sorted(
     path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name not in ("demo_teacher", "experiments", "finetuning")
@@ -74,13 +73,12 @@ def test_the_recipe_trains_to_its_full_depth(recipe, trained):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """A function that runs a script of scripts/ in this process; it returns the exit code and the lines of its output."""
+def command(capsys):
+    """A function that runs fairseq-stack in this process; it returns the exit code and the lines of its output."""
 
-    def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    def run(*arguments):
         try:
-            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+            main(arguments)
             code = 0
         except SystemExit as ended:
             code = ended.code
@@ -90,11 +88,10 @@ def script(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_its_student_tells_the_held_out_variance_or_why_not(recipe, trained, script, speech):
+def test_its_student_tells_the_held_out_variance_or_why_not(recipe, trained, command, speech):
     trainer, folder = trained(recipe)
-    code, lines = script(
-        "held_out_variance.py", folder / "checkpoints/checkpoint_last.pt", "--speech", speech / "valid.tsv", "--seconds", 1
-    )
+    checkpoint = folder / "checkpoints/checkpoint_last.pt"
+    code, lines = command("held-out", checkpoint, "--speech", speech / "valid.tsv", "--seconds", 1)
     if recipe.name in ("star", "librispeech_base_star"):
         assert "criterion.loss=temporal_gram, which has no heads" in code and "\n" not in code and not lines
         return
@@ -117,10 +114,10 @@ def test_the_heads_of_a_student_without_an_output_loss_sit_where_they_were_train
         torch.testing.assert_close(ours[layer], prediction)
 
 
-def test_the_report_on_recipes_keeps_their_losses_apart(trained, script, tmp_path):
+def test_the_report_on_recipes_keeps_their_losses_apart(trained, command, tmp_path):
     names = ("demo", "full_l2l", "distilhubert", "masked", "star", "wavlm_base")
     folders = [trained(next(recipe for recipe in RECIPES if recipe.name == name))[1] for name in names]
-    code, lines = script("report.py", *folders, "--reference", folders[1], "--output", tmp_path)
+    code, lines = command("report", *folders, "--reference", folders[1], "--output", tmp_path)
     assert code == 0 and lines[-1] == f"report: {tmp_path}/index.html"
     (sentence,) = [line for line in lines if line.startswith("These runs have")]
     letters = dict(re.findall(r"(?:: |; )([A-Z]) is ([\w, ]+) \(", sentence))

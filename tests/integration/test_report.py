@@ -105,9 +105,8 @@ def assert_is_image(png):
 
 def test_the_script_writes_the_whole_report_without_fairseq_and_hydra(run, student, speech, tmp_path):
     report = tmp_path / "new" / "report"
-    arguments = ["report.py", run, "--output", report, "--student", student, "--speech", speech]
-    without = "import runpy, sys; sys.modules.update(fairseq=None, hydra=None); sys.argv = sys.argv[1:]; "
-    script = without + f"runpy.run_path({str(ROOT / 'scripts' / 'report.py')!r}, run_name='__main__')"
+    arguments = ["report", run, "--output", report, "--student", student, "--speech", speech]
+    script = "import sys; sys.modules.update(fairseq=None, hydra=None); from fairseq_stack.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 from fork_server import ForkServer
-from training import EXAMPLES, ROOT, command, tiny, train
+from training import command, tiny, train
 
 from fairseq_stack.analysis.scalars import read_scalars
 from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
@@ -181,9 +181,9 @@ def test_a_store_filled_ahead_by_two_processes_and_by_steps_is_all_that_a_traini
     speech, teacher_file, tmp_path, heard
 ):
     fields = {"+task.target_store": tmp_path / "store", "dataset.num_workers": 1}
-    arguments = ["--config-dir", EXAMPLES / "interleaved", "--config-name", "librispeech_base"]
+    arguments = ["--config-name", "librispeech_base"]
     arguments += tiny(speech, teacher_file, tmp_path, **WINDOWS, **fields)
-    script = command("python", ROOT / "scripts/store_targets.py", "--processes", 2, *arguments)
+    script = command("python", "-m", "fairseq_stack", "store-targets", "--processes", 2, *arguments)
     output, _ = script.communicate()
     assert script.returncode == 0, output
     samples = [int(line.split("\t")[1]) for line in (speech / "train.tsv").read_text().splitlines()[1:]]

@@ -5,7 +5,6 @@ The data has VoxCeleb1's layout and two voices, a low and a high sweep.
 
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import yaml
 from conftest import TINY, stock_hubert
 
 from fairseq_stack.checkpoints.student import student_from_checkpoint
+from fairseq_stack.cli import main
 from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation.superb import best_runs, find_runs, scores
 from fairseq_stack.export.s3prl import export_s3prl
@@ -132,10 +132,9 @@ def test_the_learning_rate_that_is_best_on_dev_counts_whatever_the_test_says(run
     assert scores([best]) == {"SID acc": 50.0}
 
 
-def test_the_table_stands_beside_the_published_numbers(run, tmp_path, monkeypatch, capsys):
+def test_the_table_stands_beside_the_published_numbers(run, tmp_path, capsys):
     copy_of(run, tmp_path / "mine/sid", 0.1, valid=0.6, test=0.725)
-    monkeypatch.setattr(sys, "argv", ["collect_superb.py", str(tmp_path / "mine")])
-    runpy.run_path(str(ROOT / "scripts/collect_superb.py"), run_name="__main__")
+    main(["collect-superb", tmp_path / "mine"])
     output = capsys.readouterr()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.out.splitlines()]
     assert rows[0] == ["model", "PR PER", "ASR WER", "SF F1", "SF CER", "SID acc"]

@@ -51,8 +51,8 @@ def test_unusable_files_are_named(tmp_path):
     (tmp_path / "text.flac").write_text("words")
     (tmp_path / "folder.wav").mkdir()
     expected = {
-        "rate.wav": "has 44100 Hz and 1 channel.* scripts/prepare_speech.py",
-        "stereo.flac": "has 16000 Hz and 2 channel.* scripts/prepare_speech.py",
+        "rate.wav": "has 44100 Hz and 1 channel.* fairseq-stack prepare",
+        "stereo.flac": "has 16000 Hz and 2 channel.* fairseq-stack prepare",
         "empty.wav": "has no samples", "nan.wav": "not finite", "infinite.wav": "not finite",
         "nothing.wav": "cannot be read as audio", "text.flac": "cannot be read as audio",
         "folder.wav": "cannot be read", "absent.wav": "cannot be read .No such file",

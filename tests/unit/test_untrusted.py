@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted([*(ROOT / "fairseq_stack").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
+SOURCES = sorted(path for folder in ("fairseq_stack", "scripts", "examples") for path in (ROOT / folder).rglob("*.py"))
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}
 UNPICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

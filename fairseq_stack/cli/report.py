@@ -1,18 +1,11 @@
-"""Report trainings: losses, time per stage, speed-up, similarity of the layers, and what probes use of them."""
+"""Report trainings: losses, time per stage, speed-up, similarity of the layers and weights of the probes."""
 
-import argparse
 from pathlib import Path
 
-from fairseq_stack.analysis.hidden_states import hidden_states_of
-from fairseq_stack.analysis.probes import read_layer_weights
-from fairseq_stack.analysis.report import write_report
-from fairseq_stack.analysis.runs import read_runs
-from fairseq_stack.errors import check_output, check_positive, one_line_errors
+from fairseq_stack.errors import InputError, check_output, check_positive
 
 
-@one_line_errors
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser):
     parser.add_argument(
         "runs", metavar="RUN", type=Path, nargs="+", help="folder of a training, with tensorboard/ and checkpoints/ in it"
     )
@@ -23,11 +16,19 @@ def main():
     parser.add_argument("--student", type=Path, help="the first run's student as a Hugging Face folder, for its similarity")
     parser.add_argument("--speech", type=Path, help="manifest (TSV) of the speech to run the student on")
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds of that speech (default: 60)")
-    parser.add_argument("--probes", type=Path, help="JSON that scripts/evaluate.py wrote, for the probes' layer weights")
-    args = parser.parse_args()
-    if (args.student is None) != (args.speech is None):
-        parser.error("--student and --speech belong together")
+    parser.add_argument(
+        "--probes", type=Path, help="JSON that fairseq-stack evaluate wrote, for the probes' layer weights"
+    )
 
+
+def run(args):
+    from fairseq_stack.analysis.hidden_states import hidden_states_of
+    from fairseq_stack.analysis.probes import read_layer_weights
+    from fairseq_stack.analysis.report import write_report
+    from fairseq_stack.analysis.runs import read_runs
+
+    if (args.student is None) != (args.speech is None):
+        raise InputError("--student and --speech belong together; give both or none")
     check_positive("--seconds", args.seconds)
     check_output("--output", args.output, folder=True)
     runs, reference = read_runs(args.runs, args.reference)
@@ -35,7 +36,3 @@ def main():
     weights = read_layer_weights(args.probes) if args.probes else None
     print(write_report(runs, args.output, reference, states, weights), end="")
     print(f"report: {args.output / 'index.html'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,9 @@
-"""Export a trained student to other libraries, verified on speech before it gets its name."""
+"""Export the student of a checkpoint, verified on speech before it gets its name."""
 
-import argparse
 import logging
-import sys
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-from transformers.utils.logging import disable_progress_bar
 
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint, with_moving_average
@@ -17,56 +12,13 @@ from fairseq_stack.export.card import before_full_depth, model_card
 from fairseq_stack.export.formats import FORMATS
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.verify import (
-    ExportMismatch,
     check_output,
     padded_batch,
     read_speech,
-    table,
     write_verified,
 )
 
 logger = logging.getLogger(__name__)
-
-def main():
-    parser = argparse.ArgumentParser(prog="fairseq-stack-export", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="fairseq checkpoint of a stacked_hubert, at any stage")
-    parser.add_argument(
-        "--to",
-        required=True,
-        choices=FORMATS,
-        help="; ".join(f"{name}: {format.help}" for name, format in FORMATS.items()),
-    )
-    parser.add_argument("--output", required=True, type=Path, help="folder or file to make")
-    parser.add_argument(
-        "--speech",
-        type=Path,
-        help="audio file or manifest (.tsv), 16 kHz mono, to compare the export with the training model on"
-        " (default: the student's validation data)",
-    )
-    parser.add_argument("--ema", action="store_true", help="export the moving average of the weights")
-    parser.add_argument(
-        "--force", action="store_true", help="replace an export, once the new one is verified (default: refuse)"
-    )
-    args = parser.parse_args()
-    # What the libraries say while they load a model is not about the export.
-    logging.basicConfig(level=logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    disable_progress_bar()
-    try:
-        proof = export(args.checkpoint, args.to, args.output, args.speech, args.ema, args.force)
-    except (InputError, ExportMismatch, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(table(proof))
-    print(
-        f"{args.to}: {args.output}, largest difference to {proof['compared_with']}"
-        f" {proof['largest_difference_alone']:.2g} alone, {proof['largest_difference_padded']:.2g} in a padded batch"
-    )
-    print(f"padding: {proof['padding']}")
-    if "normalization" in proof:
-        print(
-            f"normalisation: {proof['normalization']}; normalised alike, the largest difference is"
-            f" {proof['largest_difference_normalized_alike']:.2g}"
-        )
 
 
 def export(checkpoint, to, output, speech=None, ema=False, force=False):
@@ -87,6 +39,7 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
         InputError: something cannot be used, or the format cannot hold this student.
         ExportMismatch: the export computes something else than the training model.
     """
+    format = FORMATS.choose(to)
     check_output(output, force)
     state = load_checkpoint(checkpoint)
     if ema:
@@ -101,7 +54,6 @@ def export(checkpoint, to, output, speech=None, ema=False, force=False):
     if not speech.is_file():
         raise InputError(f"{speech} does not exist; give --speech an audio file or a manifest to verify with")
     waveforms = read_speech(speech, student.conv_layers)
-    format = FORMATS.choose(to)
     normalization = format.normalization(student)
     if normalization:
         alike = replace(student, normalize_epsilon=format.normalizer[1])
@@ -146,7 +98,3 @@ def training_model(state, student, checkpoint):
         return {**dict(enumerate(output["hidden_states"])), **heads}
 
     return "the training model", outputs
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,6 @@ the published HuBERT checkpoints are. A run that was interrupted goes on from it
 
 import argparse
 import logging
-import os
 import shutil
 import sys
 import warnings
@@ -21,8 +20,9 @@ from sklearn.cluster import MiniBatchKMeans
 from fairseq_stack.data.audio import read_audio
 from fairseq_stack.data.manifest import write_lines
 from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.files import written_beside
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "examples" / "demo_teacher"
+CONFIG_DIR = Path(__file__).resolve().parent
 CLUSTERS = 100  # as in HuBERT's first iteration
 SPLITS = ("train", "valid")
 
@@ -104,9 +104,9 @@ def read_manifest(path):
     try:
         manifest = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such manifest; run scripts/prepare_speech.py first") from None
+        raise InputError(f"{path}: no such manifest; run fairseq-stack prepare first") from None
     if len(manifest.splitlines()) < 2:
-        raise InputError(f"{path}: lists no audio; run scripts/prepare_speech.py again")
+        raise InputError(f"{path}: lists no audio; run fairseq-stack prepare again")
     return manifest
 
 
@@ -149,9 +149,8 @@ def train(speech, labels, teacher, overrides):
     ]
     print("teacher: training", flush=True)
     cli_main()
-    copy = teacher.with_suffix(".tmp")
-    shutil.copyfile(checkpoints / "checkpoint_last.pt", copy)
-    os.replace(copy, teacher)
+    with written_beside(teacher) as beside:
+        shutil.copyfile(checkpoints / "checkpoint_last.pt", beside)
 
 
 def quoted(path):

@@ -1,0 +1,62 @@
+"""Prepare speech for distillation: 16 kHz mono audio, manifests and labels.
+
+Writes into the output folder
+  train.tsv, valid.tsv, test.tsv   fairseq's manifests
+  labels.tsv                       utterance, speaker, language, text, keyword
+  audio/                           16 kHz mono FLAC, if the source has to be converted
+No prompt is in two splits; valid and test get 5 % each. Recordings that cannot be
+used are named and left out. The same command continues after an interruption.
+
+examples:
+  fairseq-stack prepare --source /corpora/LibriSpeech --output data/librispeech
+  fairseq-stack prepare --output data/librispeech --check
+"""
+
+from fairseq_stack.data.splits import GROUPINGS
+from fairseq_stack.errors import InputError
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "--source", metavar="asterisk|FOLDER",
+        help="asterisk: fetch Debian's telephone prompts, 2.9 hours in five languages (needs apt-get and dpkg, no"
+             " root); a LibriSpeech folder: list its files in place, in its own splits; any other folder: convert"
+             " the audio in it, of any rate and number of channels, of every format that libsndfile reads",
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
+    parser.add_argument(
+        "--split-by", choices=GROUPINGS, default="prompt",
+        help="what is in one split only: prompt (default), known by text or file name; or speaker, named by the first"
+             " folder below --source (LibriSpeech keeps its own splits)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bad-audio-limit", metavar="SHARE", type=float,
+        help="share of the recordings that may be unusable, as task.bad_audio_limit in training; more stop the"
+             " preparation (default: 0.01)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--check", action="store_true",
+        help="prepare nothing, but read every file of the manifests in --output; print a line for each problem and"
+             " exit with 1 if there are any",
+    )  # fmt: skip
+
+
+def run(args):
+    import logging
+
+    from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT
+    from fairseq_stack.data.prepare import check, prepare, summary
+
+    if args.check == bool(args.source):
+        raise InputError("give either --source, to prepare, or --check, to verify what was prepared")
+    limit = BAD_AUDIO_LIMIT if args.bad_audio_limit is None else args.bad_audio_limit
+    if not 0 <= limit < 1:
+        raise InputError(f"--bad-audio-limit {limit} must be 0 or more and below 1")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.check:
+        problems = check(args.output)
+        if problems:
+            return "\n".join(problems)
+    else:
+        prepare(args.source, args.output, args.split_by, limit)
+    print(summary(args.output))

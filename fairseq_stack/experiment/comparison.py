@@ -1,0 +1,126 @@
+"""Train the students of a grid, measure them and summarise what was measured."""
+
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fairseq_stack.data.manifest import read_manifest
+from fairseq_stack.errors import InputError, Preempted
+from fairseq_stack.experiment.measures import cannot_measure, collect, is_measured, measure, write_results
+from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
+from fairseq_stack.experiment.training import Terminated, train, trainings
+from fairseq_stack.files import write_whole
+from fairseq_stack.targets.fill import store_targets
+from fairseq_stack.teachers import load_teacher
+from fairseq_stack.training.recipes import compose_recipe, subsets
+
+
+class Comparison:
+    """The trainings of a grid on one speech and one teacher. What an earlier start has finished is not done again.
+
+    Attributes:
+        planned: all Trainings.
+        due: those that are not finished and measured yet.
+
+    Args:
+        grid: a Grid.
+        output: folder for all that is made.
+        speech: folder of manifests; test.tsv is for measuring.
+        teacher: file or folder of the teacher.
+        fields: what all trainings change besides what the grid says.
+        probes: whether to train probes on every student; needs s3prl.
+
+    Raises:
+        InputError: something of it cannot be used; found before anything is trained.
+    """
+
+    def __init__(self, grid, output, speech, teacher, fields=(), probes=False):
+        if not (Path(speech) / "test.tsv").is_file():
+            raise InputError(f"--speech {speech} has no test.tsv; make it with fairseq-stack prepare")
+        read_manifest(Path(speech) / "test.tsv")
+        if probes:
+            check_probes(speech)
+        self.grid, self.output, self.speech, self.teacher, self.probes = grid, Path(output), speech, teacher, probes
+        self.planned = trainings(grid, output, [f"task.data={speech}", f"task.teacher={teacher}", *fields])
+        self.due = [training for training in self.planned if not is_measured(training, probes)]
+        self._configurations = [
+            compose_recipe(grid.recipe.parent, grid.recipe.stem, training.fields) for training in self.due
+        ]
+
+    def notes(self):
+        """A sentence for each student of which something cannot be measured.
+
+        Raises:
+            InputError: the teacher cannot be loaded.
+        """
+        if not self.due:
+            return []
+        depth = load_teacher(self.teacher).depth
+        missing = {
+            training.student: cannot_measure(cfg, depth) for training, cfg in zip(self.due, self._configurations)
+        }
+        return [
+            f"{student}: {reason}; its cells stay empty" for student, reasons in missing.items() for reason in reasons
+        ]
+
+    def train(self, processes):
+        """Train and measure what is due.
+
+        Args:
+            processes: trainings at a time, which share the cores.
+
+        Returns:
+            a list of lines, one for each training that has failed.
+
+        Raises:
+            Preempted: SIGTERM has ended it.
+        """
+        for cfg in self._configurations:  # so that all trainings find the targets that they will ask for
+            if cfg.task.get("target_store"):
+                store_targets(cfg, subsets(cfg.dataset))
+        torch.set_num_threads(max(1, os.cpu_count() // processes))  # for measuring beside the trainings
+        failed, done = [], len(self.planned) - len(self.due)
+        try:
+            with tqdm(total=len(self.planned), initial=done, desc="trainings", unit="") as bar:
+                for training, problem in train(self.grid, self.due, processes):
+                    try:
+                        if problem is None:
+                            measure(training, self.speech, self.probes)
+                    except InputError as error:
+                        problem = str(error)
+                    if problem is not None:
+                        failed.append(problem)
+                    bar.update()
+        except Terminated:
+            raise Preempted from None
+        return failed
+
+    def summarise(self, command):
+        """Write results.json, figures and summary.md; returns the table, or None where nothing has been measured.
+
+        Args:
+            command: the command line, for results.json.
+        """
+        results = collect(self.grid, self.planned, command)
+        if not results["students"]:
+            return None
+        write_results(results, self.output)
+        figures = {"by_updates": draw_curves(results, "updates"), "by_time": draw_curves(results, "minutes")}
+        for name, figure in {**figures, "loss_and_time": draw_loss_and_time(results)}.items():
+            figure.savefig(self.output / f"{name}.png")
+        table = summary_table(results)
+        write_whole(self.output / "summary.md", table + "\n")
+        return table
+
+
+def check_probes(speech):
+    """Raise an InputError unless probes can be trained on the speech."""
+    try:
+        import s3prl  # noqa: F401
+
+        from fairseq_stack.evaluation.tasks import read_tasks
+    except ModuleNotFoundError as error:
+        raise InputError(f"--probes needs {error.name}, which is not installed; leave it out") from None
+    read_tasks(speech)
