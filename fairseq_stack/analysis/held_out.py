@@ -44,11 +44,6 @@ class HeldOut(NamedTuple):
     layers: list[int]
 
 
-def has_heads(criterion):
-    """Whether a student of this configuration of the criterion (a mapping) predicts the teacher by heads."""
-    return criterion.get("loss") != "temporal_gram"
-
-
 def read_held_out(checkpoint, speech, teacher=None):
     """Read and check all that is needed to tell what a checkpoint's student explains.
 
@@ -75,9 +70,9 @@ def read_held_out(checkpoint, speech, teacher=None):
     if config is None or config.get("_name") != "stacked_hubert":
         raise InputError(f"{checkpoint} is no checkpoint of a distillation; give RUN/checkpoints/checkpoint_last.pt")
     criterion = state["cfg"].get("criterion") or {}
-    if not has_heads(criterion):
+    if not any(str(name).startswith("heads.") for name in state["model"]):
         raise NoHeads(
-            f"{checkpoint} was trained with criterion.loss={criterion['loss']}, which has no heads: it predicts no"
+            f"{checkpoint} was trained with criterion.loss={config.get('loss')}, which has no heads: it predicts no"
             " hidden states of the teacher, so there is no variance explained; compare such students by probes"
             " (fairseq-stack evaluate)"
         )

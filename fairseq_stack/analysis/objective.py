@@ -4,6 +4,8 @@ import os
 import string
 from dataclasses import dataclass
 
+from fairseq_stack.criterions.losses import fields_of
+
 # Of the fields below; a run that kept hydra's configuration alone lacks those that its recipe does not name.
 DEFAULTS = {
     "criterion": {
@@ -51,8 +53,7 @@ def output_objective_of(config):
     if not isinstance(task.get("teacher"), str) or not isinstance(task.get("data"), str):
         return None
     found = {f"criterion.{name}": criterion[name] for name in ("loss", "target_normalization")}
-    if criterion["loss"] == "l1_cosine":
-        found["criterion.cosine_weight"] = float(criterion["cosine_weight"])
+    found.update({f"criterion.{name}": criterion.get(name) for name in fields_of(criterion["loss"])})
     return {
         **found,
         "task.teacher": os.path.realpath(task["teacher"]),

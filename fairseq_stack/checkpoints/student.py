@@ -10,7 +10,7 @@ import torch
 
 from fairseq_stack.checkpoints.read import configurations
 from fairseq_stack.errors import InputError
-from fairseq_stack.growth.plan import SEATS, plan_growth, plan_text
+from fairseq_stack.growth.plan import METHODS, SEATS, plan_growth, plan_text
 from fairseq_stack.models.conv_geometry import parse_conv_layers
 from fairseq_stack.models.shape import check_shape
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
@@ -149,9 +149,13 @@ def seats_in_use(config, weights, name="the checkpoint"):
     """
     with _described_student(name):
         check_shape(SimpleNamespace(**config))
-        plan = plan_growth(config["stack_method"], config["encoder_layers"], config["stack_stages"])
         stage = weights["stage"].item()
         used = weights[SEATS].tolist() if SEATS in weights else None  # older checkpoints have the stage alone
+        if used is not None and config["stack_method"] not in METHODS:  # an extension's, which need not be here
+            if len(used) != config["encoder_layers"] or not any(used) or not set(used) <= {0, 1}:
+                raise InputError(f"{SEATS} has {used} for {config['encoder_layers']} layers")
+            return tuple(seat for seat, uses in enumerate(used) if uses)
+        plan = plan_growth(config["stack_method"], config["encoder_layers"], config["stack_stages"])
     if stage not in range(len(plan.stages)):
         raise InputError(f"{name} has stage {stage}, not one of 0 to {len(plan.stages) - 1}; it is damaged")
     stage = int(stage)

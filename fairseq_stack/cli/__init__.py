@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 
 from fairseq_stack.errors import InputError, one_line_errors
+from fairseq_stack.extensions import load_extensions
 
 COMMANDS = (
     "prepare",
@@ -36,6 +37,7 @@ def main(arguments=None):
     args = parse(arguments)
     args.command_line = shlex.join(["fairseq-stack", *arguments])
     try:
+        load_extensions(args.extensions, "--extensions")
         problem = args.run(args)
     except OSError as error:  # such as a full disk
         raise InputError(str(error)) from None
@@ -52,6 +54,10 @@ def parse(arguments):
         description="Distil speech foundation models: what comes before and after fairseq's training."
         " fairseq-stack COMMAND --help explains a command.",
     )
+    parser.add_argument(
+        "--extensions", metavar="FILE", action="append", default=[],
+        help="load a Python file or module with your own parts, see docs/extending.md; before COMMAND, may be repeated",
+    )  # fmt: skip
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = import_module(f"{__name__}.{name.replace('-', '_')}")

@@ -1,7 +1,6 @@
 """The criterion: how far the student is from the teacher's layers."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import List
 
 from fairseq.criterions import FairseqCriterion
@@ -10,11 +9,9 @@ from fairseq.logging import metrics
 
 from fairseq_stack.criterions.layer_mapping import check_supervision, student_position, taught_layers
 from fairseq_stack.criterions.losses import (
-    FRAME_LOSSES,
+    LOSSES,
     TARGET_NORMALIZATIONS,
-    l1_cosine,
     normalize_targets,
-    temporal_gram,
     valid_frames,
 )
 from fairseq_stack.errors import InputError, check_choice, check_weight
@@ -27,7 +24,8 @@ class LayerDistillationConfig(FairseqDataclass):
     loss: str = field(
         default="mse",
         metadata={
-            "help": "mse, l1, l1_cosine (DistilHuBERT's) or temporal_gram (STaR's, between hidden states)"
+            "help": "mse, l1, l1_cosine (DistilHuBERT's), temporal_gram (STaR's, between hidden states), or one of an"
+            " extension"
         },
     )
     cosine_weight: float = field(
@@ -91,11 +89,12 @@ class LayerDistillation(FairseqCriterion):
     def __init__(self, cfg, task):
         super().__init__(task)
         self.cfg = cfg
+        self.loss = LOSSES.choose(cfg.loss)
         self.output_layer = task.teacher.depth
         self.intermediate_layers = sorted(set(cfg.teacher_layers))
         self.layers = taught_layers(cfg, task.teacher.depth)
         self.target_layers = self.layers
-        if cfg.loss == "temporal_gram":  # which relates the input of a layer to its output
+        if not self.loss.heads:  # it relates the input of a layer to its output
             self.target_layers = sorted({*self.layers, *(layer - 1 for layer in self.layers)})
 
     @classmethod
@@ -170,17 +169,17 @@ class LayerDistillation(FairseqCriterion):
 
     def terms(self, net, targets, frames):
         """{teacher layer: its loss, summed over `frames` [B, T]}."""
-        if self.cfg.loss == "temporal_gram":
-            states, terms = net["hidden_states"], {}
-            for layer in self.layers:
-                position = student_position(layer, self.output_layer, len(states) - 1)
-                student = states[position - 1], states[position]
-                terms[layer] = temporal_gram(*student, targets[layer - 1], targets[layer], frames)
-            return terms
-        loss = FRAME_LOSSES[self.cfg.loss]
-        if loss is l1_cosine:
-            loss = partial(l1_cosine, cosine_weight=self.cfg.cosine_weight)
-        return {layer: loss(net["predictions"][layer], targets[layer], frames) for layer in self.layers}
+        return {layer: self.term(layer, net, targets, frames) for layer in self.layers}
+
+    def term(self, layer, net, targets, frames):
+        """The loss of one teacher layer, summed over `frames` [B, T]."""
+        options = {name: getattr(self.cfg, name) for name in self.loss.fields}
+        if self.loss.heads:
+            return self.loss.function(net["predictions"][layer], targets[layer], frames, **options)
+        states = net["hidden_states"]
+        position = student_position(layer, self.output_layer, len(states) - 1)
+        pairs = states[position - 1], states[position], targets[layer - 1], targets[layer]
+        return self.loss.function(*pairs, frames, **options)
 
     def total(self, terms):
         """The weighted sum of the terms."""

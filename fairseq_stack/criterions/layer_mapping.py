@@ -20,7 +20,7 @@ def check_supervision(cfg):
             not go together.
     """
     check_numbers("criterion.teacher_layers", cfg.teacher_layers)
-    check_choice("criterion.loss", cfg.loss, LOSSES)
+    loss = LOSSES.choose(cfg.loss)
     check_choice("criterion.intermediate_style", cfg.intermediate_style, STYLES)
     check_weight("criterion.output_weight", cfg.output_weight)
     if not cfg.output_weight and not cfg.teacher_layers:
@@ -28,9 +28,9 @@ def check_supervision(cfg):
             "criterion.output_weight=0 with empty criterion.teacher_layers leaves nothing to learn; name"
             " layers"
         )
-    if cfg.loss == "temporal_gram" and cfg.intermediate_style == "prediction":
+    if not loss.heads and cfg.intermediate_style == "prediction":
         raise InputError(
-            "criterion.loss=temporal_gram compares layers with layers and has no heads, which"
+            f"criterion.loss={cfg.loss} compares layers with layers and has no heads, which"
             " criterion.intermediate_style=prediction asks for; choose layer_to_layer"
         )
 
@@ -38,6 +38,20 @@ def check_supervision(cfg):
 def taught_layers(cfg, teacher_depth):
     """The teacher layers that the student learns, ascending; the last one if it is named or has a weight."""
     return sorted({*cfg.teacher_layers, *([teacher_depth] if cfg.output_weight else [])})
+
+
+def predicted_layers(cfg, teacher_depth):
+    """The teacher layers that the student predicts by heads: those that it learns, or none if the loss has no heads."""
+    return taught_layers(cfg, teacher_depth) if LOSSES.choose(cfg.loss).heads else []
+
+
+def check_mask(cfg):
+    """Raise an InputError where frames are masked and the loss has no terms of masked and unmasked frames apart."""
+    if cfg.mask_prob > 0 and LOSSES.choose(cfg.loss).whole_utterances:
+        raise InputError(
+            f"criterion.loss={cfg.loss} relates all frames, and task.mask_prob={cfg.mask_prob} asks for a"
+            " loss on masked and unmasked frames apart; set task.mask_prob=0"
+        )
 
 
 def student_position(teacher_layer, teacher_depth, student_depth, style="layer_to_layer"):

@@ -5,8 +5,13 @@ several batches, devices or accumulated micro-batches add up; the caller divides
 The arithmetic is in fp32 whatever the inputs are, under autocast too.
 """
 
+from dataclasses import dataclass
+from typing import Callable, Tuple
+
 import torch
 import torch.nn.functional as F
+
+from fairseq_stack.registry import Registry
 
 TARGET_NORMALIZATIONS = ("none", "layer_norm", "instance_norm")
 
@@ -16,6 +21,30 @@ def valid_frames(frames, length):
     return torch.arange(length, device=frames.device) < frames[:, None]
 
 
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what it needs.
+
+    Attributes:
+        function: with `heads`, of (prediction, target, valid), [B, T, D] each and [B, T] bool; else of (student_input,
+            student_output, teacher_input, teacher_output, valid), the hidden states before and behind a layer. It
+            returns a sum over valid frames, in fp32.
+        heads: whether the student predicts the teacher's hidden states by heads.
+        whole_utterances: whether a term relates frames to each other, so that masked and unmasked frames have no loss
+            apart.
+        fields: names of fields of the criterion that `function` takes as keywords.
+    """
+
+    function: Callable
+    heads: bool = True
+    whole_utterances: bool = False
+    fields: Tuple[str, ...] = ()
+
+
+LOSSES = Registry("criterion.loss", entry=Loss)
+
+
+@LOSSES.register("mse")
 def mse(prediction, target, valid):
     """Squared error, averaged over features and summed over valid frames.
 
@@ -27,12 +56,14 @@ def mse(prediction, target, valid):
     return (prediction - target).pow(2).mean(-1).sum()
 
 
+@LOSSES.register("l1")
 def l1(prediction, target, valid):
     """Absolute error, averaged over features and summed over valid frames; arguments as for `mse`."""
     prediction, target = _frames(valid, prediction, target)
     return (prediction - target).abs().mean(-1).sum()
 
 
+@LOSSES.register("l1_cosine", fields=("cosine_weight",))
 def l1_cosine(prediction, target, valid, cosine_weight=1.0):
     """Absolute error plus `cosine_weight` * -log sigmoid(cosine similarity), summed over valid frames.
 
@@ -51,6 +82,7 @@ def _frames(valid, *states):
     return [each[valid].float() for each in states]
 
 
+@LOSSES.register("temporal_gram", heads=False, whole_utterances=True)
 def temporal_gram(student_input, student_output, teacher_input, teacher_output, valid):
     """Squared error between temporal Gram matrices, the layer-wise plus the intra-layer one.
 
@@ -84,11 +116,6 @@ def _gram(x, y):
     return x @ y.transpose(1, 2) / x.size(2)
 
 
-# The losses that compare a prediction with a target frame by frame, and all names of `criterion.loss`.
-FRAME_LOSSES = {"mse": mse, "l1": l1, "l1_cosine": l1_cosine}
-LOSSES = (*FRAME_LOSSES, "temporal_gram")
-
-
 def normalize_targets(target, valid, how):
     """Give targets zero mean and unit variance, without learned scale.
 
@@ -111,3 +138,9 @@ def normalize_targets(target, valid, how):
     centred = target - mean
     variance = centred.masked_fill(padding, 0.0).pow(2).sum(1, keepdim=True) / count
     return centred * torch.rsqrt(variance + 1e-5)
+
+
+def fields_of(name):
+    """The fields of the criterion that a loss takes; of one that is not known here, all that any loss takes."""
+    losses = [LOSSES[name]] if name in LOSSES else LOSSES.values()
+    return tuple(dict.fromkeys(field for loss in losses for field in loss.fields))

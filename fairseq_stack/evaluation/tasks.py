@@ -10,6 +10,7 @@ from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.prepare import LABELS
 from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError
+from fairseq_stack.registry import Registry
 
 LONGEST_SECONDS = 10  # of a recording: longer ones are cut, or left out where their text would not fit
 
@@ -47,7 +48,7 @@ class Task:
     """What a probe has to find out.
 
     Attributes:
-        name: speaker, language, keyword or recognition.
+        name: in TASKS.
         folds: Folds; the score is that of all their test recordings together.
         classes: the possible answers, sorted; empty where the answer is a text.
     """
@@ -119,13 +120,7 @@ def read_tasks(folder):
 
 
 def find_tasks(recordings, most=1000):
-    """The tasks that the labels allow.
-
-    Speaker, language and recognition keep the splits of the preparation, which put no prompt into two of
-    them: neither the probe nor the student was trained on a prompt that is tested. A keyword (a spoken digit or
-    letter) is its own prompt, so keyword probes are tested on voices that were not in their training data: each
-    voice (a speaker in a language) whose language another voice speaks too is tested in one fold and trained on in
-    the others.
+    """The tasks of TASKS that the labels allow.
 
     Args:
         recordings: list of LabelledRecording.
@@ -135,36 +130,85 @@ def find_tasks(recordings, most=1000):
         [Task], and {name: why there is none} for the others.
     """
     found, missing = [], {}
-    for name in ("speaker", "language"):
-        labelled = [(recording, recording.labels[name]) for recording in recordings if recording.labels[name]]
-        fold = _split(labelled, most)
-        classes = {answer for _, answer in fold.train}
-        if len(classes) < 2:
-            missing[name] = f"the training has {len(classes)} of them, and two is the least"
-        elif not (fold.valid and fold.test):
-            missing[name] = "valid or test has none"
-        elif any(answer not in classes for _, answer in fold.valid + fold.test):
-            missing[name] = "valid and test have some that the training has not"
-        else:
-            found.append(Task(name, [fold], tuple(sorted(classes))))
+    for name, make in TASKS.items():
+        try:
+            found.append(Task(name, *make(recordings, most)))
+        except NoTask as reason:
+            missing[name] = str(reason)
+    return found, missing
 
+
+class NoTask(Exception):
+    """The labels do not allow a task; the message says why."""
+
+
+# Functions of (recordings, most), see `find_tasks`, that return folds and classes of a Task or raise NoTask.
+TASKS = Registry("probe task")
+
+
+@TASKS.register("speaker")
+def _speaker(recordings, most):
+    """Who speaks.
+
+    The splits of the preparation put no prompt into two of them: what is tested was said by nobody in the training, nor
+    heard by the student in its own.
+    """
+    return classification([(recording, recording.labels["speaker"]) for recording in recordings], most)
+
+
+@TASKS.register("language")
+def _language(recordings, most):
+    """Which language is spoken, in the same splits."""
+    return classification([(recording, recording.labels["language"]) for recording in recordings], most)
+
+
+@TASKS.register("keyword")
+def _keyword(recordings, most):
+    """Which digit or letter is spoken.
+
+    A keyword is its prompt, so the voice is what is new: of every voice (a speaker in a language) whose language
+    another voice speaks too, the keywords are tested in one fold, and learned from in the others.
+    """
     folds = _voices([recording for recording in recordings if recording.labels["keyword"]])
-    if folds:
-        classes = {answer for fold in folds for part in (fold.train, fold.valid, fold.test) for _, answer in part}
-        found.append(Task("keyword", folds, tuple(sorted(classes))))
-    else:
-        missing["keyword"] = "no two languages have keywords of two voices each"
+    if not folds:
+        raise NoTask("no two languages have keywords of two voices each")
+    parts = [part for fold in folds for part in (fold.train, fold.valid, fold.test)]
+    return folds, tuple(sorted({answer for part in parts for _, answer in part}))
 
+
+@TASKS.register("recognition")
+def _recognition(recordings, most):
+    """What is said, in the splits of the preparation."""
     spoken = [
-        (recording, text) for recording in recordings
+        (recording, text)
+        for recording in recordings
         if (text := plain_text(recording.labels["text"])) and recording.samples <= LONGEST_SECONDS * SAMPLE_RATE
     ]
     fold = _split(spoken, most)
-    if fold.train and fold.valid and fold.test:
-        found.append(Task("recognition", [fold], ()))
-    else:
-        missing["recognition"] = "a split has no recording with a text"
-    return found, missing
+    if not (fold.train and fold.valid and fold.test):
+        raise NoTask("a split has no recording with a text")
+    return [fold], ()
+
+
+def classification(labelled, most):
+    """Folds and classes of a task that keeps the splits of the preparation.
+
+    Args:
+        labelled: list of (LabelledRecording, answer); those with an empty answer are left out.
+        most: recordings of a split to use at most.
+
+    Raises:
+        NoTask: valid or test is empty or has answers that the training has not, or there is one answer.
+    """
+    fold = _split([(recording, answer) for recording, answer in labelled if answer], most)
+    classes = {answer for _, answer in fold.train}
+    if len(classes) < 2:
+        raise NoTask(f"the training has {len(classes)} of them, and two is the least")
+    if not (fold.valid and fold.test):
+        raise NoTask("valid or test has none")
+    if any(answer not in classes for _, answer in fold.valid + fold.test):
+        raise NoTask("valid and test have some that the training has not")
+    return [fold], tuple(sorted(classes))
 
 
 def plain_text(text):

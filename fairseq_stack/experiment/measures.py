@@ -9,12 +9,12 @@ from statistics import median
 import numpy as np
 import torch
 
-from fairseq_stack.analysis.held_out import NoHeads, explained_by_layer, has_heads, read_held_out
+from fairseq_stack.analysis.held_out import NoHeads, explained_by_layer, read_held_out
 from fairseq_stack.analysis.objective import output_objective_of
 from fairseq_stack.analysis.runs import read_run
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
-from fairseq_stack.criterions.layer_mapping import taught_layers
+from fairseq_stack.criterions.layer_mapping import predicted_layers, taught_layers
 from fairseq_stack.experiment.training import MEASURED
 from fairseq_stack.files import write_whole
 
@@ -29,7 +29,7 @@ def cannot_measure(cfg, teacher_depth):
         teacher_depth: transformer layers of its teacher.
     """
     missing = []
-    if not has_heads(cfg.criterion):
+    if not predicted_layers(cfg.criterion, teacher_depth):
         missing.append(f"criterion.loss={cfg.criterion.loss} has no heads, so no variance is explained")
     if teacher_depth not in taught_layers(cfg.criterion, teacher_depth):
         missing.append(f"it does not learn the teacher's last layer ({teacher_depth}), so it has no output loss")

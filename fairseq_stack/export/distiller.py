@@ -6,7 +6,17 @@ import sys
 import torch
 
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.limits import check
+from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE
+from fairseq_stack.export.limits import (
+    check,
+    frames_of_20_ms,
+    has_heads,
+    heads_on_the_last_layer,
+    no_biases_in_the_cnn,
+    no_norm_behind_the_cnn,
+    post_norm,
+    waveforms_as_recorded,
+)
 from fairseq_stack.export.plain import head_tensors, heads_on_top
 
 _SHAPE = (
@@ -88,6 +98,22 @@ def _as_two_maps(maps):
     ]
 
 
+@FORMATS.register(
+    "s3prl-distiller",
+    write=export_distiller,
+    help="a file for s3prl's distiller_local, with the prediction heads; its first hidden state comes before the"
+    " positions",
+    group_norm=f"in s3prl the group norm of extractor_mode=default runs over the padding too: {ONE_BY_ONE}",
+    limits=(
+        no_norm_behind_the_cnn,
+        no_biases_in_the_cnn,
+        post_norm,
+        waveforms_as_recorded,
+        has_heads,
+        heads_on_the_last_layer,
+        frames_of_20_ms,
+    ),
+)
 def load_distiller(file, student):
     """The hidden states and predictions of an export for s3prl's distiller, as a function of a list of waveforms.
 

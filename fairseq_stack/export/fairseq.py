@@ -4,7 +4,8 @@ import torch
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.limits import check
+from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE
+from fairseq_stack.export.limits import check, norm_behind_the_cnn
 from fairseq_stack.export.verify import ExportMismatch, padded_batch
 from fairseq_stack.models.conv_geometry import samples_per_frame
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
@@ -111,6 +112,15 @@ def hubert_weights(student):
     }
 
 
+@FORMATS.register(
+    "fairseq",
+    write=export_fairseq,
+    help="a checkpoint of fairseq's stock HubertModel, for model.w2v_path of hubert_ctc",
+    group_norm=f"in fairseq the group norm of extractor_mode=default runs over the padding too: {ONE_BY_ONE}",
+    layer_norm=f"fairseq rounds the frames of a padded utterance up and attends to one frame of padding: {ONE_BY_ONE}",
+    normalizer=("fairseq", FAIRSEQ_EPSILON),
+    limits=(norm_behind_the_cnn,),
+)
 def load_fairseq(file, student):
     """The hidden states of an export for fairseq, as a function of a list of waveforms.
 

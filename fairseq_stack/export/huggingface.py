@@ -4,7 +4,9 @@ import torch
 from transformers import AutoFeatureExtractor, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.data.audio import SAMPLE_RATE
+from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE
 from fairseq_stack.export.verify import ExportMismatch
+from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON
 
 # transformers' own default, for fine-tuning with masks (SpecAugment).
 MASK_TIME_PROB = 0.05
@@ -69,6 +71,14 @@ def export_huggingface(student, folder):
     ).save_pretrained(folder)
 
 
+@FORMATS.register(
+    "huggingface",
+    write=export_huggingface,
+    help="a folder for transformers.HubertModel and s3prl's hf_hubert_custom",
+    group_norm="in transformers the group norm of extractor_mode=default runs over the padding too, with or without an"
+    f" attention mask (s3prl's hf_hubert gives one): {ONE_BY_ONE}",
+    normalizer=("transformers", TRANSFORMERS_EPSILON),
+)
 def load_huggingface(folder, student):
     """The hidden states of an export for transformers, as a function of a list of waveforms.
 

@@ -2,6 +2,7 @@
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
+from fairseq_stack.export.formats import FORMATS
 from fairseq_stack.export.plain import heads_on_top
 from fairseq_stack.models.conv_geometry import samples_per_frame
 
@@ -10,23 +11,23 @@ SAMPLES_PER_FRAME = 320
 
 
 def check(student, format):
-    """Raise InputError where `format`, a key of _LIMITS, cannot hold all of a student; it names formats that can."""
+    """Raise InputError where `format`, a name in FORMATS, cannot hold all of a student; it names formats that can."""
     reason = _refusal(student, format)
     if reason:
-        others = [name for name in _LIMITS if not _refusal(student, name)]
+        others = [name for name in FORMATS if not _refusal(student, name)]
         raise InputError(f"{reason}; export it with --to {' or '.join(others)}")
 
 
 def _refusal(student, format):
-    return next(filter(None, (limit(student) for limit in _LIMITS[format])), None)
+    return next(filter(None, (limit(student) for limit in FORMATS[format].limits)), None)
 
 
-def _norm_behind_the_cnn(student):
+def norm_behind_the_cnn(student):
     if not student.config.get("feature_layer_norm", True):
         return "model.feature_layer_norm=false: HuBERT in fairseq and s3prl has a layer norm behind the CNN"
 
 
-def _frames_of_20_ms(student):
+def frames_of_20_ms(student):
     hop = samples_per_frame(student.conv_layers)
     if hop != SAMPLES_PER_FRAME:
         return (
@@ -35,52 +36,35 @@ def _frames_of_20_ms(student):
         )
 
 
-def _no_norm_behind_the_cnn(student):
+def no_norm_behind_the_cnn(student):
     if student.config.get("feature_layer_norm", True):
         return "model.feature_layer_norm=true: s3prl's distiller has no norm behind the CNN"
 
 
-def _no_biases_in_the_cnn(student):
+def no_biases_in_the_cnn(student):
     if student.config["conv_bias"]:
         return "model.conv_bias=true: the CNN of s3prl's distiller has no biases"
 
 
-def _post_norm(student):
+def post_norm(student):
     if student.config["layer_norm_first"]:
         return "model.layer_norm_first=true: s3prl's distiller hands out the last layer without its final norm"
 
 
-def _waveforms_as_recorded(student):
+def waveforms_as_recorded(student):
     if student.normalize:
         return "task.normalize=true: s3prl's distiller takes the waveform as it is"
 
 
-def _heads(student):
+def has_heads(student):
     if not student.heads:
         loss = student.config["loss"]
         return f"criterion.loss={loss}: s3prl's distiller needs prediction heads, and there are none"
 
 
-def _heads_on_the_last_layer(student):
+def heads_on_the_last_layer(student):
     if {int(name.split(".")[1]) for name in student.heads} != set(heads_on_top(student)):
         return (
             f"criterion.intermediate_style={student.config['intermediate_style']}: the heads of s3prl's distiller are"
             " all on the last layer"
         )
-
-
-_LIMITS = {
-    "huggingface": (),
-    "onnx": (),
-    "fairseq": (_norm_behind_the_cnn,),
-    "s3prl": (_norm_behind_the_cnn, _frames_of_20_ms),
-    "s3prl-distiller": (
-        _no_norm_behind_the_cnn,
-        _no_biases_in_the_cnn,
-        _post_norm,
-        _waveforms_as_recorded,
-        _heads,
-        _heads_on_the_last_layer,
-        _frames_of_20_ms,
-    ),
-}

@@ -6,6 +6,7 @@ import warnings
 import torch
 
 from fairseq_stack.errors import InputError
+from fairseq_stack.export.formats import FORMATS
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.verify import padded_batch
 from fairseq_stack.models.conv_geometry import receptive_field
@@ -50,6 +51,7 @@ def export_onnx(student, file):
         )
 
 
+@FORMATS.register("onnx", write=export_onnx, help="a file for onnxruntime, for batches of any size and length")
 def load_onnx(file, student):
     """The hidden states of an export for ONNX in onnxruntime, as a function of a list of waveforms.
 

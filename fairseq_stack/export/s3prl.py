@@ -5,7 +5,9 @@ import torch
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.fairseq import hubert_config, hubert_weights
-from fairseq_stack.export.limits import check
+from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE
+from fairseq_stack.export.limits import check, frames_of_20_ms, norm_behind_the_cnn
+from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 
 
 def export_s3prl(student, file):
@@ -36,6 +38,15 @@ def export_s3prl(student, file):
     )
 
 
+@FORMATS.register(
+    "s3prl",
+    write=export_s3prl,
+    help="a file for s3prl's hubert_local",
+    group_norm=f"in s3prl the group norm of extractor_mode=default runs over the padding too: {ONE_BY_ONE}",
+    layer_norm=f"s3prl rounds the frames of a padded utterance up and attends to one frame of padding: {ONE_BY_ONE}",
+    normalizer=("s3prl", FAIRSEQ_EPSILON),
+    limits=(norm_behind_the_cnn, frames_of_20_ms),
+)
 def load_s3prl(file, student):
     """The hidden states of an export for s3prl, as a function of a list of waveforms.
 

@@ -7,9 +7,10 @@ in `encoder.layers.7` never has to move.
 """
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Callable, Tuple
 
-from fairseq_stack.errors import InputError, check_choice
+from fairseq_stack.errors import InputError
+from fairseq_stack.registry import Registry
 
 # Beside the weights of a student: for each of its layers whether it is in use, [N] bool. The stage beside it counts
 # in the plan of the run that saved it.
@@ -42,10 +43,33 @@ class GrowthPlan:
         return next((stage for stage in range(len(self.stages)) if self.uses(stage) == seats), None)
 
 
-# The next stack, from bottom to top, out of the present one; K, the block, is the depth of the first
-# stage, `layers` that of the last. Where a layer is named again, its copy will stand.
+@dataclass(frozen=True)
+class GrowthMethod:
+    """How a student grows.
+
+    Attributes:
+        next_stack: a function of (stack, block, layers): the next stack, from bottom to top, out of the present one,
+            a list of numbers. Where a number is named again, a copy of its layer will stand. `block` is K, the depth
+            of the first stage, `layers` that of the last.
+        parts: a function of the number of stages: `layers` divided by it is K.
+        parts_text: the same for an error, with {} for the stages.
+    """
+
+    next_stack: Callable
+    parts: Callable = lambda stages: stages
+    parts_text: str = "{}"
 
 
+METHODS = Registry("model.stack_method", entry=GrowthMethod)
+
+
+@METHODS.register("none")
+def _none(stack, block, layers):
+    """All layers are there from the start."""
+    return stack
+
+
+@METHODS.register("interleaved")
 def _interleaved(stack, block, layers):
     """After stage b, a copy of every b-th layer goes right behind its original.
 
@@ -56,6 +80,7 @@ def _interleaved(stack, block, layers):
     return [layer for place, layer in enumerate(stack, start=1) for _ in range(1 if place % every else 2)]
 
 
+@METHODS.register("gradual")
 def _gradual(stack, block, layers):
     """A copy of the last K layers goes on top.
 
@@ -65,6 +90,7 @@ def _gradual(stack, block, layers):
     return stack + stack[-block:]
 
 
+@METHODS.register("midas")
 def _midas(stack, block, layers):
     """A copy of the middle block of K layers goes right behind it; of n blocks, block ceil(n / 2).
 
@@ -75,6 +101,7 @@ def _midas(stack, block, layers):
     return stack[:end] + stack[end - block :]
 
 
+@METHODS.register("stackbert", parts=lambda stages: 2 ** (stages - 1), parts_text="2 ** ({} - 1)")
 def _stackbert(stack, block, layers):
     """A copy of the whole stack goes on top, which doubles it.
 
@@ -83,6 +110,7 @@ def _stackbert(stack, block, layers):
     return stack + stack
 
 
+@METHODS.register("gstack")
 def _gstack(stack, block, layers):
     """Copies of the whole stack go on top until all layers are in use.
 
@@ -92,21 +120,22 @@ def _gstack(stack, block, layers):
     return stack * (layers // block)
 
 
-_NEXT_STACK = {
-    "interleaved": _interleaved,
-    "gradual": _gradual,
-    "midas": _midas,
-    "stackbert": _stackbert,
-    "gstack": _gstack,
-}
-METHODS = ("none", *_NEXT_STACK)
+def known_stage(uses):
+    """A GrowthPlan for a student that grows no more, whose method need not be known.
+
+    Args:
+        uses: what `GrowthPlan.uses` gave for its stage.
+    """
+    seats = tuple(seat for seat, used in enumerate(uses) if used)
+    whole = tuple(range(len(uses)))  # which the last stage of a plan has to be
+    return GrowthPlan(stages=(whole,), growths=()) if seats == whole else GrowthPlan((seats, whole), growths=((),))
 
 
 def plan_growth(method, layers, stages):
     """Plan the growth of a student to `layers` layers.
 
     Args:
-        method: one of METHODS; `none` has all layers from the start.
+        method: a name in METHODS; `none` has all layers from the start.
         layers: N, the layers of the finished student.
         stages: B. The student starts with N / B layers and gains as many at each growth, except
             with `stackbert`, which starts with N / 2 ** (B - 1) and doubles, and `gstack`, which
@@ -115,18 +144,16 @@ def plan_growth(method, layers, stages):
     Raises:
         InputError: the method is unknown, or it cannot divide the layers into these stages.
     """
-    check_choice("model.stack_method", method, METHODS)
+    growth_method = METHODS.choose(method)
     if layers < 1 or stages < 1:
         raise InputError(f"model.encoder_layers={layers} and model.stack_stages={stages} must be at least 1")
     if method == "none":
         if stages != 1:
             raise InputError(f"model.stack_stages={stages} has no meaning with model.stack_method=none; set it to 1")
         return GrowthPlan(stages=(tuple(range(layers)),), growths=())
-    parts = 2 ** (stages - 1) if method == "stackbert" else stages
+    parts = growth_method.parts(stages)
     if layers % parts:
-        divisor = f"model.stack_stages={stages}"
-        if method == "stackbert":
-            divisor = f"2 ** ({divisor} - 1)"
+        divisor = growth_method.parts_text.format(f"model.stack_stages={stages}")
         raise InputError(
             f"model.encoder_layers={layers} is not divisible by {divisor}, as model.stack_method={method} needs;"
             " choose another number of stages"
@@ -138,7 +165,13 @@ def plan_growth(method, layers, stages):
     stacks, births = [stack], []
     while len(stack) < layers:
         grown, pairs = [], []
-        for layer in _NEXT_STACK[method](stack, block, layers):
+        wanted = list(growth_method.next_stack(stack, block, layers))
+        if list(dict.fromkeys(wanted)) != stack or not len(stack) < len(wanted) <= layers:
+            raise InputError(
+                f"model.stack_method={method} makes {wanted} of the layers {stack}; a growth must keep them all in"
+                f" their order and add copies, up to model.encoder_layers={layers}"
+            )
+        for layer in wanted:
             if layer in grown:
                 source, layer = layer, len(stack) + len(pairs)
                 pairs.append((source, layer))

@@ -3,10 +3,64 @@
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Callable
 
-from fairseq_stack.errors import InputError, check_choice
+from fairseq_stack.errors import InputError
+from fairseq_stack.registry import Registry
 
-SCHEDULES = ("equal", "prop", "milestones", "plateau")
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the stages begin.
+
+    Attributes:
+        starts: a function of (stages, max_update, alpha, milestones), which are as in `stage_starts`: the first update
+            of each stage, ascending from 0.
+        ends_early: whether a stage may end before, see Plateau.
+    """
+
+    starts: Callable
+    ends_early: bool = False
+
+
+SCHEDULES = Registry("model.stack_schedule", entry=Schedule)
+
+
+@SCHEDULES.register("equal")
+def _equal(stages, max_update, alpha, milestones):
+    return _shares(stages, max_update, alpha, exponent=0)
+
+
+@SCHEDULES.register("prop")
+def _prop(stages, max_update, alpha, milestones):
+    return _shares(stages, max_update, alpha, exponent=alpha)
+
+
+@SCHEDULES.register("milestones")
+def _milestones(stages, max_update, alpha, milestones):
+    milestones = list(milestones)
+    field = f"model.stack_milestones={milestones}"
+    if len(milestones) != stages - 1:
+        raise InputError(f"{field} has {len(milestones)} update counts; {stages} stages need {stages - 1}")
+    if sorted(set(milestones)) != milestones or milestones[0] < 1:
+        raise InputError(f"{field} must be positive and strictly ascending")
+    if milestones[-1] >= max_update:
+        raise InputError(f"{field} reaches beyond optimization.max_update={max_update}; the last stage needs updates")
+    return [0, *milestones]
+
+
+@SCHEDULES.register("plateau", ends_early=True)
+def _plateau(stages, max_update, alpha, milestones):
+    return _prop(stages, max_update, alpha, milestones)
+
+
+def _shares(stages, max_update, alpha, exponent):
+    """Stage b, from 1, has updates in proportion to b ** exponent."""
+    if not 0 <= alpha <= 100:
+        raise InputError(f"model.stack_alpha={alpha} must lie between 0 and 100")
+    # Fractions, so that 0.3 of 1,000 updates is 300 and not 299.999.
+    weights = [Fraction(stage**exponent) for stage in range(1, stages + 1)]
+    return [round(max_update * sum(weights[:stage]) / sum(weights)) for stage in range(stages)]
 
 
 def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
@@ -18,7 +72,7 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
     `prop`, and they are the latest: a stage may end before, see Plateau.
 
     Args:
-        schedule: one of SCHEDULES.
+        schedule: a name in SCHEDULES.
         stages: number of stages.
         max_update: updates of the whole training.
 
@@ -29,36 +83,23 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
         InputError: unknown schedule, alpha out of range, a stage without an update, or milestones that
             do not fit the stages or the training.
     """
-    check_choice("model.stack_schedule", schedule, SCHEDULES)
+    starts_of = SCHEDULES.choose(schedule).starts
     if stages == 1:
         return (0,)
     if max_update <= 0:
         raise InputError(
             f"optimization.max_update={max_update} must be set: the stages are shares of the updates in all"
         )
-    if schedule == "milestones":
-        return (0, *_checked_milestones(list(milestones), stages, max_update))
-    if not 0 <= alpha <= 100:
-        raise InputError(f"model.stack_alpha={alpha} must lie between 0 and 100")
-    # Fractions, so that 0.3 of 1,000 updates is 300 and not 299.999.
-    weights = [Fraction(1 if schedule == "equal" else stage**alpha) for stage in range(1, stages + 1)]
-    starts = [round(max_update * sum(weights[:stage]) / sum(weights)) for stage in range(stages)]
-    if len(set(starts)) < stages or starts[-1] >= max_update:
+    starts = list(starts_of(stages, max_update, alpha, milestones))
+    if len(starts) != stages or starts[0] != 0:
+        raise InputError(
+            f"model.stack_schedule={schedule} gives {stages} stages the starts {starts}; give each one, from 0 on"
+        )
+    if sorted(set(starts)) != starts or starts[-1] >= max_update:
         raise InputError(
             f"optimization.max_update={max_update} is too short for {stages} stages; each needs an update"
         )
     return tuple(starts)
-
-
-def _checked_milestones(milestones, stages, max_update):
-    field = f"model.stack_milestones={milestones}"
-    if len(milestones) != stages - 1:
-        raise InputError(f"{field} has {len(milestones)} update counts; {stages} stages need {stages - 1}")
-    if sorted(set(milestones)) != milestones or milestones[0] < 1:
-        raise InputError(f"{field} must be positive and strictly ascending")
-    if milestones[-1] >= max_update:
-        raise InputError(f"{field} reaches beyond optimization.max_update={max_update}; the last stage needs updates")
-    return milestones
 
 
 def stage_at(update, starts):

@@ -9,10 +9,16 @@ import torch.nn as nn
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II, OmegaConf
 
-from fairseq_stack.criterions.layer_mapping import check_supervision, student_position, taught_layers
+from fairseq_stack.criterions.layer_mapping import (
+    check_mask,
+    check_supervision,
+    predicted_layers,
+    student_position,
+    taught_layers,
+)
 from fairseq_stack.errors import InputError, check_choice, check_numbers, input_errors
-from fairseq_stack.growth.plan import SEATS, layers_text, plan_growth, plan_text
-from fairseq_stack.growth.schedule import Plateau, stage_at, stage_starts
+from fairseq_stack.growth.plan import METHODS, SEATS, known_stage, layers_text, plan_growth, plan_text
+from fairseq_stack.growth.schedule import SCHEDULES, Plateau, stage_at, stage_starts
 from fairseq_stack.growth.surgery import copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.models.init_from_teacher import start_cnn, start_layers
@@ -75,7 +81,8 @@ class StackedHubertConfig(FairseqDataclass):
         metadata={
             "help": "how the depth grows: interleaved (each copy right behind its original), gradual (a copy of"
             " the last block on top), midas (of the middle block, right behind it), stackbert (of the whole stack"
-            " on top, depth doubles), gstack (copies of the whole stack on top, full depth at once) or none"
+            " on top, depth doubles), gstack (copies of the whole stack on top, full depth at once), none, or one of an"
+            " extension"
         },
     )
     stack_stages: int = field(
@@ -88,8 +95,8 @@ class StackedHubertConfig(FairseqDataclass):
     stack_schedule: str = field(
         default="prop",
         metadata={
-            "help": "updates of each stage: equal, prop (stage b in proportion to b ** alpha), milestones, or"
-            " plateau (a stage ends as with prop, or before when the validation loss has stopped falling)"
+            "help": "updates of each stage: equal, prop (stage b in proportion to b ** alpha), milestones, plateau (a"
+            " stage ends as with prop, or before when the validation loss has stopped falling), or one of an extension"
         },
     )
     stack_alpha: float = field(default=1.0, metadata={"help": "alpha of the prop and plateau schedules"})
@@ -140,16 +147,17 @@ class StackedHubert(HubertEncoder):
         cfg: a StackedHubertConfig.
         head_widths: {teacher layer: teacher width}; empty for a loss between hidden states.
         teacher_depth: transformer layers of the teacher.
+        plan: a GrowthPlan (default: that of the configuration).
 
     Raises:
         InputError: the method, stages and layers do not fit, or a teacher layer has no student layer
             at the same relative depth.
     """
 
-    def __init__(self, cfg, head_widths, teacher_depth):
+    def __init__(self, cfg, head_widths, teacher_depth, plan=None):
         super().__init__(cfg)
         self.cfg = cfg
-        self.plan = plan_growth(cfg.stack_method, cfg.encoder_layers, cfg.stack_stages)
+        self.plan = plan or plan_growth(cfg.stack_method, cfg.encoder_layers, cfg.stack_stages)
         self.teacher_depth = teacher_depth
         self.intermediate_style = cfg.intermediate_style
         self.head_widths = head_widths
@@ -190,11 +198,7 @@ class StackedHubert(HubertEncoder):
                 "model.share_teacher_cnn=true takes over the teacher's normalisation too; set"
                 f" task.normalize_epsilon={teacher.epsilon:g} in place of {task.cfg.normalize_epsilon:g}"
             )
-        if cfg.loss == "temporal_gram" and cfg.mask_prob > 0:
-            raise InputError(
-                f"criterion.loss=temporal_gram relates all frames, and task.mask_prob={cfg.mask_prob} asks for a"
-                " loss on masked and unmasked frames apart; set task.mask_prob=0"
-            )
+        check_mask(cfg)
         unknown = [layer for layer in cfg.teacher_layers if not 1 <= layer <= teacher.depth]
         if unknown:
             raise InputError(
@@ -202,8 +206,8 @@ class StackedHubert(HubertEncoder):
                 f" {teacher.depth}"
             )
         layers = taught_layers(cfg, teacher.depth)
-        heads = [] if cfg.loss == "temporal_gram" else layers
-        model = cls(cfg, {layer: teacher.width for layer in heads}, teacher.depth)
+        heads = {layer: teacher.width for layer in predicted_layers(cfg, teacher.depth)}
+        model = cls(cfg, heads, teacher.depth)
         for layer in layers:
             for depth in model.plan.depths:
                 student_position(layer, teacher.depth, depth, cfg.intermediate_style)
@@ -217,7 +221,7 @@ class StackedHubert(HubertEncoder):
         model.starts = stage_starts(
             cfg.stack_schedule, len(model.plan.stages), cfg.max_update, cfg.stack_alpha, cfg.stack_milestones
         )
-        if cfg.stack_schedule == "plateau":
+        if SCHEDULES[cfg.stack_schedule].ends_early:
             model.plateau = Plateau(cfg.stack_patience, cfg.stack_min_updates)
         if cfg.init_cnn_from_teacher or cfg.share_teacher_cnn:
             start_cnn(model, teacher)
@@ -253,13 +257,15 @@ class StackedHubert(HubertEncoder):
             for name, weight in weights.items()
             if name.startswith("heads.") and name.endswith(".weight")
         }
-        model = cls(cfg, heads, teacher_depth or max(heads, default=0))
+        # A student of an extension's growth method can be used without the extension, at the depth that it has.
+        plan = None if cfg.stack_method in METHODS or SEATS not in weights else known_stage(weights[SEATS].tolist())
+        model = cls(cfg, heads, teacher_depth or max(heads, default=0), plan)
         model.load_state_dict(weights)
         return model.float().eval()
 
     def at_initialisation(self):
         """A student of the same shape and depth with new random weights, in eval mode: what training has to beat."""
-        fresh = StackedHubert(self.cfg, self.head_widths, self.teacher_depth)
+        fresh = StackedHubert(self.cfg, self.head_widths, self.teacher_depth, self.plan)
         fresh.stage.copy_(self.stage)
         fresh._stage_index = self._stage_index
         return fresh.eval()

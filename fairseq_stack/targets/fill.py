@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 import fairseq_stack
 from fairseq_stack.errors import InputError
+from fairseq_stack.extensions import load_extensions
+from fairseq_stack.targets.source import stored_targets
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
 
@@ -47,6 +49,7 @@ def set_up(cfg, splits):
         InputError: as the training would.
     """
     fairseq_stack.register()  # in a process of its own, too
+    load_extensions(cfg.task.extensions)  # in each process
     task = SpeechDistillation.setup_task(cfg.task)
     task.build_model(cfg.model)
     task.build_criterion(cfg.criterion)
@@ -95,7 +98,8 @@ def fill(task, splits, loading, rank, processes):
         with bar, task.store.writing_beside():
             for batch in batches:
                 task.bad_audio[split].report(batch["problems"])
-                task.from_store(batch if device is None else utils.move_to_cuda(batch, device))
+                batch = batch if device is None else utils.move_to_cuda(batch, device)
+                stored_targets(batch, task.teacher, task.store)
                 bar.update(len(batch["utterances"]))
 
 

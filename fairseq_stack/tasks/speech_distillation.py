@@ -5,32 +5,29 @@ import logging
 import os
 import zlib
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import List, Optional
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import FairseqTask
-from fairseq_cli import train as fairseq_train
 from omegaconf import II, MISSING
 
-from fairseq_stack.criterions.losses import valid_frames
 from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, check_bad_audio, listed_problems
 from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifests
 from fairseq_stack.data.masking import span_mask
 from fairseq_stack.errors import InputError, check_choice
-from fairseq_stack.growth.growth_similarity import GrowthSimilarity, similarity_of, write_growth
-from fairseq_stack.growth.surgery import copy_optimizer_state
+from fairseq_stack.growth.events import Growth, announced
 from fairseq_stack.models.conv_geometry import receptive_field
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
-from fairseq_stack.targets.formats import FORMATS, decode, encode
+from fairseq_stack.targets.formats import FORMATS
+from fairseq_stack.targets.source import targets_of
 from fairseq_stack.targets.store import CNN, TargetStore, size_text
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import PRECISIONS
 from fairseq_stack.teachers.lazy import described_teacher, weights_digest
-from fairseq_stack.training import preemption
+from fairseq_stack.training import growth_listeners, preemption  # noqa: F401  the former registers
 from fairseq_stack.training.nonfinite import check_loss
 from fairseq_stack.training.progress import COUNTS, Progress
 
@@ -95,6 +92,13 @@ class SpeechDistillationConfig(FairseqDataclass):
     target_format: str = field(
         default="fp16",
         metadata={"help": "how targets are stored: fp16, or int8 with a scale for each frame, half the size"},
+    )
+    extensions: List[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Python files and modules with your own losses, growth methods, schedules, listeners or teachers to"
+            " load at the start, see docs/extending.md"
+        },
     )
     train_subset: str = II("dataset.train_subset")
     valid_subset: str = II("dataset.valid_subset")
@@ -289,46 +293,12 @@ class SpeechDistillation(FairseqTask):
     def with_targets(self, sample, model):
         """The batch with the teacher's hidden states, and waveforms as the student wants them."""
         self.bad_audio[sample["split"]].report(sample["problems"])
-        if self.store is None:
-            arrays = self.computed(sample, self.target_layers, self.shares_cnn)
-        else:
-            arrays = {name: decode(parts) for name, parts in self.from_store(sample).items()}
-        features = arrays.pop(CNN).transpose(1, 2) if self.shares_cnn else None
+        targets = targets_of(sample, self.teacher, self.target_layers, self.shares_cnn, self.store)
+        features = targets.pop(CNN).transpose(1, 2) if self.shares_cnn else None
         waveforms = sample["waveforms"]
         if self.cfg.normalize and features is None:
             waveforms = normalize_waveforms(waveforms, sample["lengths"], self.cfg.normalize_epsilon)
-        return {**sample, "waveforms": waveforms, "features": features, "targets": arrays}
-
-    def computed(self, sample, layers, cnn):
-        """{layer: [B, T, D]} from the teacher, with `cnn` also {CNN: [B, T, C]}, the features of its CNN."""
-        waveforms, lengths = sample["waveforms"], sample["lengths"]
-        if not cnn:
-            return self.teacher.hidden_states(waveforms, lengths, layers)
-        features = self.teacher.cnn_features(waveforms, lengths)
-        targets = self.teacher.hidden_states(waveforms, lengths, layers, features)
-        return {**targets, CNN: features.transpose(1, 2)}
-
-    def from_store(self, sample):
-        """The batch's targets as the store keeps them, {array: {part: [B, T, ...]}}.
-
-        The teacher fills what is missing. The student learns from rounded targets in the first epoch
-        too, and from what is stored wherever there is something: so it makes no difference to a run how
-        much has been stored before it.
-        """
-        rows, entries, stored = sample["stored_rows"], sample["entries"], sample["stored"]
-        if rows and not entries:
-            return stored
-        for entry in entries.values():
-            if entry.problem:
-                logger.warning(f"target store | computed again, because {entry.problem} ({entry.utterance})")
-        layers = [name for name in self.store.arrays if name != CNN]
-        arrays = self.computed(sample, layers, CNN in self.store.arrays)
-        arrays = {name: encode(values, self.store.form) for name, values in arrays.items()}
-        self.store.write(entries, arrays)
-        for name, parts in stored.items():
-            for part, values in parts.items():
-                arrays[name][part][rows, : values.size(1)] = values
-        return {name: arrays[name] for name in self.store.wanted}
+        return {**sample, "waveforms": waveforms, "features": features, "targets": targets}
 
     def mask(self, sample, model, update_num):
         """[B, T] bool, the masked frames of a batch: a matter of (seed, update, utterance) alone."""
@@ -336,29 +306,19 @@ class SpeechDistillation(FairseqTask):
         return span_mask(model.frames(sample["lengths"]), self.cfg.mask_prob, self.cfg.mask_length, seeds)
 
     def grow(self, sample, model, criterion, optimizer, update_num, ema_model):
-        """Let the model wake its layers and carry the optimiser and the moving average along.
-
-        Logs the loss on the batch at hand before and after, which tells how gently the growth went, and
-        writes the similarity of the layers before and after beside the checkpoints, for the report.
-        """
-        before, depth = self._loss(sample, model, criterion, optimizer), model.depth
-        writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        alike = self._similarity(sample, model, optimizer) if writes else None
-        model.set_num_updates(update_num)
-        copy_optimizer_state(optimizer, model.finish_growth(), model.stack_optimizer_state)
-        if ema_model is not None:
-            ema_model.moving_average.grow_to(model.stage_number)
-        # checkpoint_best.pt is the best of the deepest stage, and a growth that raises the loss costs no patience.
-        vars(checkpoint_utils.save_checkpoint).pop("best", None)
-        vars(fairseq_train.should_stop_early).pop("best", None)
-        after = self._loss(sample, model, criterion, optimizer)
-        if writes:
-            grown = self._similarity(sample, model, optimizer)
-            write_growth(self.cfg.save_dir, GrowthSimilarity(update_num, alike, grown))
-        logger.info(
-            f"growth | update {update_num} | stage {model.stage_number} | depth {depth} -> {model.depth}"
-            f" | loss on this batch {before:.4f} -> {after:.4f}"
+        """Let the model grow; the listeners carry the optimizer and the moving average along, and log it."""
+        growth = Growth(
+            update=update_num,
+            model=model,
+            optimizer=optimizer,
+            average=None if ema_model is None else ema_model.moving_average,
+            sample=sample,
+            loss=lambda: self._loss(sample, model, criterion, optimizer),
+            folder=self.cfg.save_dir,
         )
+        with announced(growth):
+            model.set_num_updates(update_num)
+            growth.copied = model.finish_growth()
 
     def _loss(self, sample, model, criterion, optimizer):
         """Loss per frame of one batch without dropout or gradient."""
@@ -366,17 +326,6 @@ class SpeechDistillation(FairseqTask):
             loss, sample_size, _ = super().valid_step(sample, model, criterion)
         model.train()
         return loss.item() / sample_size
-
-    @torch.no_grad()
-    def _similarity(self, sample, model, optimizer):
-        """Linear CKA between the student's hidden states of one batch, without dropout."""
-        model.eval()
-        with torch.autocast("cuda", enabled=isinstance(optimizer, AMPOptimizer)):
-            states, frames = model.hidden_states(
-                sample["waveforms"], sample["lengths"], sample.get("mask"), sample.get("features")
-            )
-        model.train()
-        return similarity_of(states, valid_frames(frames, states[0].size(1)))
 
 
 def check_links(model_cfg, node, cfg, names):

@@ -7,9 +7,12 @@ import torch
 from fairseq_stack.checkpoints.read import read_torch_file
 from fairseq_stack.errors import InputError
 from fairseq_stack.teachers.base import PRECISIONS
-from fairseq_stack.teachers.layouts import read_encoder
+from fairseq_stack.teachers.layouts import teacher_of
 
 __all__ = ["load_teacher"]
+
+# Ends of names in the state dicts of transformers.
+TRANSFORMERS = ("feature_projection.projection.weight", "encoder.embed_positions.weight")
 
 
 def load_teacher(path, whisper_pad=False, precision="fp32"):
@@ -34,8 +37,7 @@ def load_teacher(path, whisper_pad=False, precision="fp32"):
 
 
 def _load(path, whisper_pad):
-    # Imported where they are needed: transformers takes seconds, fairseq's models do too, and a run needs one of them.
-    if path.is_dir():
+    if path.is_dir():  # transformers takes seconds to import
         from fairseq_stack.teachers.huggingface import load_huggingface_teacher
 
         return load_huggingface_teacher(path, whisper_pad)
@@ -55,8 +57,11 @@ def _load_file(path):
     name, alone = str(path), path.suffix in (".safetensors", ".onnx")
     content = {} if alone else read_torch_file(path)
     if not isinstance(content, dict):
-        content = {}  # of which read_encoder says that it knows no such thing
-    if alone or _transformers(content):
+        content = {}
+    teacher = None if alone else teacher_of(content, name)
+    if teacher is not None:
+        return teacher
+    if alone or any(str(key).endswith(TRANSFORMERS) for key in content):
         raise InputError(
             f"task.teacher={name} has weights and nothing that says what model they belong to; give the folder in"
             " Hugging Face's format, with config.json, or the checkpoint that it was made from"
@@ -66,26 +71,7 @@ def _load_file(path):
             f"task.teacher={name} is in OpenAI's own format of Whisper; give the folder of the same model in Hugging"
             " Face's format, such as openai/whisper-base"
         )
-    if _torchaudio(content):
-        from fairseq_stack.teachers.torchaudio import torchaudio_teacher
-
-        return torchaudio_teacher(name, content)
-    encoder = read_encoder(content, name)
-    if encoder.config["_name"] == "wavlm":
-        from fairseq_stack.teachers.wavlm import wavlm_teacher
-
-        return wavlm_teacher(name, *encoder)
-    from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
-
-    return FairseqTeacher(name, *encoder)
-
-
-def _torchaudio(content):
-    """Whether the names in a state dict are those of torchaudio's Wav2Vec2Model."""
-    return any(str(key).endswith("encoder.feature_projection.projection.weight") for key in content)
-
-
-def _transformers(content):
-    """Whether they are those of transformers."""
-    names = ("feature_projection.projection.weight", "encoder.embed_positions.weight")
-    return any(str(key).endswith(names) for key in content) and not _torchaudio(content)
+    raise InputError(
+        f"task.teacher={name} holds no model that is known here; give a checkpoint of fairseq, s3prl or torchaudio,"
+        " or a folder in Hugging Face's format"
+    )

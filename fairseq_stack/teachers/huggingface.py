@@ -25,18 +25,9 @@ from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.models.shape import MOST_LAYERS
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
 from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
+from fairseq_stack.teachers.families import FAMILIES
 from fairseq_stack.teachers.whisper import WhisperTeacher
 
-# For each `model_type` what people call it, the encoder, and where models with a head or a decoder keep it.
-FAMILIES = {
-    "hubert": ("HuBERT", HubertModel, ("hubert.",)),
-    "wav2vec2": ("wav2vec 2.0", Wav2Vec2Model, ("wav2vec2.",)),
-    "wavlm": ("WavLM", WavLMModel, ("wavlm.",)),
-    "data2vec-audio": ("data2vec audio", Data2VecAudioModel, ("data2vec_audio.",)),
-    "unispeech": ("UniSpeech", UniSpeechModel, ("unispeech.",)),
-    "unispeech-sat": ("UniSpeech-SAT", UniSpeechSatModel, ("unispeech_sat.",)),
-    "whisper": (WhisperTeacher.family, WhisperEncoder, ("model.encoder.", "encoder.")),
-}
 MASK_EMBEDDING = "masked_spec_embed"  # of masked frames: a teacher masks nothing
 # transformers' models of today name torch's second weight norm, older files its first.
 WEIGHT_NORM = {
@@ -154,7 +145,7 @@ def load_huggingface_teacher(folder, whisper_pad=False):
 
     Read are config.json, the weights (safetensors, or else what torch.save wrote, in one file or several), and
     preprocessor_config.json or processor_config.json. No code of the folder runs, and nothing is downloaded: the model
-    is one of FAMILIES, with those fields of config.json that transformers' own configuration has.
+    is of one of FAMILIES, with those fields of config.json that transformers' own configuration has.
 
     Args:
         folder: its path.
@@ -174,14 +165,31 @@ def load_huggingface_teacher(folder, whisper_pad=False):
         )
     if whisper_pad and kind != "whisper":
         raise InputError(f"task.whisper_pad=true, but task.teacher={name} is a {kind}; set it to false")
-    normalize = _normalizes(folder, optional=kind == "whisper")
-    family, architecture, prefixes = FAMILIES[kind]
-    with input_errors(f"{name}/config.json describes no {architecture.__name__}"):
-        model = build(architecture, config)
-    load_weights(model, _read_weights(folder, prefixes), name)
-    if kind == "whisper":
-        return WhisperTeacher(name, model, whisper_pad)
-    return HuggingFaceTeacher(name, family, model, normalize)
+    family = FAMILIES[kind]
+    normalize = _normalizes(folder, optional=not family.takes_waveforms)
+    options = {"pad": True} if whisper_pad else {}
+    return family.load(name, config, _read_weights(folder, family.prefixes), normalize, **options)
+
+
+def _like_hubert(kind, called, architecture):
+    """Register the models of a `model_type` that HuggingFaceTeacher can run."""
+
+    @FAMILIES.register(kind, prefixes=(f"{kind.replace('-', '_')}.",))
+    def load(name, config, weights, normalize):
+        return HuggingFaceTeacher(name, called, loaded(architecture, config, weights, name), normalize)
+
+
+_like_hubert("hubert", "HuBERT", HubertModel)
+_like_hubert("wav2vec2", "wav2vec 2.0", Wav2Vec2Model)
+_like_hubert("wavlm", "WavLM", WavLMModel)
+_like_hubert("data2vec-audio", "data2vec audio", Data2VecAudioModel)
+_like_hubert("unispeech", "UniSpeech", UniSpeechModel)
+_like_hubert("unispeech-sat", "UniSpeech-SAT", UniSpeechSatModel)
+
+
+@FAMILIES.register("whisper", prefixes=("model.encoder.", "encoder."), takes_waveforms=False)
+def _whisper(name, config, weights, normalize, pad=False):
+    return WhisperTeacher(name, loaded(WhisperEncoder, config, weights, name), pad)
 
 
 def _normalizes(folder, optional):
@@ -242,6 +250,14 @@ def _instead_of(folder):
     if inside:
         return f"give one of what is in the folder: {', '.join(sorted(map(str, inside))[:5])}"
     return "task.teacher takes a folder that transformers' save_pretrained wrote, or a file"
+
+
+def loaded(architecture, fields, weights, name):
+    """One of transformers' models with its weights, frozen, in eval mode; see `build` and `load_weights`."""
+    with input_errors(f"{name}/config.json describes no {architecture.__name__}"):
+        model = build(architecture, fields)
+    load_weights(model, weights, name)
+    return model
 
 
 def build(architecture, fields):

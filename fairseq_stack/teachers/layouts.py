@@ -1,4 +1,4 @@
-"""The files in which checkpoints of the HuBERT family are published, each read as an `Encoder` in fairseq's names."""
+"""The files in which teachers are published. A model of the HuBERT family is read as an `Encoder` in fairseq's names."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,9 +8,11 @@ from fairseq_stack.checkpoints.stand_ins import plain
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
+from fairseq_stack.teachers.families import LAYOUTS
 
 # fairseq's names of what is fine-tuned for recognition, and where such a model keeps its encoder.
 FINE_TUNED = ("wav2vec_ctc", "wav2vec_seq2seq", "hubert_ctc", "hubert_seq2seq")
+TORCHAUDIO = "encoder.feature_projection.projection.weight"  # ends a name in its state dicts
 ENCODER_PLACES = ("w2v_encoder.w2v_model.", "encoder.w2v_model.")
 
 
@@ -30,35 +32,51 @@ class Encoder(NamedTuple):
     epsilon: float = FAIRSEQ_EPSILON
 
 
-def read_encoder(content, name):
-    """The Encoder in what read_torch_file has read.
+def teacher_of(content, name):
+    """The Teacher in what read_torch_file has read, or None where no layout recognizes it.
 
     Args:
         content: a dict.
         name: what an error calls the teacher.
 
     Raises:
-        InputError: a layout that is none of these, or a part of it is missing or of another type.
+        InputError: a part of it is missing or of another type, or the model is of no known family.
     """
-    layouts = {"model": _fairseq, "model_weight": _s3prl, "Distiller": _s3prl_distiller}
-    for part, layout in layouts.items():
-        if isinstance(content.get(part), dict):
-            break
-    else:
-        raise InputError(
-            f"task.teacher={name} holds no model that is known here; give a checkpoint of fairseq, s3prl or torchaudio,"
-            " or a folder in Hugging Face's format"
-        )
-    encoder = layout(content, name)
+    layout = next((layout for layout in reversed(list(LAYOUTS.values())) if layout.recognizes(content)), None)
+    found = None if layout is None else layout.load(content, name)
+    return _of_encoder(found, name) if isinstance(found, Encoder) else found
+
+
+def _of_encoder(encoder, name):
     if not isinstance(encoder.config.get("_name"), str):
         raise InputError(f"task.teacher={name} does not say in its configuration which model it is; get the file again")
     if not isinstance(encoder.normalize, bool):
         raise InputError(
             f"task.teacher={name} has task.normalize={encoder.normalize}, neither true nor false; it is damaged"
         )
-    return encoder
+    # Imported where they are needed: transformers takes seconds, fairseq's models do too, and a run needs one of them.
+    if encoder.config["_name"] == "wavlm":
+        from fairseq_stack.teachers.wavlm import wavlm_teacher
+
+        return wavlm_teacher(name, *encoder)
+    from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
+
+    return FairseqTeacher(name, *encoder)
 
 
+def _has(part):
+    return lambda content: isinstance(content.get(part), dict)
+
+
+@LAYOUTS.register("torchaudio", recognizes=lambda content: any(str(key).endswith(TORCHAUDIO) for key in content))
+def _torchaudio(content, name):
+    """The state dict of torchaudio's Wav2Vec2Model."""
+    from fairseq_stack.teachers.torchaudio import torchaudio_teacher
+
+    return torchaudio_teacher(name, content)
+
+
+@LAYOUTS.register("fairseq", recognizes=_has("model"))
 def _fairseq(content, name):
     """fairseq's own, and Microsoft's of WavLM and UniSpeech-SAT, whose `cfg` has the model's fields and no others."""
     cfg, weights = plain(content.get("cfg")), content["model"]
@@ -91,6 +109,7 @@ def _fairseq(content, name):
     return Encoder(config, task.get("normalize", config.get("normalize", False)), weights)
 
 
+@LAYOUTS.register("s3prl", recognizes=_has("model_weight"))
 def _s3prl(content, name):
     """What s3prl makes of checkpoints of fairseq to do without fairseq, and our exports for it."""
     config, task = _parts(name, content.get("model_cfg"), content.get("task_cfg"))
@@ -98,6 +117,7 @@ def _s3prl(content, name):
     return Encoder({"_name": family, **config}, task.get("normalize", False), content["model_weight"])
 
 
+@LAYOUTS.register("s3prl-distiller", recognizes=_has("Distiller"))
 def _s3prl_distiller(content, name):
     """DistilHuBERT, as s3prl trains it, and our exports for s3prl's distiller."""
     (config,) = _parts(name, content.get("Config"))

@@ -43,6 +43,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.recovery import LAST, UNFINISHED, recover
 from fairseq_stack.errors import InputError, input_errors, one_line_errors
+from fairseq_stack.extensions import load_extensions
 from fairseq_stack.training import preemption, progress
 from fairseq_stack.training.full_depth import check_depth
 from fairseq_stack.training.process_state import reset_process_state
@@ -101,6 +102,7 @@ def _start_clean_and_checked(add_defaults, cfg):
     reset_process_state()  # for another task too: what is there may be of a run of ours
     if not ours:
         return add_defaults(cfg)
+    load_extensions(getattr(cfg.task, "extensions", None) or [])  # which may register an optimizer with fairseq
     check_names(cfg)
     add_defaults(cfg)
     check_configuration(cfg)

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 import fairseq_stack
 from fairseq_stack.errors import InputError
+from fairseq_stack.extensions import load_extensions
 
 # In a checkout a link to the folder beside the package; installed with it otherwise.
 EXAMPLES = (Path(fairseq_stack.__file__).parent / "examples").resolve()
@@ -56,6 +57,7 @@ def compose_recipe(config_dir, config_name, overrides):
         first, *others = str(error).splitlines()
         advice = next((f" {line}" for line in others if line.startswith("To append")), "")
         raise InputError(f"{config_dir}/{config_name}: {first}{advice}") from None
+    load_extensions(cfg.task.get("extensions") or [])
     add_defaults(cfg)
     return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
 
