@@ -128,7 +128,9 @@ def _this_package(install):
     if found is None:
         return Finding("fairseq_stack", "note", f"is not installed, only found in a folder; {install}")
     if command is None:
-        return Finding("fairseq_stack", "note", f"{found}; fairseq-hydra-train is not on the PATH: activate its environment")
+        return Finding(
+            "fairseq_stack", "note", f"{found}; fairseq-hydra-train is not on the PATH: activate its environment"
+        )
     return Finding("fairseq_stack", "ok", f"{found}, trains by {command}")
 
 
@@ -168,7 +170,9 @@ def libsndfile():
         file.seek(0)
         soundfile.read(file)
     except (RuntimeError, OSError) as error:
-        return Finding("libsndfile", "fix", f"cannot read and write FLAC ({error}); pip install --force-reinstall soundfile")
+        return Finding(
+            "libsndfile", "fix", f"cannot read and write FLAC ({error}); pip install --force-reinstall soundfile"
+        )
     return Finding("libsndfile", "ok", f"{soundfile.__libsndfile_version__}, reads FLAC")
 
 

@@ -62,7 +62,9 @@ def check_output(option, path, folder=False):
     """
     path = Path(path)
     if path.exists() and path.is_dir() is not folder:
-        raise InputError(f"{option} {path} is a {'file' if folder else 'folder'}; give a {'folder' if folder else 'file'}")
+        raise InputError(
+            f"{option} {path} is a {'file' if folder else 'folder'}; give a {'folder' if folder else 'file'}"
+        )
     place = next(above for above in (path, *path.absolute().parents) if above.exists())
     if not folder and place == path:
         place = path.absolute().parent

@@ -37,7 +37,9 @@ def written_beside(path, name=None, suffix=".part"):
             raise
     except OSError as error:
         reason = error.strerror or error
-        raise CannotWrite(f"{name or f'{path}:'} cannot be written ({reason}); make room or choose another place") from None
+        raise CannotWrite(
+            f"{name or f'{path}:'} cannot be written ({reason}); make room or choose another place"
+        ) from None
 
 
 def write_whole(path, content, name=None):

@@ -60,7 +60,9 @@ def write_checkpoint(path, shape):
 @torch.no_grad()
 def compare(folder):
     """Print a line for each export; returns whether all agree with what this Python computes from the checkpoint."""
-    waveforms = [0.1 * torch.randn(length, generator=torch.Generator().manual_seed(length)) for length in (7_777, 16_080)]
+    waveforms = [
+        0.1 * torch.randn(length, generator=torch.Generator().manual_seed(length)) for length in (7_777, 16_080)
+    ]
     good = True
     for name, (_, formats) in STUDENTS.items():
         state = load_checkpoint(folder / f"{name}.pt")

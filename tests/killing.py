@@ -99,7 +99,9 @@ class Killer:
             fault(last, self.random)
             left = [path.stem.split("_")[2] for path in last.parent.glob("checkpoint_*_*.pt")]
             with open(run / "log", "a") as log:
-                log.write(f"damage to checkpoint_last.pt: {fault.__name__}, left are {max(map(int, left), default=0)} updates\n")
+                log.write(
+                    f"damage to checkpoint_last.pt: {fault.__name__}, left are {max(map(int, left), default=0)} updates\n"
+                )
 
 
 def cut_off(path, chosen):

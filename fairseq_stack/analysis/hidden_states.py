@@ -68,7 +68,9 @@ def hidden_states_of(student, manifest, seconds=60.0, seed=0):
     for index in order:
         wave = read_audio(listed.path(index))
         if len(wave) < receptive_field(conv_layers):
-            raise InputError(f"{listed.path(index)} has {len(wave)} samples, less than one frame; take it off {manifest}")
+            raise InputError(
+                f"{listed.path(index)} has {len(wave)} samples, less than one frame; take it off {manifest}"
+            )
         left -= len(wave) / SAMPLE_RATE
         if layers and left < 0:
             break

@@ -29,7 +29,9 @@ def read_layer_weights(path):
                 if mean.size > 1:
                     weights.setdefault(upstream, {})[task] = mean
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"--probes {path} has no results of probes; give the JSON that fairseq-stack evaluate wrote") from None
+        raise InputError(
+            f"--probes {path} has no results of probes; give the JSON that fairseq-stack evaluate wrote"
+        ) from None
     if not weights:
         raise InputError(f"--probes {path} has no weights of several hidden states; evaluate an export first")
     return weights

@@ -56,16 +56,18 @@ def stage_table(stages, costs, valid_loss=None):
         if valid_loss is not None:
             inside = valid_loss.values[(valid_loss.updates > stage.begin) & (valid_loss.updates <= stage.end)]
             first, last = (inside[0], inside[-1]) if len(inside) else (first, last)
-        rows.append([
-            str(stage.number),
-            str(stage.depth),
-            f"{stage.updates:,}",
-            _number(cost * stage.updates, ",.1f"),
-            _number(cost, ".3f"),
-            _number(_over(cost, costs[-1]), ".2f"),
-            _number(first, ".4f"),
-            _number(last, ".4f"),
-        ])
+        rows.append(
+            [
+                str(stage.number),
+                str(stage.depth),
+                f"{stage.updates:,}",
+                _number(cost * stage.updates, ",.1f"),
+                _number(cost, ".3f"),
+                _number(_over(cost, costs[-1]), ".2f"),
+                _number(first, ".4f"),
+                _number(last, ".4f"),
+            ]
+        )
     return rows
 
 
@@ -115,7 +117,9 @@ def write_report(runs, output, reference=None, hidden_states=None, layer_weights
     for number, run in enumerate(runs, start=1):
         if run.growths:
             several = len(runs) > 1
-            title = "Similarity of the hidden states before and after each growth" + (f": {run.name}" if several else "")
+            title = "Similarity of the hidden states before and after each growth" + (
+                f": {run.name}" if several else ""
+            )
             pictures.append((f"growths_{number}" if several else "growths", title, draw_growths(run.growths, lowest)))
     if layer_weights is not None:
         pictures.append(("layer_weights", "Hidden states that the probes use", draw_layer_weights(layer_weights)))
@@ -177,9 +181,13 @@ def _notes(runs, kinds, reference=None):
     found = []
     if len(kinds) > 1:
         losses = sentence(kinds, [run.name for run in runs])
-        found.append(f"These runs have {len(kinds)} different losses, which cannot be compared with each other: {losses}.")
+        found.append(
+            f"These runs have {len(kinds)} different losses, which cannot be compared with each other: {losses}."
+        )
     elif len(runs) > 1 and kinds[0].fields is None:
-        found.append("The configuration of these runs was not kept, so whether their losses can be compared is unknown.")
+        found.append(
+            "The configuration of these runs was not kept, so whether their losses can be compared is unknown."
+        )
     wanted = batch_of(reference.config) if reference else None
     for run in runs if wanted else ():
         batch = batch_of(run.config) or wanted
@@ -259,6 +267,8 @@ def _page(facts, notes, tables, pictures, configs):
             for name, title, png in pictures
         ],
         configs={
-            name: yaml.safe_dump(config, sort_keys=False, allow_unicode=True) for name, config in configs.items() if config
+            name: yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            for name, config in configs.items()
+            if config
         },
     )

@@ -45,9 +45,7 @@ def read_scalars(folder):
     """
     files = sorted(Path(folder).glob("events.out.tfevents.*"))
     if not files:
-        raise InputError(
-            f"{folder} has no TensorBoard event files; set common.tensorboard_logdir in the training"
-        )
+        raise InputError(f"{folder} has no TensorBoard event files; set common.tensorboard_logdir in the training")
     starts = []
     for file in files:
         events = EventAccumulator(str(file), size_guidance={SCALARS: 0}).Reload()
@@ -64,9 +62,7 @@ def read_scalars(folder):
     for number, scalars in reversed(list(enumerate(starts))):
         for tag, events in scalars.items():
             kept = [
-                (event.step, event.wall_time, event.value, number)
-                for event in events
-                if event.step < taken_over_at
+                (event.step, event.wall_time, event.value, number) for event in events if event.step < taken_over_at
             ]
             entries.setdefault(tag, []).extend(kept)
         taken_over_at = min(taken_over_at, min(events[0].step for events in scalars.values()))

@@ -63,7 +63,11 @@ class S3prlDistiller(Baseline):
 
         teacher, student = teacher_shape(size), student_shape(size)
         width = teacher["encoder_embed_dim"]
-        unused = {"mask_emb": torch.zeros(width), "final_proj.weight": torch.zeros(1, width), "final_proj.bias": torch.zeros(1)}
+        unused = {
+            "mask_emb": torch.zeros(width),
+            "final_proj.weight": torch.zeros(1, width),
+            "final_proj.bias": torch.zeros(1),
+        }
         fields = {**teacher, "final_dim": 1, "encoder_layerdrop": 0.0, "label_rate": 50.0}
         fields.pop("pos_conv_depth")
         converted = {

@@ -58,7 +58,9 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, baselines
     found = {name: measured.get(name, nothing) for name in names}
     return {
         "cases": found,
-        "did_not_fit": {name: [depth for depth in depths[name] if depth not in found[name]["update"]] for name in found},
+        "did_not_fit": {
+            name: [depth for depth in depths[name] if depth not in found[name]["update"]] for name in found
+        },
         "baselines": list(baselines),
         "rounds": rounds,
     }
@@ -124,7 +126,9 @@ def measure_each(threads, makers, depths, rounds, one_by_one):
         memory = {name: running[name].run(peak_memory) for name in running if len(spent[name]) == len(depths[name])}
     return {
         name: {
-            "update": {depth: median(sum(one.values()) for one in found) for depth, found in spent[name].items() if found},
+            "update": {
+                depth: median(sum(one.values()) for one in found) for depth, found in spent[name].items() if found
+            },
             "parts": {depth: _medians(found) for depth, found in spent[name].items() if found},
             **({"peak_memory": memory[name]} if name in memory else {}),
             **({"growth": median(growths[name])} if growths[name] and depths[name][-1] in spent[name] else {}),

@@ -110,7 +110,9 @@ class Machine(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:  # such as t_(): the wrapper has a shape of its own
             with no_dispatch():
                 func(*args, **kwargs)
-        inner_args, inner_kwargs = tree_map(lambda each: each.inner if isinstance(each, OnGpu) else each, (args, kwargs))
+        inner_args, inner_kwargs = tree_map(
+            lambda each: each.inner if isinstance(each, OnGpu) else each, (args, kwargs)
+        )
         wrappers = {id(each.inner): each for each in tensors if isinstance(each, OnGpu)}
         made = self.compute(func, inner_args, inner_kwargs)
         to_cpu = operation is aten._to_copy and device == "cpu" or operation is aten.copy_ and id(made) not in wrappers
@@ -122,7 +124,9 @@ class Machine(TorchDispatchMode):
         """What an operation makes of tensors on the CPU."""
         return func(*args, **kwargs)
 
-    def attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attention(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
         """F.scaled_dot_product_attention in plain products, since its choice of a kernel asks the driver.
 
         Raises:
@@ -189,7 +193,9 @@ def pretended_gpu(machine=None):
         InputError: torch is too old.
     """
     if not AVAILABLE:
-        raise InputError(f"torch {torch.__version__} asks CUDA's driver about every GPU; a pretended one needs a newer torch")
+        raise InputError(
+            f"torch {torch.__version__} asks CUDA's driver about every GPU; a pretended one needs a newer torch"
+        )
     properties = SimpleNamespace(name="pretended", major=9, minor=0, total_memory=MEMORY, multi_processor_count=132)
     answers = {
         "is_available": True,

@@ -153,7 +153,9 @@ class Shapes(Machine):
                 self.hold(each)
         return made
 
-    def attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attention(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
         """The fused kernel that torch would choose: flash attention, or with a mask the memory-efficient one."""
         if not isinstance(query, OnGpu):
             return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
@@ -163,7 +165,9 @@ class Shapes(Machine):
         if bias is not None:
             bias = bias.expand(*query.shape[:3], key.size(2))
         train = torch.is_grad_enabled()
-        return aten._scaled_dot_product_efficient_attention(query, key, value, bias, train, dropout_p, is_causal, scale=scale)[0]
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, train, dropout_p, is_causal, scale=scale
+        )[0]
 
     def charge(self, func, tensors, args, kwargs, made):
         """Let the clock run by what an operation takes."""

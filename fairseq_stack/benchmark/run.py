@@ -65,6 +65,8 @@ def check(batch, seconds, rounds, precisions, baselines, device, threads, output
     if device == "cpu" and "fp16" in precisions:
         raise InputError("--precision fp16 needs a GPU; give fp32 or bf16")
     if "s3prl" in baselines and importlib.util.find_spec("s3prl") is None:
-        raise InputError("--baseline s3prl: s3prl is not installed; leave it out, or install what constraints.txt names")
+        raise InputError(
+            "--baseline s3prl: s3prl is not installed; leave it out, or install what constraints.txt names"
+        )
     if output:
         check_output("--output", output)

@@ -15,7 +15,9 @@ def benchmark_tables(result):
     sections += [_against(baseline, cases[baseline], ours) for baseline in result["baselines"]]
     missing = [(name, depths) for name, depths in result["did_not_fit"].items() if depths]
     if missing:
-        sections.append("\n".join(f"{name}: {_listed(depths)} layers did not fit into memory" for name, depths in missing))
+        sections.append(
+            "\n".join(f"{name}: {_listed(depths)} layers did not fit into memory" for name, depths in missing)
+        )
     return "\n\n".join(sections)
 
 

@@ -14,6 +14,7 @@ from fairseq_stack.errors import InputError
 
 LFS_POINTER = b"version https://git-lfs.github.com"
 
+
 class DamagedCheckpoint(InputError):
     """The file is cut off, altered or no checkpoint at all."""
 

@@ -4,7 +4,6 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Dict, List, Optional, Tuple
 
 import torch
 
@@ -34,13 +33,13 @@ class Student:
     """
 
     config: dict
-    conv_layers: List[Tuple[int, int, int]]
+    conv_layers: list[tuple[int, int, int]]
     normalize: bool
     normalize_epsilon: float
     depth: int
-    weights: Dict[str, torch.Tensor]
-    heads: Dict[str, torch.Tensor]
-    mask_emb: Optional[torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    heads: dict[str, torch.Tensor]
+    mask_emb: torch.Tensor | None
 
 
 def with_moving_average(state, name="the checkpoint"):
@@ -171,9 +170,7 @@ def _conv_layers(text):
     try:
         return parse_conv_layers(text)
     except ValueError:
-        raise InputError(
-            f"model.conv_feature_layers={text} is not a list of (channels, kernel, stride)"
-        ) from None
+        raise InputError(f"model.conv_feature_layers={text} is not a list of (channels, kernel, stride)") from None
 
 
 def hubert_shapes(config, conv_layers, layers):

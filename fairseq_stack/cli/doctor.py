@@ -7,7 +7,9 @@ something has to be fixed.
 
 def add_arguments(parser):
     parser.add_argument("--data", metavar="FOLDER", help="folder of manifests, as task.data")
-    parser.add_argument("--teacher", metavar="PATH", help="a fairseq checkpoint or Hugging Face folder, as task.teacher")
+    parser.add_argument(
+        "--teacher", metavar="PATH", help="a fairseq checkpoint or Hugging Face folder, as task.teacher"
+    )
 
 
 def run(args):

@@ -7,13 +7,19 @@ from fairseq_stack.errors import InputError, check_output, check_positive
 
 def add_arguments(parser):
     parser.add_argument(
-        "runs", metavar="RUN", type=Path, nargs="+", help="folder of a training, with tensorboard/ and checkpoints/ in it"
+        "runs",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="folder of a training, with tensorboard/ and checkpoints/ in it",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write the report to")
     parser.add_argument(
         "--reference", metavar="RUN", type=Path, help="training to compare the time with, such as one at full depth"
     )
-    parser.add_argument("--student", type=Path, help="the first run's student as a Hugging Face folder, for its similarity")
+    parser.add_argument(
+        "--student", type=Path, help="the first run's student as a Hugging Face folder, for its similarity"
+    )
     parser.add_argument("--speech", type=Path, help="manifest (TSV) of the speech to run the student on")
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds of that speech (default: 60)")
     parser.add_argument(

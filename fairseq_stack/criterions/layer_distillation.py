@@ -105,8 +105,7 @@ class LayerDistillation(FairseqCriterion):
             check_weight(f"criterion.{name}", getattr(cfg, name))
         if not cfg.output_weight and not cfg.intermediate_weight:
             raise InputError(
-                "criterion.output_weight=0 and criterion.intermediate_weight=0 leave nothing to learn; raise"
-                " one"
+                "criterion.output_weight=0 and criterion.intermediate_weight=0 leave nothing to learn; raise one"
             )
         return cls(cfg, task)
 

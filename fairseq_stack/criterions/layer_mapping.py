@@ -25,8 +25,7 @@ def check_supervision(cfg):
     check_weight("criterion.output_weight", cfg.output_weight)
     if not cfg.output_weight and not cfg.teacher_layers:
         raise InputError(
-            "criterion.output_weight=0 with empty criterion.teacher_layers leaves nothing to learn; name"
-            " layers"
+            "criterion.output_weight=0 with empty criterion.teacher_layers leaves nothing to learn; name layers"
         )
     if not loss.heads and cfg.intermediate_style == "prediction":
         raise InputError(

@@ -5,8 +5,8 @@ several batches, devices or accumulated micro-batches add up; the caller divides
 The arithmetic is in fp32 whatever the inputs are, under autocast too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class Loss:
     function: Callable
     heads: bool = True
     whole_utterances: bool = False
-    fields: Tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
 
 
 LOSSES = Registry("criterion.loss", entry=Loss)

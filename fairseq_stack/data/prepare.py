@@ -43,9 +43,7 @@ logger = logging.getLogger(__name__)
 
 LABELS = ("utterance", "speaker", "language", "text", "keyword")
 # What libsndfile opens, by its names for the formats and by what files are called.
-SUFFIXES = frozenset(
-    f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"
-) | frozenset(
+SUFFIXES = frozenset(f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW") | frozenset(
     ".aif .aifc .aff .wave .bwf .oga .opus .mp1 .mp2 .mpga .snd .sph .sf .8svx .iff .mat .gsm".split()
 )
 # Audio, but of a kind that libsndfile does not open.
@@ -214,16 +212,18 @@ def asterisk_recordings(unpacked):
             # "[ascending tones]" and "(1 second of silence)" tell what is heard instead of speech.
             if text.startswith(("[", "(")) or f"{folder}/{name}" == WITHOUT_SAMPLES:
                 continue
-            recordings.append(Recording(
-                source=path,
-                utterance=f"{folder}/{name}",
-                speaker=speaker,
-                language=language,
-                # "at [@]" is said as "at".
-                text=re.sub(r" \[.*\]", "", text) if language == "en" else "",
-                keyword=name[-1] if re.fullmatch("digits/[0-9]|letters/[a-z]", name) else "",
-                prompt=os.path.basename(name),
-            ))
+            recordings.append(
+                Recording(
+                    source=path,
+                    utterance=f"{folder}/{name}",
+                    speaker=speaker,
+                    language=language,
+                    # "at [@]" is said as "at".
+                    text=re.sub(r" \[.*\]", "", text) if language == "en" else "",
+                    keyword=name[-1] if re.fullmatch("digits/[0-9]|letters/[a-z]", name) else "",
+                    prompt=os.path.basename(name),
+                )
+            )
     return recordings
 
 
@@ -320,10 +320,12 @@ def _librispeech_length(recording):
     except soundfile.SoundFileError:
         return Result(problem=f"{recording.source}: cannot be read as audio; unpack it again")
     if (info.samplerate, info.channels) != (SAMPLE_RATE, 1):
-        return Result(problem=(
-            f"{recording.source}: has {info.samplerate} Hz and {info.channels} channel(s) instead of"
-            f" {SAMPLE_RATE} Hz mono speech; unpack it again"
-        ))
+        return Result(
+            problem=(
+                f"{recording.source}: has {info.samplerate} Hz and {info.channels} channel(s) instead of"
+                f" {SAMPLE_RATE} Hz mono speech; unpack it again"
+            )
+        )
     return Result(info.frames, problem=too_short(recording.source, info.frames, SHORTEST))
 
 
@@ -353,7 +355,8 @@ def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BA
     if several:
         raise InputError(
             f"--source has {counts[several[0]]} files named {several[0]} of different suffix"
-            + (f", and {len(several) - 1} more such names" if several[1:] else "") + "; keep one of each"
+            + (f", and {len(several) - 1} more such names" if several[1:] else "")
+            + "; keep one of each"
         )
     copies = find_copies(recordings)
     choose_splits(recordings, copies, grouping)  # before the work: is there enough to split?
@@ -361,8 +364,11 @@ def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BA
     audio = output / "audio"
     results = _convert_all([recording for recording in recordings if recording.utterance not in copies], audio)
     # What has the same bytes as an unusable file is as unusable, and is to be named too.
-    lost = [recording for recording in recordings if copies.get(recording.utterance) in results
-            and results[copies[recording.utterance]].problem]
+    lost = [
+        recording
+        for recording in recordings
+        if copies.get(recording.utterance) in results and results[copies[recording.utterance]].problem
+    ]
     results.update(_convert_all(lost, audio))
     loud = {utterance: result.peak for utterance, result in results.items() if result.peak > 1}
     if loud:
@@ -379,7 +385,8 @@ def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BA
     first = {}  # by what they sound like, whatever the format
     same = {
         utterance: first.setdefault(result.digest, utterance)
-        for utterance, result in results.items() if not result.problem
+        for utterance, result in results.items()
+        if not result.problem
     }
     split = choose_splits(good, {**same, **copies}, grouping)
     _write(output, audio, [recording for recording in good if recording.utterance not in copies], split, results)

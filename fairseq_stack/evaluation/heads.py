@@ -192,7 +192,8 @@ def recognize(task, frames, upstream, units, seed):
     ]
     # CTC needs a frame for each unit, and one between two that are equal.
     parts[0] = [
-        (x, target, text) for x, target, text in parts[0]
+        (x, target, text)
+        for x, target, text in parts[0]
         if len(target) + int((target[1:] == target[:-1]).sum()) <= x.size(1)
     ]
     # Neighbours by length make a batch, which spares most of the padding.
@@ -232,9 +233,7 @@ def recognize(task, frames, upstream, units, seed):
             sizes = torch.tensor([len(target) for target in targets])
             return F.ctc_loss(scores.transpose(0, 1), torch.cat(targets), lengths, sizes, blank)
 
-        return train_probe(
-            probe, learning_rate, CTC_STEPS, loss, lambda: -error_rate(probe, parts[1], list), seed
-        )
+        return train_probe(probe, learning_rate, CTC_STEPS, loss, lambda: -error_rate(probe, parts[1], list), seed)
 
     score, rate, probe = best_of(CTC_LEARNING_RATES, make, train)
     with torch.no_grad():

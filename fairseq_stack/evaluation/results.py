@@ -132,9 +132,7 @@ def run_probes(rows, speech, seeds, file):
 
 def _fill(entry, load, tasks, seeds, name):
     """Add to the entry of an upstream what it lacks, and yield after each addition."""
-    missing = [
-        (task, seed) for task in tasks for seed in seeds if str(seed) not in entry["tasks"].get(task.name, {})
-    ]
+    missing = [(task, seed) for task in tasks for seed in seeds if str(seed) not in entry["tasks"].get(task.name, {})]
     if not missing and "real_time_factor" in entry:
         return
     upstream = load()

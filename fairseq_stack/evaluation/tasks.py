@@ -66,8 +66,10 @@ class Task:
     @property
     def chance(self):
         """The accuracy of always giving the most frequent answer of the training."""
-        hits = [sum(answer == Counter(a for _, a in fold.train).most_common(1)[0][0] for _, answer in fold.test)
-                for fold in self.folds]
+        hits = [
+            sum(answer == Counter(a for _, a in fold.train).most_common(1)[0][0] for _, answer in fold.test)
+            for fold in self.folds
+        ]
         return sum(hits) / sum(len(fold.test) for fold in self.folds)
 
 
@@ -82,9 +84,7 @@ def read_labelled_speech(folder):
     try:
         header, *lines = path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); make it with fairseq-stack prepare"
-        ) from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it with fairseq-stack prepare") from None
     if tuple(header.split("\t")) != LABELS:
         raise InputError(f"{path}:1: is not {' '.join(LABELS)}; prepare the speech again")
     labels = {}
@@ -101,7 +101,9 @@ def read_labelled_speech(folder):
             if utterance not in labels:
                 raise InputError(f"{path}: has no line for {utterance} of {split}.tsv; prepare the speech again")
             recordings.append(
-                LabelledRecording(utterance, manifest.path(index), int(manifest.samples[index]), split, labels[utterance])
+                LabelledRecording(
+                    utterance, manifest.path(index), int(manifest.samples[index]), split, labels[utterance]
+                )
             )
     return recordings
 
@@ -219,12 +221,11 @@ def plain_text(text):
 
 def _split(labelled, most):
     """A Fold of the splits of the preparation."""
+
     def order(pair):
         return hashlib.sha256(pair[0].utterance.encode("utf-8", "surrogateescape")).digest()
 
-    return Fold(*(
-        sorted((pair for pair in labelled if pair[0].split == split), key=order)[:most] for split in SPLITS
-    ))
+    return Fold(*(sorted((pair for pair in labelled if pair[0].split == split), key=order)[:most] for split in SPLITS))
 
 
 def _voices(recordings):

@@ -1,7 +1,7 @@
 """The formats of an export by name. Each registers where it is written."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Optional, Tuple
 
 from fairseq_stack.registry import Registry
 
@@ -26,10 +26,10 @@ class Format:
     load: Callable
     write: Callable
     help: str
-    group_norm: Optional[str] = None
-    layer_norm: Optional[str] = None
-    normalizer: Optional[Tuple[str, float]] = None
-    limits: Tuple[Callable, ...] = ()
+    group_norm: str | None = None
+    layer_norm: str | None = None
+    normalizer: tuple[str, float] | None = None
+    limits: tuple[Callable, ...] = ()
 
     def padding(self, student):
         return self.group_norm if student.config["extractor_mode"] == "default" else self.layer_norm

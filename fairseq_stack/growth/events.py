@@ -1,8 +1,9 @@
 """A growth as an event: who listens is told right before and right after the student grows."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 from fairseq_stack.registry import Registry
 

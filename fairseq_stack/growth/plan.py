@@ -6,8 +6,8 @@ that is already in use. The seats follow from simulating the whole growth once, 
 in `encoder.layers.7` never has to move.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Tuple
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.registry import Registry
@@ -26,8 +26,8 @@ class GrowthPlan:
         growths: for each growth the pairs (source seat, woken seat); one fewer than the stages.
     """
 
-    stages: Tuple[Tuple[int, ...], ...]
-    growths: Tuple[Tuple[Tuple[int, int], ...], ...]
+    stages: tuple[tuple[int, ...], ...]
+    growths: tuple[tuple[tuple[int, int], ...], ...]
 
     @property
     def depths(self):
@@ -182,9 +182,7 @@ def plan_growth(method, layers, stages):
     seat = {layer: index for index, layer in enumerate(stack)}
     return GrowthPlan(
         stages=tuple(tuple(seat[layer] for layer in stack) for stack in stacks),
-        growths=tuple(
-            tuple(sorted((seat[source], seat[born]) for source, born in pairs)) for pairs in births
-        ),
+        growths=tuple(tuple(sorted((seat[source], seat[born]) for source, born in pairs)) for pairs in births),
     )
 
 

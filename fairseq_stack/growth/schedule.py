@@ -1,9 +1,9 @@
 """At which update each stage begins."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Callable
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.registry import Registry
@@ -96,9 +96,7 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
             f"model.stack_schedule={schedule} gives {stages} stages the starts {starts}; give each one, from 0 on"
         )
     if sorted(set(starts)) != starts or starts[-1] >= max_update:
-        raise InputError(
-            f"optimization.max_update={max_update} is too short for {stages} stages; each needs an update"
-        )
+        raise InputError(f"optimization.max_update={max_update} is too short for {stages} stages; each needs an update")
     return tuple(starts)
 
 

@@ -42,8 +42,7 @@ def copy_optimizer_state(optimizer, pairs, moments):
             woken_owner.data[woken_part].copy_(source_owner.data[source_part])
         if woken_owner is not source_owner and source_owner in state:
             state[woken_owner] = {
-                name: value.clone() if torch.is_tensor(value) else value
-                for name, value in state[source_owner].items()
+                name: value.clone() if torch.is_tensor(value) else value for name, value in state[source_owner].items()
             }
         for value in state[woken_owner].values() if woken_owner in state else ():
             if not torch.is_tensor(value) or value.shape != woken_owner.shape:

@@ -17,6 +17,7 @@ def parse_conv_layers(text):
     Raises:
         ValueError: the text is anything else.
     """
+
     def value(node):
         if isinstance(node, ast.Expression):
             return value(node.body)

@@ -43,16 +43,12 @@ class StackedHubertConfig(FairseqDataclass):
     feature_layer_norm: bool = field(
         default=True, metadata={"help": "layer norm between the CNN and the projection; DistilHuBERT has none"}
     )
-    feature_grad_mult: float = field(
-        default=1.0, metadata={"help": "factor on the gradient of the CNN; 0 freezes it"}
-    )
+    feature_grad_mult: float = field(default=1.0, metadata={"help": "factor on the gradient of the CNN; 0 freezes it"})
     encoder_layers: int = field(default=12, metadata={"help": "transformer layers of the finished student"})
     encoder_embed_dim: int = field(default=384, metadata={"help": "width of the transformer"})
     encoder_ffn_embed_dim: int = field(default=1536, metadata={"help": "width of the feed-forward layers"})
     encoder_attention_heads: int = field(default=8, metadata={"help": "attention heads of each layer"})
-    activation_fn: str = field(
-        default="gelu", metadata={"help": "activation of the feed-forward layers"}
-    )
+    activation_fn: str = field(default="gelu", metadata={"help": "activation of the feed-forward layers"})
     layer_norm_first: bool = field(
         default=False, metadata={"help": "layer norm before attention and feed-forward (pre-norm) instead of after"}
     )

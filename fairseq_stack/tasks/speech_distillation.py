@@ -80,7 +80,8 @@ class SpeechDistillationConfig(FairseqDataclass):
         metadata={"help": "what to do about a recording that cannot be used: skip (and log) it, or fail"},
     )
     bad_audio_limit: float = field(
-        default=BAD_AUDIO_LIMIT, metadata={"help": "share of a manifest's recordings to skip; one more stops the training"}
+        default=BAD_AUDIO_LIMIT,
+        metadata={"help": "share of a manifest's recordings to skip; one more stops the training"},
     )
     target_store: Optional[str] = field(
         default=None,
@@ -141,7 +142,9 @@ class SpeechDistillation(FairseqTask):
             if not os.path.exists(path):
                 raise InputError(f"task.{name}={path} does not exist")
         if not 0 < cfg.normalize_epsilon < 1:
-            raise InputError(f"task.normalize_epsilon={cfg.normalize_epsilon} must lie between 0 and 1; take 1e-7 or 1e-5")
+            raise InputError(
+                f"task.normalize_epsilon={cfg.normalize_epsilon} must lie between 0 and 1; take 1e-7 or 1e-5"
+            )
         if not 0 <= cfg.mask_prob <= 1:
             raise InputError(f"task.mask_prob={cfg.mask_prob} must lie between 0 and 1")
         if cfg.mask_length < 1:
@@ -239,9 +242,7 @@ class SpeechDistillation(FairseqTask):
             names = ("loss", "teacher_layers", "intermediate_style", "output_weight")
             check_links(self.model_cfg, "criterion", cfg, names)
         criterion = super().build_criterion(cfg, *args)
-        check_choice(
-            "checkpoint.best_checkpoint_metric", self.cfg.best_checkpoint_metric, criterion.validation_metrics
-        )
+        check_choice("checkpoint.best_checkpoint_metric", self.cfg.best_checkpoint_metric, criterion.validation_metrics)
         self.target_layers = criterion.target_layers
         return criterion
 

@@ -1,7 +1,7 @@
 """The kinds of teachers by name. Each registers where it is written."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Tuple
 
 from fairseq_stack.registry import Registry
 
@@ -31,7 +31,7 @@ class Family:
     """
 
     load: Callable
-    prefixes: Tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
     takes_waveforms: bool = True
 
 

@@ -160,8 +160,7 @@ def load_huggingface_teacher(folder, whisper_pad=False):
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
-            f"task.teacher={name} has model_type={kind} in its config.json; give one of"
-            f" {', '.join(FAMILIES)}"
+            f"task.teacher={name} has model_type={kind} in its config.json; give one of {', '.join(FAMILIES)}"
         )
     if whisper_pad and kind != "whisper":
         raise InputError(f"task.whisper_pad=true, but task.teacher={name} is a {kind}; set it to false")
@@ -244,7 +243,9 @@ def _read_json(folder, file):
 def _instead_of(folder):
     """What to do about a folder without config.json, by what else is in it."""
     if (folder / "adapter_config.json").is_file():
-        return "the folder has an adapter without its model; load both with peft, and save what merge_and_unload() returns"
+        return (
+            "the folder has an adapter without its model; load both with peft, and save what merge_and_unload() returns"
+        )
     inside = [path.parent for pattern in ("*/config.json", "snapshots/*/config.json") for path in folder.glob(pattern)]
     inside += folder.glob("*.pt")  # such as fairseq's
     if inside:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from fairseq_stack.errors import InputError
@@ -121,7 +121,7 @@ def _digest(path, files, beside=None):
     return whole.hexdigest()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _digest_of_file(path, changed):
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -139,7 +139,9 @@ def _start_the_next_epoch(load, cfg, trainer, **kwargs):
     if state is not None and epochs.epoch > state["train_iterator"]["epoch"]:
         left = state["train_iterator"]
         change = layout_change(left.get("layout"), epoch_layout(epochs))
-        logger.info(f"resume | epoch {left['epoch']} {change}, so training goes on at the start of epoch {epochs.epoch}")
+        logger.info(
+            f"resume | epoch {left['epoch']} {change}, so training goes on at the start of epoch {epochs.epoch}"
+        )
         epochs = trainer.get_train_iterator(epochs.epoch, load_dataset=False, **kwargs)
         metrics.reset_meters("train")
     return state, epochs

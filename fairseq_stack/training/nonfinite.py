@@ -46,7 +46,4 @@ LAST_CHECKPOINT = "the last checkpoint is from before"
 
 def _where(what, update, stage, utterances):
     utterances = dict.fromkeys(utterances)  # each once: AMP computes a batch again after an overflow
-    return (
-        f"at update {update}, stage {stage}, the {what} is not finite on the utterances"
-        f" {', '.join(utterances)}"
-    )
+    return f"at update {update}, stage {stage}, the {what} is not finite on the utterances {', '.join(utterances)}"

@@ -27,7 +27,9 @@ def check_optimizer(saved, cfg, path, reset_optimizer, reset_lr_scheduler):
     saved, cfg = plain_configuration(saved), plain_configuration(cfg)
     half = _value(cfg, "common.fp16") or _value(cfg, "common.bf16")
     fields = ["optimizer._name", "optimization.use_bmuf", *_PRECISION, *(_HALF if half else ())]
-    resets = dict.fromkeys(fields, "checkpoint.reset_optimizer=true, which keeps the weights alone and starts at update 0")
+    resets = dict.fromkeys(
+        fields, "checkpoint.reset_optimizer=true, which keeps the weights alone and starts at update 0"
+    )
     if not reset_lr_scheduler:
         resets["lr_scheduler._name"] = "checkpoint.reset_lr_scheduler=true"
     for field, reset in resets.items():

@@ -106,7 +106,9 @@ def check_configuration(cfg):
             raise InputError(f"{field}={numbers} must be a list of one or more numbers, each {least} or more")
     for (field, needing), package in _NEEDS.items():
         if value(field) == needing and importlib.util.find_spec(package) is None:
-            raise InputError(f"{field}={str(needing).lower()} needs {package}, which is not installed; install it or change the field")
+            raise InputError(
+                f"{field}={str(needing).lower()} needs {package}, which is not installed; install it or change the field"
+            )
     for field, choices in _UNSHARDED.items() if value("model._name") == "stacked_hubert" else ():
         if value(field) is not None and value(field) not in choices:
             raise InputError(

@@ -131,7 +131,10 @@ def test_one_bad_recording_in_a_hundred_is_skipped_by_default_and_two_stop(data,
         run(folder, teacher_file, tmp_path / "two", **fields)
     message = ended.value.code
     assert message.startswith("error: ") and "\n" not in message
-    assert f"(2 of 102 recordings in {folder}/train.tsv cannot be used" in message and "task.bad_audio_limit=0.01" in message
+    assert (
+        f"(2 of 102 recordings in {folder}/train.tsv cannot be used" in message
+        and "task.bad_audio_limit=0.01" in message
+    )
 
 
 @pytest.mark.parametrize("store, workers", [(False, 0), (True, 2)])
@@ -194,9 +197,7 @@ def test_a_field_that_cannot_be(data, teacher_file, tmp_path, field, value):
         run(data(), teacher_file, tmp_path / "run", **{f"+task.{field}": value})
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_with_bad_recordings_too(
-    data, teacher_file, tmp_path, monkeypatch
-):
+def test_a_resumed_run_equals_the_uninterrupted_one_with_bad_recordings_too(data, teacher_file, tmp_path, monkeypatch):
     fields = {"+task.bad_audio_limit": 0.45, "dataset.batch_size": 2, "checkpoint.save_interval_updates": 11,
               "dataset.disable_validation": True, "optimization.max_update": 14}  # fmt: skip
     folder = data(*DAMAGES)

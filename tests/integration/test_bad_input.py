@@ -80,7 +80,9 @@ def damaged(tmp_path, kind):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("kind, message", [("unreadable", "cannot be read as audio"), ("empty", "no samples"), ("rate", "8000 Hz")])
+@pytest.mark.parametrize(
+    "kind, message", [("unreadable", "cannot be read as audio"), ("empty", "no samples"), ("rate", "8000 Hz")]
+)
 def test_damaged_audio_is_named_whoever_reads_it(teacher_file, tmp_path, kind, message, workers):
     said = one_line(damaged(tmp_path, kind), teacher_file, tmp_path, **{"dataset.num_workers": workers})
     assert "audio.wav" in said and message in said
@@ -103,7 +105,11 @@ def test_a_teacher_that_needs_code_to_unpickle_runs_none(speech, tmp_path):
 
 def test_the_shell_sees_one_line_and_a_failure(speech, teacher_file, tmp_path):
     # Of what fairseq finds by itself, before it imports the user_dir.
-    overrides = [*tiny(speech, teacher_file, "run"), f"common.user_dir={ROOT}/fairseq_stack", "lr_scheduler._name=cosine"]
+    overrides = [
+        *tiny(speech, teacher_file, "run"),
+        f"common.user_dir={ROOT}/fairseq_stack",
+        "lr_scheduler._name=cosine",
+    ]
     run = hydra_train("librispeech_base", overrides, config_dir=EXAMPLES / "interleaved", cwd=tmp_path)
     output, _ = run.communicate()
     assert run.returncode == 1 and "Traceback" not in output

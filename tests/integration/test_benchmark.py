@@ -136,7 +136,11 @@ def test_trainings_that_do_not_fit_leave_cells_empty_and_the_others_take_turns(t
 
 def test_one_by_one_each_has_the_memory_to_itself_and_a_killed_one_ends_nothing(tmp_path):
     found, noted = measured({"half": (Hungry, 6), "killed": (Doomed, 3), "all": (Hungry, 12)}, tmp_path / "notes", True)
-    assert [note for note in noted if not note[1].isdigit()] == [("half", "alone"), ("killed", "alone"), ("all", "alone")]
+    assert [note for note in noted if not note[1].isdigit()] == [
+        ("half", "alone"),
+        ("killed", "alone"),
+        ("all", "alone"),
+    ]
     assert list(found["half"]["update"]) == [3, 6] and list(found["all"]["update"]) == [3, 6, 12]
     assert found["killed"] == {"update": {}, "parts": {}}  # in the round that warms up
 
@@ -168,7 +172,9 @@ def test_an_update_that_runs_out_of_memory_has_no_time(inputs):
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs a GPU"),
         (["--output", str(ROOT)], "is a folder; give a file"),
         (["--output", f"{ROOT}/setup.py/figures.json"], "setup.py is a file and no folder"),
-        pytest.param(["--device", "cuda"], "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
+        pytest.param(
+            ["--device", "cuda"], "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")
+        ),
     ],
 )
 def test_options_that_cannot_be_measured_are_refused_in_a_line(options, says):
@@ -185,7 +191,11 @@ def test_the_tables_hold_ratios():
 
     baseline = {"update": {"12": 48.0}, "parts": {"12": {"data": 48.0}}, "peak_memory": 2**31}
     cases = {"bf16, live targets, CNN trained": figures(2.0), "bf16, stored targets, CNN trained": figures(1.0)}
-    result = {"cases": {**cases, "s3prl": baseline}, "baselines": ["s3prl"], "did_not_fit": {name: [] for name in (*cases, "s3prl")}}
+    result = {
+        "cases": {**cases, "s3prl": baseline},
+        "baselines": ["s3prl"],
+        "did_not_fit": {name: [] for name in (*cases, "s3prl")},
+    }
     text = re.sub(" +", " ", benchmark_tables(json.loads(json.dumps(result))))  # columns are padded
     assert "| bf16, live targets, CNN trained | 1.60x | 1.33x | 0.010 |" in text
     assert "| bf16, live targets, CNN trained | 2.00x | | 0.50x |" in text

@@ -86,7 +86,9 @@ def test_a_teacher_that_cannot_be_loaded_is_to_be_fixed(speech, tmp_path):
         assert finding.verdict == "fix" and str(path) in finding.text and "\n" not in finding.text
 
 
-@pytest.mark.parametrize("version, file", [("3.10", "constraints-3.10.txt"), ("3.11", "constraints.txt"), ("3.12", "constraints.txt")])
+@pytest.mark.parametrize(
+    "version, file", [("3.10", "constraints-3.10.txt"), ("3.11", "constraints.txt"), ("3.12", "constraints.txt")]
+)
 def test_the_tested_versions_are_those_of_the_constraints(version, file):
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / file).read_text(), re.MULTILINE))
     assert TESTED[version].items() <= pins.items()

@@ -44,7 +44,13 @@ def grid_file(tmp_path):
 @pytest.fixture
 def start(grid_file, speech_with_test, teacher_file, tmp_path, capsys):
     """The command, to be started more than once; its trainings have processes of their own. Gives exit code and output."""
-    changed = {"optimization.max_update", "task.data", "task.teacher", "checkpoint.save_dir", "common.tensorboard_logdir"}
+    changed = {
+        "optimization.max_update",
+        "task.data",
+        "task.teacher",
+        "checkpoint.save_dir",
+        "common.tensorboard_logdir",
+    }
     fields = [field for field in tiny("", "", "") if field.split("=")[0] not in changed]
 
     def started(*more):
@@ -77,7 +83,9 @@ def test_every_seed_is_trained_once_and_all_are_in_the_results(start, grid_file,
         assert measured["updates"] == [3, 6] and measured["loss"][1] < measured["loss"][0]
         assert [depth for depth, _, _ in measured["stages"]] == [3, 6, 9, 12]
         assert set(measured["explained"]) == {"4", "8", "12"}
-    assert results["environment"]["torch"] and results["command"].startswith(f"fairseq-stack compare {grid_file} --output ")
+    assert results["environment"]["torch"] and results["command"].startswith(
+        f"fairseq-stack compare {grid_file} --output "
+    )
     for name in ("by_updates", "by_time", "loss_and_time"):
         assert (out / f"{name}.png").stat().st_size > 10_000
     assert (out / "summary.md").read_text().strip() in output
@@ -153,7 +161,9 @@ def test_the_table_compares_seed_by_seed_and_takes_the_median_cost_of_a_depth(gr
     results = collect(grid, trainings(grid, tmp_path), "command")
     assert results["students"]["full"]["seeds"]["2"]["seconds"] == [3.0, 6.0]
     assert results["students"]["grown"]["seeds"]["1"]["seconds"] == [0.75, 3.0]
-    header, _, full, grown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary_table(results).splitlines()]
+    header, _, full, grown = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in summary_table(results).splitlines()
+    ]
     # Full ends at a mean of 3, which the other passes half-way from 5 to 1, after 0.75 + 1.125 of 6 s.
     assert grown == ["grown", "1", "1.0000", "-50.0", "50.0", "2.00x", "31 (1 of 1 seeds)"]
     assert full[:2] == ["full", "2"] and full[2].startswith("3.0000 ± 12.7") and full[3] == "" and full[5] == "1.00x"
@@ -233,5 +243,7 @@ def test_the_experiments_that_come_along_can_be_composed(file):
 
     grid = read_grid(file)
     for fields in grid.students.values():
-        cfg = compose_recipe(grid.recipe.parent, grid.recipe.stem, [*grid.fields, *fields, "task.data=x", "task.teacher=y"])
+        cfg = compose_recipe(
+            grid.recipe.parent, grid.recipe.stem, [*grid.fields, *fields, "task.data=x", "task.teacher=y"]
+        )
         assert cfg.model._name == "stacked_hubert"

@@ -149,7 +149,9 @@ def test_every_hidden_state_of_an_utterance_equals_fairseqs(tmp_path, shape, nor
 
 
 @pytest.mark.s3prl
-@pytest.mark.parametrize("shape", [BASE, LARGE, {**BASE, "layer_norm_first": True}, {**LARGE, "layer_norm_first": False}])
+@pytest.mark.parametrize(
+    "shape", [BASE, LARGE, {**BASE, "layer_norm_first": True}, {**LARGE, "layer_norm_first": False}]
+)
 @pytest.mark.parametrize("normalize, stage", [(False, 0), (True, 1), (False, 3)])
 def test_every_hidden_state_in_s3prls_hubert_equals_fairseqs(tmp_path, shape, normalize, stage):
     import s3prl.hub
@@ -647,12 +649,19 @@ def test_the_mask_embedding_goes_along_and_masks_as_in_training(tmp_path, speech
 
 
 def test_the_model_card_tells_the_papers_recipe():
-    cfg = OmegaConf.to_container(composed("librispeech_base", ["task.data=manifests/ls960", "task.teacher=t/hubert.pt"]))
+    cfg = OmegaConf.to_container(
+        composed("librispeech_base", ["task.data=manifests/ls960", "task.teacher=t/hubert.pt"])
+    )
     shape = SimpleNamespace(config={**cfg["model"], "encoder_layers": 12}, depth=12, weights={}, normalize=False,
                             mask_emb=None, conv_layers=parse_conv_layers(StackedHubertConfig.conv_feature_layers))  # fmt: skip
     cfg["distributed_training"]["distributed_world_size"] = 4
     cfg["dataset"]["batch_size"] = 16
-    proof = {"alone": [{"samples": 400, "level": 0.1}], "largest_difference_alone": 0.0, "padding": "", "compared_with": ""}
+    proof = {
+        "alone": [{"samples": 400, "level": 0.1}],
+        "largest_difference_alone": 0.0,
+        "padding": "",
+        "compared_with": "",
+    }
     card = model_card(shape, {"cfg": cfg}, proof)
     for row in (
         "| teacher | hubert.pt |",

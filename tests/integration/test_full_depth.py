@@ -80,7 +80,9 @@ def test_the_export_of_a_student_before_full_depth_says_so(fields, caplog, tmp_p
 
     state = load_checkpoint(checkpoint)
     finished = replace(student_from_checkpoint(state), depth=12)
-    assert "growth has not ended" not in model_card(finished, state, json.loads((tmp_path / "student/verification.json").read_text()))
+    assert "growth has not ended" not in model_card(
+        finished, state, json.loads((tmp_path / "student/verification.json").read_text())
+    )
 
 
 @pytest.mark.parametrize("patience", [-1, 1])
@@ -133,9 +135,13 @@ def test_a_plateau_with_few_validations_is_warned_of(fields, caplog, monkeypatch
     train("librispeech_base", fields(**PLATEAU, **more))
     train("librispeech_base", fields(**PLATEAU, **more, **{"dataset.validate_after_updates": 4}))
     lines = [message for message in caplog.messages if message.startswith("model.stack_schedule=plateau")]
-    assert ["stage 1 of 4 has fewer than the 3 validations" in lines[0], "stage 1, 2 of 4 has" in lines[1]] == [True] * 2
+    assert ["stage 1 of 4 has fewer than the 3 validations" in lines[0], "stage 1, 2 of 4 has" in lines[1]] == [
+        True
+    ] * 2
     caplog.clear()
-    train("librispeech_base", fields(**PLATEAU, **{"dataset.validate_interval_updates": 1, "+model.stack_min_updates": 4}))
+    train(
+        "librispeech_base", fields(**PLATEAU, **{"dataset.validate_interval_updates": 1, "+model.stack_min_updates": 4})
+    )
     (line,) = [message for message in caplog.messages if "stack_min_updates=4" in message]
     assert "stage 1, 2 of 4 has no more updates" in line
 
@@ -159,10 +165,19 @@ def test_a_finished_student_needs_no_validations_for_a_plateau(fields, tmp_path)
 @pytest.mark.parametrize(
     "more",
     [
-        {"dataset.validate_interval": 2, "dataset.validate_interval_updates": 5, "dataset.validate_after_updates": 5,
-         "checkpoint.save_interval_updates": 4, "optimization.update_freq": "[1,2]"},
-        {"dataset.validate_interval": 9, "dataset.validate_interval_updates": 0, "checkpoint.save_interval_updates": 3,
-         "optimization.max_epoch": 2},
+        {
+            "dataset.validate_interval": 2,
+            "dataset.validate_interval_updates": 5,
+            "dataset.validate_after_updates": 5,
+            "checkpoint.save_interval_updates": 4,
+            "optimization.update_freq": "[1,2]",
+        },
+        {
+            "dataset.validate_interval": 9,
+            "dataset.validate_interval_updates": 0,
+            "checkpoint.save_interval_updates": 3,
+            "optimization.max_epoch": 2,
+        },
     ],
 )
 def test_the_validations_foreseen_are_those_that_fairseq_makes(more, fields, monkeypatch):

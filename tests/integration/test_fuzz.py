@@ -287,7 +287,25 @@ def test_files_of_checkpoints(teacher_file, student, tmp_path):
     fuzz("files of checkpoints", use)
 
 
-ODD = [None, True, -1, 0, 3, 7.5, 10**9, float("nan"), "", "abc", "[(8,10,5)]", [], [1], {}, {"a": 1}, torch.zeros(0), torch.zeros(3)]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    7.5,
+    10**9,
+    float("nan"),
+    "",
+    "abc",
+    "[(8,10,5)]",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    torch.zeros(0),
+    torch.zeros(3),
+]
 
 
 def odd_content(state, chosen):

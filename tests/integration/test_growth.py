@@ -38,9 +38,7 @@ def growths(monkeypatch):
         ("none", 1, []),
     ],
 )
-def test_every_method_trains_through_its_growths(
-    method, stages, expected, growths, speech, teacher_file, tmp_path
-):
+def test_every_method_trains_through_its_growths(method, stages, expected, growths, speech, teacher_file, tmp_path):
     fields = {
         "model.stack_method": method,
         "model.stack_stages": stages,
@@ -52,7 +50,9 @@ def test_every_method_trains_through_its_growths(
     model = train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields)).model
     assert growths == expected and model.depth == 12
     similarities = read_growths(tmp_path / "checkpoints")
-    assert [(one.update, len(one.after) - 1) for one in similarities] == [(update, depth) for update, depth, _ in growths]
+    assert [(one.update, len(one.after) - 1) for one in similarities] == [
+        (update, depth) for update, depth, _ in growths
+    ]
     if method in ("gradual", "stackbert", "gstack"):  # copies on top leave the states below them as they were
         for one in similarities:
             kept = len(one.before)

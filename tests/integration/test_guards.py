@@ -131,7 +131,9 @@ COSINE = ["lr_scheduler._name=cosine", "~lr_scheduler.total_num_update"]
     ],
     ids=["optimizer", "bf16", "amp", "schedule"],
 )
-def test_another_optimizer_or_schedule_is_named_with_its_reset_which_works(run, speech, teacher_file, change, before, reset):
+def test_another_optimizer_or_schedule_is_named_with_its_reset_which_works(
+    run, speech, teacher_file, change, before, reset
+):
     message = one_line([*tiny(speech, teacher_file, run), *change])
     assert message.startswith(f"error: {change[0]} does not fit the state in {run}/checkpoints/checkpoint_last.pt")
     assert f"was saved with {before}; set {before}, or" in message and reset in message
@@ -141,7 +143,11 @@ def test_another_optimizer_or_schedule_is_named_with_its_reset_which_works(run, 
 
 def test_a_run_with_a_reset_optimizer_resumes_beside_the_checkpoints_before_it(speech, teacher_file, tmp_path, caplog):
     def fields(**more):
-        fields = {"optimization.max_update": 9, "checkpoint.save_interval_updates": 3, "checkpoint.keep_interval_updates": -1}
+        fields = {
+            "optimization.max_update": 9,
+            "checkpoint.save_interval_updates": 3,
+            "checkpoint.keep_interval_updates": -1,
+        }
         return tiny(speech, teacher_file, tmp_path, **{**fields, **more})
 
     train("librispeech_base", fields())
@@ -172,7 +178,9 @@ def test_patience_is_counted_over_a_resume(speech, teacher_file, tmp_path):
     worse.update({"model.stack_method": "none", "model.stack_stages": 1})  # no growth starts the count anew
 
     def updates(folder, **more):
-        return train("librispeech_base", tiny(speech, teacher_file, tmp_path / folder, **{**worse, **more})).get_num_updates()
+        return train(
+            "librispeech_base", tiny(speech, teacher_file, tmp_path / folder, **{**worse, **more})
+        ).get_num_updates()
 
     at_once = updates("whole")
     assert at_once == 4 * 6  # six batches an epoch: the best loss, and three that are no better
@@ -180,7 +188,9 @@ def test_patience_is_counted_over_a_resume(speech, teacher_file, tmp_path):
     assert updates("stopped") == at_once
 
 
-def test_the_older_command_line_resumes_with_an_optimizer_whose_fields_fairseq_does_not_declare(speech, teacher_file, tmp_path):
+def test_the_older_command_line_resumes_with_an_optimizer_whose_fields_fairseq_does_not_declare(
+    speech, teacher_file, tmp_path
+):
     def start(optimizer, updates):
         arguments = ["--user-dir", f"{ROOT}/fairseq_stack", "--task", "speech_distillation", "--arch", "stacked_hubert",
                      "--criterion", "layer_distillation", "--teacher", teacher_file, "--teacher-layers", "4,8,12",
@@ -264,7 +274,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_in_one_line(speech, teacher_
 
 def test_a_loss_scale_at_its_minimum_is_explained(speech, teacher_file, tmp_path):
     # Automatic mixed precision, because the rest of fp16 needs a GPU.
-    amp = {"common.amp": True, "common.amp_init_scale": 2**62, "common.min_loss_scale": 2**62, "+criterion.output_weight": 1.0e22}
+    amp = {
+        "common.amp": True,
+        "common.amp_init_scale": 2**62,
+        "common.min_loss_scale": 2**62,
+        "+criterion.output_weight": 1.0e22,
+    }
     message = one_line(tiny(speech, teacher_file, tmp_path, **amp))
     assert re.match(PLACE, message)[3] == "gradient in fp16 at every loss scale"
     assert "lower optimization.lr" in message
@@ -281,7 +296,10 @@ def test_data_workers_do_not_wait_for_a_next_epoch(monkeypatch, speech, teacher_
             loaders.append(self)
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", Remembered)
-    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{"dataset.num_workers": 1, "checkpoint.no_save": True}))
+    train(
+        "librispeech_base",
+        tiny(speech, teacher_file, tmp_path, **{"dataset.num_workers": 1, "checkpoint.no_save": True}),
+    )
     assert loaders and not any(loader.persistent_workers for loader in loaders)
 
 

@@ -109,7 +109,9 @@ def test_an_unknown_option_is_named(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["store-targets", "--config-name", "demo", "--nonsense", "task.data=x"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "fairseq-stack store-targets: error: unknown arguments: --nonsense"
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "fairseq-stack store-targets: error: unknown arguments: --nonsense"
+    )
 
 
 @pytest.mark.parametrize("failure, says", [

@@ -43,7 +43,9 @@ def test_every_recipe_is_installed_and_found_by_name_from_any_folder(site, tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-3:] == [
-        f"{installed}/interleaved/librispeech_base.yaml", "stacked_hubert", f"{installed}/interleaved/demo.yaml"
+        f"{installed}/interleaved/librispeech_base.yaml",
+        "stacked_hubert",
+        f"{installed}/interleaved/demo.yaml",
     ]
 
 

@@ -33,7 +33,10 @@ def test_the_moving_average_grows_with_the_student(half, speech, teacher_file, t
 def test_a_shared_cnn_runs_once_and_stays_the_teachers(speech, teacher_file, tmp_path):
     options = {"+model.share_teacher_cnn": True, "+model.feature_grad_mult": 0}
     runs = []
-    for name, more in (("shared", options), ("copied", {"+model.init_cnn_from_teacher": True, "+model.feature_grad_mult": 0})):
+    for name, more in (
+        ("shared", options),
+        ("copied", {"+model.init_cnn_from_teacher": True, "+model.feature_grad_mult": 0}),
+    ):
         trainer = train("librispeech_base", tiny(speech, teacher_file, tmp_path / name, **more))
         runs.append(load(tmp_path / name / "checkpoints/checkpoint_last.pt")["model"])
         calls = []

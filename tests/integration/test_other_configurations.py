@@ -221,7 +221,11 @@ def test_a_run_keeps_its_teacher_wherever_it_lies(made, fields, last, teacher_fi
     message = one_line(fields(**{"task.teacher": another_teacher}))
     assert str(path) in message and str(another_teacher) in message and str(teacher_file) in message
     moved = shutil.copy(teacher_file, tmp_path / "moved.pt")
-    precision = {"+task.teacher_precision": "bf16", "optimization.lr": "[0.001]", "criterion.teacher_layers": "[12,4,8]"}
+    precision = {
+        "+task.teacher_precision": "bf16",
+        "optimization.lr": "[0.001]",
+        "criterion.teacher_layers": "[12,4,8]",
+    }
     trainer = train("librispeech_base", fields(**{"task.teacher": moved}, **precision))
     assert trainer.get_num_updates() == 6
     (line,) = [message for message in caplog.messages if "differs from that of" in message]
@@ -288,7 +292,11 @@ def test_a_new_run_does_not_start_in_the_folder_of_another(made, fields, last, c
     assert train("librispeech_base", fields(**{"checkpoint.restore_file": given})).get_num_updates() == 6
     (line,) = [message for message in caplog.messages if "every start loads" in message]
     assert f"checkpoint.restore_file={given}" in line and f"leaves {path} aside" in line
-    new = {"checkpoint.finetune_from_model": given, "checkpoint.save_dir": tmp_path / "new", "optimization.max_epoch": 1}
+    new = {
+        "checkpoint.finetune_from_model": given,
+        "checkpoint.save_dir": tmp_path / "new",
+        "optimization.max_epoch": 1,
+    }
     for updates in (6, 8):  # the same command again resumes
         new["optimization.max_update"] = updates
         assert train("librispeech_base", fields(**new)).get_num_updates() == 6
@@ -305,7 +313,10 @@ def test_a_shared_cnn_has_to_be_the_students(made, fields):
     [
         ({"checkpoint.restore_file": "gone.pt"}, "checkpoint.restore_file=gone.pt is no file"),
         ({"checkpoint.finetune_from_model": ROOT}, "is no file; give the path of a checkpoint"),
-        ({"checkpoint.finetune_from_model": "x.pt", "checkpoint.reset_optimizer": True}, "reset_optimizer=true; set one"),
+        (
+            {"checkpoint.finetune_from_model": "x.pt", "checkpoint.reset_optimizer": True},
+            "reset_optimizer=true; set one",
+        ),
         ({"checkpoint.finetune_from_model": "x.pt", "checkpoint.restore_file": "y.pt"}, "restore_file=y.pt; set one"),
     ],
 )
@@ -349,5 +360,7 @@ def test_a_run_from_before_epsilon_could_be_chosen_keeps_its_own(fields, tmp_pat
     del state["cfg"]["task"]["normalize_epsilon"]  # as the version before wrote it
     torch.save(state, path)
     more = {**normalised, "optimization.max_update": 6}
-    assert "task.normalize_epsilon=1e-05 there and 1e-07 here" in one_line(fields(**{**more, "+task.normalize_epsilon": "1.0e-7"}))
+    assert "task.normalize_epsilon=1e-05 there and 1e-07 here" in one_line(
+        fields(**{**more, "+task.normalize_epsilon": "1.0e-7"})
+    )
     assert train("librispeech_base", fields(**more)).get_num_updates() == 6

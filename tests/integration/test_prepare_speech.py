@@ -349,8 +349,10 @@ def test_hours_of_music_take_no_more_memory_than_minutes(tmp_path):
         print(result.samples, before.split()[1], after.split()[1])
     """
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "long.wav", tmp_path / "long.flac"], text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", code, tmp_path / "long.wav", tmp_path / "long.flac"],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     samples, before, after = map(int, done.stdout.split())
@@ -486,8 +488,13 @@ def unpacked(tmp_path):
     """A small tree as dpkg leaves it."""
     sounds = tmp_path / "unpacked/usr/share/asterisk/sounds"
     texts = {
-        "digits/1": "one", "vm-one": "One.", "letters/a": "a", "letters/at": "at [@]", "digits/10": "ten",
-        "ascending-2tone": "[ascending tones]", "silence/1": "(1 second of silence)",
+        "digits/1": "one",
+        "vm-one": "One.",
+        "letters/a": "a",
+        "letters/at": "at [@]",
+        "digits/10": "ten",
+        "ascending-2tone": "[ascending tones]",
+        "silence/1": "(1 second of silence)",
         **{f"prompt-{index}": f"This is prompt: {index}" for index in range(20)},
     }
     for seed, name in enumerate(texts):
@@ -513,11 +520,16 @@ def test_debian_recordings_get_speakers_languages_texts_and_keywords(unpacked, t
     spoken = ["digits/1", "vm-one", "letters/a", "letters/at", "digits/10"]
     spoken += [f"prompt-{index}" for index in range(20)]
     found, rows = listed(output), labels(output)
-    assert set(found) == set(rows) == {
-        *(f"en_US_f_Allison/{name}" for name in spoken),
-        *(f"ru_RU_f_IvrvoiceRU/{name}" for name in spoken),
-        "es/digits/1", "es/vm-first",  # digits/h-1 is the same audio
-    }
+    assert (
+        set(found)
+        == set(rows)
+        == {
+            *(f"en_US_f_Allison/{name}" for name in spoken),
+            *(f"ru_RU_f_IvrvoiceRU/{name}" for name in spoken),
+            "es/digits/1",
+            "es/vm-first",  # digits/h-1 is the same audio
+        }
+    )
     assert {tuple(row.values()) for row in rows.values()} > {
         ("en_US_f_Allison/digits/1", "Allison", "en", "one", "1"),
         ("en_US_f_Allison/letters/at", "Allison", "en", "at", ""),
@@ -561,17 +573,17 @@ def test_a_damaged_package_is_named(tmp_path):
 def librispeech(tmp_path):
     root = tmp_path / "LibriSpeech"
     for split, speaker, chapter in (
-        ("train-clean-100", 19, 198), ("train-other-500", 25, 123),
-        ("dev-clean", 84, 121), ("test-other", 61, 70),
+        ("train-clean-100", 19, 198),
+        ("train-other-500", 25, 123),
+        ("dev-clean", 84, 121),
+        ("test-other", 61, 70),
     ):
         folder, stem = root / f"{split}/{speaker}/{chapter}", f"{speaker}-{chapter}"
         for index in range(2):
             write(folder / f"{stem}-000{index}.flac", noise(speaker + index, 1600 + speaker))
         for name in (f"._{stem}-0000.flac", f"._{stem}.trans.txt"):  # macOS writes them beside what it unpacks
             (folder / name).write_bytes(b"\0\5\x16\x07\xff")
-        (folder / f"{stem}.trans.txt").write_text(
-            f"{stem}-0000 FIRST OF {speaker}\n{stem}-0001 IT'S THE SECOND\n"
-        )
+        (folder / f"{stem}.trans.txt").write_text(f"{stem}-0000 FIRST OF {speaker}\n{stem}-0001 IT'S THE SECOND\n")
     return root
 
 
@@ -591,7 +603,11 @@ def test_librispeech_is_listed_in_place_with_its_own_splits(librispeech, tmp_pat
     assert read_manifest(output / "train.tsv").root == str(librispeech)
     assert not (output / "audio").exists()
     assert tuple(labels(output)["dev-clean/84/121/84-121-0000"].values()) == (
-        "dev-clean/84/121/84-121-0000", "84", "en", "FIRST OF 84", ""
+        "dev-clean/84/121/84-121-0000",
+        "84",
+        "en",
+        "FIRST OF 84",
+        "",
     )
 
 
@@ -631,7 +647,8 @@ def test_the_script_prepares_checks_and_names_each_damage_in_a_line(folder, tmp_
     with pytest.raises(SystemExit) as stopped:
         command("--output", output, "--check")
     assert sorted(line.split(": ")[0] for line in stopped.value.code.splitlines()) == [
-        f"{output}/audio/one.flac", f"{output}/audio/three.flac"
+        f"{output}/audio/one.flac",
+        f"{output}/audio/three.flac",
     ]
 
     # What was damaged is mended by removing it and preparing again.
@@ -647,8 +664,11 @@ def test_check_without_manifests_says_how_to_make_them(tmp_path, monkeypatch):
 
 def test_a_mistake_on_the_command_line_is_one_line_and_a_nonzero_exit(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "fairseq_stack", "prepare", "--source", "absent", "--output", "out"], cwd=tmp_path, text=True,
-        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "fairseq_stack", "prepare", "--source", "absent", "--output", "out"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith(f"error: --source {tmp_path}/absent: is not a folder")

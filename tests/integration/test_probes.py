@@ -220,7 +220,9 @@ def test_the_layers_are_weighed_by_a_softmax():
     np.testing.assert_allclose(probe.layer_weights(), [e / sum(exponents) for e in exponents], rtol=1e-5)
 
 
-@pytest.mark.parametrize("found, wanted, errors", [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("ab", "ab", 0)])
+@pytest.mark.parametrize(
+    "found, wanted, errors", [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("ab", "ab", 0)]
+)
 def test_the_edit_distance(found, wanted, errors):
     assert heads.edit_distance(found, wanted) == errors
 
@@ -283,7 +285,9 @@ def test_what_is_no_export_is_refused(tmp_path, teacher_file):
 
 def test_frames_that_s3prl_cannot_count_are_refused(exports, tmp_path):
     model = HubertModel.from_pretrained(exports / "student")
-    model.config.update({"num_feat_extract_layers": 4, "conv_dim": (8,) * 4, "conv_kernel": (10, 3, 3, 3), "conv_stride": (5, 2, 2, 2)})
+    model.config.update(
+        {"num_feat_extract_layers": 4, "conv_dim": (8,) * 4, "conv_kernel": (10, 3, 3, 3), "conv_stride": (5, 2, 2, 2)}
+    )
     HubertModel(model.config).save_pretrained(tmp_path)
     shutil.copy(exports / "student/preprocessor_config.json", tmp_path)
     with pytest.raises(InputError, match="a frame of 40 samples"):
@@ -333,7 +337,9 @@ def test_two_exports_of_one_name_are_refused(exports, tmp_path):
         upstream_rows([exports / "student", tmp_path / "student"])
 
 
-def test_the_script_prints_a_table_and_keeps_every_number(exports, labelled, teacher_file, tmp_path, quick, monkeypatch, capsys):
+def test_the_script_prints_a_table_and_keeps_every_number(
+    exports, labelled, teacher_file, tmp_path, quick, monkeypatch, capsys
+):
     output_file = tmp_path / "probes.json"
     arguments = [
         "evaluate", str(exports / "student"), "--speech", str(labelled), "--teacher", str(teacher_file),

@@ -13,7 +13,9 @@ from fairseq_stack.analysis.held_out import read_held_out
 from fairseq_stack.cli import main
 
 RECIPES = sorted(
-    path.relative_to(EXAMPLES).with_suffix("") for path in EXAMPLES.glob("*/*.yaml") if path.parent.name not in ("demo_teacher", "experiments", "finetuning")
+    path.relative_to(EXAMPLES).with_suffix("")
+    for path in EXAMPLES.glob("*/*.yaml")
+    if path.parent.name not in ("demo_teacher", "experiments", "finetuning")
 )
 GROWN = {"librispeech_base", "librispeech_base_equal", "librispeech_base_star", "hubert_large", "wavlm_base", "demo",
          "gradstack_equal", "gradstack_prop", "midas_equal", "midas_prop"}  # fmt: skip

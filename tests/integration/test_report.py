@@ -55,9 +55,10 @@ def run(tmp_path_factory):
 
 def log(folder, first, last, clock):
     begin = clock
-    with SummaryWriter(folder / "tensorboard" / "train_inner") as train, SummaryWriter(
-        folder / "tensorboard" / "valid"
-    ) as valid:
+    with (
+        SummaryWriter(folder / "tensorboard" / "train_inner") as train,
+        SummaryWriter(folder / "tensorboard" / "valid") as valid,
+    ):
         for update in range(first, last + 1):
             deep = update > 40
             clock += 0.5 if deep else 0.25
@@ -77,8 +78,13 @@ def student(tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
     torch.manual_seed(0)
     config = HubertConfig(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, conv_dim=[8] * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        conv_dim=[8] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
     )
     HubertModel(config).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
@@ -109,7 +115,9 @@ def test_the_script_writes_the_whole_report_without_fairseq_and_hydra(run, stude
     script = "import sys; sys.modules.update(fairseq=None, hydra=None); from fairseq_stack.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
 
@@ -147,7 +155,9 @@ def test_wall_clock_time_leaves_out_pauses_and_what_a_resumed_run_did_again(run)
     assert at[65] == pytest.approx(at[60] + 2.5, abs=1) and at[100] == pytest.approx(at[60] + 20 + 3, abs=1)
     assert (np.diff(hours) > 0).all()
     validations = 3600 * read.hours(read.valid["loss"])
-    assert validations[1] == pytest.approx(at[40] + 3, abs=0.5) and validations[4] == pytest.approx(at[100] + 3, abs=0.5)
+    assert validations[1] == pytest.approx(at[40] + 3, abs=0.5) and validations[4] == pytest.approx(
+        at[100] + 3, abs=0.5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +192,11 @@ def with_config(run, folder, criterion):
     """A run's scalars beside another configuration."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / "tensorboard").symlink_to(run / "tensorboard")
-    config = {"task": {"data": "speech", "teacher": "teacher.pt"}, "criterion": criterion, "model": {"stack_method": "none"}}
+    config = {
+        "task": {"data": "speech", "teacher": "teacher.pt"},
+        "criterion": criterion,
+        "model": {"stack_method": "none"},
+    }
     (folder / ".hydra" / "config.yaml").write_text(json.dumps(config))
     return folder
 
@@ -346,6 +360,7 @@ def test_hidden_states_run_from_the_input_of_the_first_layer_to_the_output_of_th
             wave, _ = soundfile.read(speech.parent / f"{name}.wav")
             wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)  # do_normalize
             one.append(model(torch.tensor(wave[None], dtype=torch.float32)).last_hidden_state[0].numpy())
+
     # The utterances come in a drawn order, so the frames are compared as sets.
     def ordered(frames):
         return frames[np.argsort(frames[:, 0])]

@@ -214,7 +214,9 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
 
 
-def test_a_changed_batch_size_goes_on_with_the_next_epoch_and_says_so(speech, teacher_file, tmp_path, monkeypatch, caplog):
+def test_a_changed_batch_size_goes_on_with_the_next_epoch_and_says_so(
+    speech, teacher_file, tmp_path, monkeypatch, caplog
+):
     heard, train_step = {}, SpeechDistillation.train_step
 
     def listened(task, sample, model, criterion, optimizer, update_num, *args, **kwargs):

@@ -123,7 +123,9 @@ def test_every_recipe_that_a_cpu_can_train_passes(recipe):
         ({"optimization.skip_remainder_batch": True, "optimization.update_freq": "[9]"}, r"optimization.skip_remainder_batch=true leaves out all 6 batches of an epoch with optimization.update_freq=\[9\]"),
     ],
 )  # fmt: skip
-def test_what_needs_the_data_or_the_model_is_said_before_the_first_update(speech, teacher_file, tmp_path, fields, message):
+def test_what_needs_the_data_or_the_model_is_said_before_the_first_update(
+    speech, teacher_file, tmp_path, fields, message
+):
     with pytest.raises(SystemExit) as ended:
         train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
     assert re.match(f"error: {message}", ended.value.code) and "\n" not in ended.value.code
@@ -138,7 +140,12 @@ def test_models_that_do_not_grow_may_lie_in_shards(recipe):
 
 
 def test_a_crop_that_fits_max_tokens_is_enough(speech, teacher_file, tmp_path):
-    fields = {"dataset.max_tokens": 5000, "dataset.batch_size": "null", "task.max_sample_size": 5000, "optimization.max_update": 7}
+    fields = {
+        "dataset.max_tokens": 5000,
+        "dataset.batch_size": "null",
+        "task.max_sample_size": 5000,
+        "optimization.max_update": 7,
+    }
     assert train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields)).get_num_updates() == 7
 
 
@@ -178,7 +185,11 @@ def test_fields_that_a_recipe_does_not_name_need_a_plus_in_five_groups_and_in_no
         five[group] = REGISTRIES[group]["dataclass_registry"][named[group]._name]
     for group, field in FairseqConfig.__dataclass_fields__.items():
         if hasattr(field.type, "__dataclass_fields__"):
-            plain += [f"{group}.{name}=null" for name in fields_of(field.type) if "Optional" in str(field.type.__annotations__[name])]
+            plain += [
+                f"{group}.{name}=null"
+                for name in fields_of(field.type)
+                if "Optional" in str(field.type.__annotations__[name])
+            ]
             assert group not in five
     assert {override.split(".")[0] for override in plain} >= {"common", "dataset", "optimization", "checkpoint"}
     composed("librispeech_base", plain)

@@ -110,9 +110,7 @@ def test_int8_trains_within_its_measured_error(speech, teacher_file, tmp_path, f
     assert 0 < abs(half - byte).max() < 0.01 * half.min()
 
 
-def test_damaged_entries_are_computed_again_and_said(
-    speech, teacher_file, tmp_path, filled, store, heard, caplog
-):
+def test_damaged_entries_are_computed_again_and_said(speech, teacher_file, tmp_path, filled, store, heard, caplog):
     paths = sorted(store.glob("*/*/??/*.npz"))
     content = [path.read_bytes() for path in paths]
     paths[3].write_bytes(content[3][:1000] + bytes([content[3][1000] ^ 1]) + content[3][1001:])

@@ -28,7 +28,7 @@ def data(speech, tmp_path_factory):
     root, *lines = (speech / "train.tsv").read_text().splitlines()
     (folder / "first.tsv").write_text("\n".join([root, *lines[:10]]) + "\n")
     # The same files below another root.
-    below = [line[len("audio/"):] for line in lines[10:]]
+    below = [line[len("audio/") :] for line in lines[10:]]
     (folder / "second.tsv").write_text("\n".join([f"{root}/audio", *below]) + "\n")
     (folder / "rest.tsv").write_text("\n".join([root, *lines[10:]]) + "\n")
     return folder
@@ -117,9 +117,10 @@ def test_combined_validation_subsets_are_one(speech, teacher_file, tmp_path):
 
 def test_an_utterance_in_two_training_subsets_is_named(data, teacher_file, tmp_path):
     with pytest.raises(SystemExit, match="first.tsv: the utterance 'audio/train0' is listed in .*train_960.tsv too"):
-        train("librispeech_base", tiny(
-            data, teacher_file, tmp_path, **{**NAMED, "dataset.train_subset": "'train_960,first'"}
-        ))
+        train(
+            "librispeech_base",
+            tiny(data, teacher_file, tmp_path, **{**NAMED, "dataset.train_subset": "'train_960,first'"}),
+        )
 
 
 def test_the_older_command_line_names_subsets_too(data, teacher_file):
@@ -133,8 +134,6 @@ def test_the_older_command_line_names_subsets_too(data, teacher_file):
     args = options.parse_args_and_arch(options.get_training_parser(), arguments)
     task = convert_namespace_to_omegaconf(args).task
     assert (task.train_subset, task.valid_subset) == ("first,second", "dev,rest")
-
-
 
 
 def test_the_doctor_looks_at_manifests_of_any_name(data, speech, tmp_path):

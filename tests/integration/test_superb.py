@@ -80,9 +80,7 @@ def run(tmp_path_factory):
 
 
 def test_it_trains_the_probe_and_leaves_the_student_frozen(run):
-    first, second = (
-        torch.load(run / f"train/step_{step}/model/state_dict.pt", weights_only=True) for step in (1, 2)
-    )
+    first, second = (torch.load(run / f"train/step_{step}/model/state_dict.pt", weights_only=True) for step in (1, 2))
     assert not torch.equal(first["featurizer.weights"], second["featurizer.weights"])
     upstream = [name for name in first if name.startswith("upstream.")]
     exported = torch.load(run.parents[1] / "student.pt", weights_only=True)["model_weight"]
@@ -99,8 +97,10 @@ def test_it_evaluates_its_best_checkpoint(run):
 def test_the_collector_finds_the_run(run):
     (found,) = find_runs(run.parent)
     assert (found.problem, found.learning_rate, found.fold) == ("SuperbSID", 0.1, "")
-    assert found.valid == yaml.safe_load((run / "train/valid_best/training_stats.yaml").read_text())[
-        "valid_best_metrics"]["accuracy"]
+    assert (
+        found.valid
+        == yaml.safe_load((run / "train/valid_best/training_stats.yaml").read_text())["valid_best_metrics"]["accuracy"]
+    )
     result = yaml.safe_load((run / "evaluate/valid_best/test/result.yaml").read_text())
     assert found.test == {"SID acc": 100 * result["accuracy"]}
 
@@ -111,8 +111,10 @@ def copy_of(run, folder, learning_rate, valid, test):
     (config,) = (folder / "configs").glob("*.yaml")
     for path, change in (
         (config, lambda content: content["build_optimizer"]["conf"].update(lr=learning_rate)),
-        (folder / "train/valid_best/training_stats.yaml",
-         lambda content: content["valid_best_metrics"].update(accuracy=valid)),
+        (
+            folder / "train/valid_best/training_stats.yaml",
+            lambda content: content["valid_best_metrics"].update(accuracy=valid),
+        ),
         (folder / "evaluate/valid_best/test/result.yaml", lambda content: content.update(accuracy=test)),
     ):
         content = yaml.safe_load(path.read_text())

@@ -38,9 +38,15 @@ def test_each_job_of_a_sweep_is_what_it_is_alone(speech, teacher_file, tmp_path)
               "dataset.validate_interval_updates": 2, "common.log_file": "log.txt"}  # fmt: skip
     command = ["--config-dir", EXAMPLES / "interleaved", "--config-name", "librispeech_base",
                *tiny(speech, teacher_file, "run", **fields), f"common.user_dir={ROOT}/fairseq_stack"]  # fmt: skip
-    sweep = [f"optimization.lr={','.join(RATES)}", f"hydra.sweep.dir={tmp_path}/sweep", "hydra.sweep.subdir=${hydra.job.num}"]
+    sweep = [
+        f"optimization.lr={','.join(RATES)}",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        "hydra.sweep.subdir=${hydra.job.num}",
+    ]
     with ForkServer() as server:
-        assert server.command(["-m", *command, *sweep], tmp_path / "sweep.log") == 0, (tmp_path / "sweep.log").read_text()
+        assert server.command(["-m", *command, *sweep], tmp_path / "sweep.log") == 0, (
+            tmp_path / "sweep.log"
+        ).read_text()
         for job in (1, 2):
             single = [f"optimization.lr={RATES[job]}", f"hydra.run.dir={tmp_path}/single{job}"]
             assert server.command([*command, *single], tmp_path / "single.log") == 0

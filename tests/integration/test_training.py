@@ -122,7 +122,11 @@ def test_the_older_command_line_trains_too(speech, teacher_file, tmp_path):
 
 
 def test_recipes_work_from_any_folder_with_an_absolute_user_dir(speech, teacher_file, tmp_path):
-    overrides = [*tiny(speech, teacher_file, "run"), f"common.user_dir={ROOT}/fairseq_stack", "optimization.max_update=10"]
+    overrides = [
+        *tiny(speech, teacher_file, "run"),
+        f"common.user_dir={ROOT}/fairseq_stack",
+        "optimization.max_update=10",
+    ]
     run = hydra_train("librispeech_base", overrides, config_dir=ROOT / "examples/interleaved", cwd=tmp_path)
     output, _ = run.communicate()
     assert run.returncode == 0, output
@@ -132,7 +136,10 @@ def test_recipes_work_from_any_folder_with_an_absolute_user_dir(speech, teacher_
 
 def test_data_workers_end_with_their_epoch(speech, teacher_file, tmp_path):
     before = set(multiprocessing.active_children())
-    train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{"dataset.num_workers": 2, "checkpoint.no_save": True}))
+    train(
+        "librispeech_base",
+        tiny(speech, teacher_file, tmp_path, **{"dataset.num_workers": 2, "checkpoint.no_save": True}),
+    )
     workers = set(multiprocessing.active_children()) - before
     for worker in workers:
         worker.join(timeout=60)

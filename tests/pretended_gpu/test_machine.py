@@ -122,9 +122,16 @@ def states_in_fp32(monkeypatch):
         (states_in_fp32, "dtype"),
     ],
 )
-def test_a_fault_in_the_student_that_the_cpu_forgives_ends_a_training(plant, says, monkeypatch, speech, teacher_file, tmp_path):
+def test_a_fault_in_the_student_that_the_cpu_forgives_ends_a_training(
+    plant, says, monkeypatch, speech, teacher_file, tmp_path
+):
     plant(monkeypatch)
-    fields = {"optimization.max_update": 2, "model.stack_method": "none", "model.stack_stages": 1, "+task.mask_prob": 0.5}
+    fields = {
+        "optimization.max_update": 2,
+        "model.stack_method": "none",
+        "model.stack_stages": 1,
+        "+task.mask_prob": 0.5,
+    }
     fields |= {"checkpoint.no_save": True, "common.fp16": True}
     with pretended_gpu(), pytest.raises((RuntimeError, TypeError), match=says):
         train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))

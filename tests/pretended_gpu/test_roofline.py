@@ -105,7 +105,9 @@ def test_an_update_of_the_recipe_stays_within_its_launches_waits_and_memory(upda
 
 
 def test_a_gpu_is_named_or_described_by_a_file(tmp_path):
-    (tmp_path / "gpu.json").write_text(json.dumps({"bandwidth": 1e12, "half": 1e14, "tf32": 5e13, "fp32": 2e13, "attention": 3e13}))
+    (tmp_path / "gpu.json").write_text(
+        json.dumps({"bandwidth": 1e12, "half": 1e14, "tf32": 5e13, "fp32": 2e13, "attention": 3e13})
+    )
     assert named_gpu("h100") is GPUS["h100"] and named_gpu(tmp_path / "gpu.json").launch == 2e-6
     (tmp_path / "bad.json").write_text('{"bandwidth": "fast"}')
     for name, says in (("h999", "none of h100"), (tmp_path / "bad.json", "positive numbers: bandwidth")):

@@ -126,7 +126,9 @@ def test_the_path_on_a_gpu_and_that_on_a_cpu_lead_to_the_same_weights(speech, te
     overrides = tiny(speech, teacher_file, tmp_path, **fields)
     on_cpu = train("librispeech_base", overrides).get_model().state_dict()
     with pretended_gpu():
-        on_gpu = {name: value.cpu() for name, value in train("librispeech_base", overrides).get_model().state_dict().items()}
+        on_gpu = {
+            name: value.cpu() for name, value in train("librispeech_base", overrides).get_model().state_dict().items()
+        }
     assert on_cpu.keys() == on_gpu.keys()
     for name, value in on_cpu.items():
         torch.testing.assert_close(on_gpu[name], value, rtol=1e-3, atol=1e-5)

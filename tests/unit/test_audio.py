@@ -22,13 +22,13 @@ def test_samples_are_the_stored_integers_over_32768(tmp_path, suffix):
     soundfile.write(tmp_path / f"a.{suffix}", INTEGERS, SAMPLE_RATE)
     samples = read_audio(tmp_path / f"a.{suffix}")
     assert samples.dtype == np.float32 and samples.shape == (8,)
-    assert samples.tolist() == [0, 2**-15, -2**-15, 0.5, -1, 1 - 2**-15, 0.25, -0.125]
+    assert samples.tolist() == [0, 2**-15, -(2**-15), 0.5, -1, 1 - 2**-15, 0.25, -0.125]
 
 
 @pytest.mark.parametrize("start, stop", [(0, 1), (3, 4097), (30_000, 40_000), (39_999, 40_000), (5, None)])
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
 def test_a_span_is_a_slice_of_the_whole(tmp_path, suffix, start, stop):
-    integers = np.random.default_rng(1).integers(-2**15, 2**15, 40_000, dtype=np.int16)
+    integers = np.random.default_rng(1).integers(-(2**15), 2**15, 40_000, dtype=np.int16)
     soundfile.write(tmp_path / f"a.{suffix}", integers, SAMPLE_RATE)
     samples = read_audio(tmp_path / f"a.{suffix}", start, stop)
     np.testing.assert_array_equal(samples, integers[start:stop] / 32768)
@@ -53,9 +53,13 @@ def test_unusable_files_are_named(tmp_path):
     expected = {
         "rate.wav": "has 44100 Hz and 1 channel.* fairseq-stack prepare",
         "stereo.flac": "has 16000 Hz and 2 channel.* fairseq-stack prepare",
-        "empty.wav": "has no samples", "nan.wav": "not finite", "infinite.wav": "not finite",
-        "nothing.wav": "cannot be read as audio", "text.flac": "cannot be read as audio",
-        "folder.wav": "cannot be read", "absent.wav": "cannot be read .No such file",
+        "empty.wav": "has no samples",
+        "nan.wav": "not finite",
+        "infinite.wav": "not finite",
+        "nothing.wav": "cannot be read as audio",
+        "text.flac": "cannot be read as audio",
+        "folder.wav": "cannot be read",
+        "absent.wav": "cannot be read .No such file",
     }
     for name, words in expected.items():
         with pytest.raises(InputError, match=f"{name}: .*{words}"):
@@ -89,7 +93,9 @@ def test_floats_far_beyond_full_scale_are_refused_and_an_overshoot_is_kept(tmp_p
     soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="FLOAT")
     for read in (read_audio, lambda path: read_any_audio(path)[0]):
         if message:
-            with pytest.raises(InputError, match=rf"a\.wav: holds samples {message}.*, but full scale is 1; divide them"):
+            with pytest.raises(
+                InputError, match=rf"a\.wav: holds samples {message}.*, but full scale is 1; divide them"
+            ):
                 read(tmp_path / "a.wav")
         else:
             np.testing.assert_allclose(read(tmp_path / "a.wav"), samples, atol=1e-6)

@@ -121,7 +121,9 @@ def test_the_layer_norms_of_the_cnn_in_bf16_keep_no_copy_in_fp32_and_are_as_exac
         ours, theirs, waveforms = ours.bfloat16(), theirs.bfloat16(), waveforms.bfloat16()
     kept = []
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
             output = ours(waveforms, torch.full((2,), 3000))
         reference = theirs(waveforms)
     last = output.numel()  # the smallest of the features; a norm's mean and deviation are smaller

@@ -259,7 +259,10 @@ def test_masked_and_unmasked_losses_are_logged_as_means_over_their_frames():
         ({"unmasked_weight": -1.0}, "criterion.unmasked_weight=-1.0 must be 0 or more"),
         ({"cosine_weight": -1.0}, "criterion.cosine_weight=-1.0 must be 0 or more"),
         ({"output_weight": 0.0, "intermediate_weight": 0.0}, "=0 and criterion.intermediate_weight=0 leave nothing"),
-        ({"output_weight": 0.0, "teacher_layers": []}, "=0 with empty criterion.teacher_layers leaves nothing to learn"),
+        (
+            {"output_weight": 0.0, "teacher_layers": []},
+            "=0 with empty criterion.teacher_layers leaves nothing to learn",
+        ),
         ({"loss": "temporal_gram", "intermediate_style": "prediction"}, "criterion.loss=temporal_gram compares"),
         ({"loss": "temporal_gram", "mask_prob": 0.5}, "criterion.loss=temporal_gram relates all frames"),
         ({"intermediate_style": "prediction", "teacher_layers": [13]}, "criterion.teacher_layers: 13 is no layer"),

@@ -67,9 +67,7 @@ def every_loss():
         ]
         yield pytest.param(loss, (STUDENT, TEACHER), slow, id=name)
     inputs = (states(3, 2), states(3, 3), states(8, 4), states(8, 5))  # a narrow student, a wide teacher
-    rows = [
-        slow_gram(*(each[row, :count].double().tolist() for each in inputs)) for row, count in enumerate(FRAMES)
-    ]
+    rows = [slow_gram(*(each[row, :count].double().tolist() for each in inputs)) for row, count in enumerate(FRAMES)]
     yield pytest.param(temporal_gram, inputs, rows, id="temporal_gram")
 
 

@@ -73,30 +73,33 @@ def test_several_manifests_are_one_below_the_folder_they_share(tmp_path):
         read_manifests([tmp_path / "a.tsv", tmp_path / "b.tsv", tmp_path / "c.tsv"])
 
 
-@pytest.mark.parametrize("text, line, problem", [
-    ("\ufeff", None, "is empty"),
-    ("\ufeffROOT/absent\na.wav\t1\n", 1, "absent' does not exist"),
-    ("ROOT\nROOTx/a.wav\t1\n", 2, "does not lie below the root"),
-    ("", None, "is empty"),
-    ("ROOT/absent\na.wav\t1\n", 1, "does not exist"),
-    ("\na.wav\t1\n", 1, "does not exist"),
-    ("ROOT\n", None, "lists no files"),
-    ("ROOT\na.wav\t1\nb.wav 2\n", 3, "'b.wav 2' is not a path, a tab and a number"),
-    ("ROOT\na.wav\t1\n\nb.wav\t2\n", 3, "'' is not a path"),
-    ("ROOT\n\t7\n", 2, "is not a path"),
-    ("ROOT\na.wav\t1\t2\n", 2, "is not a positive whole number"),
-    ("ROOT\na.wav\t1.5\n", 2, "'1.5' is not a positive whole number"),
-    ("ROOT\na.wav\t\n", 2, "'' is not a positive whole number"),
-    ("ROOT\na.wav\t0\n", 2, "'0' is not a positive"),
-    ("ROOT\na.wav\t-3\n", 2, "'-3' is not a positive"),
-    ("ROOT\na.wav\t\u0663\n", 2, "is not a positive whole number"),
-    ("ROOT\na.wav\t" + "9" * 5000 + "\n", 2, "is not a positive whole number"),
-    ("ROOT\n/etc/a.wav\t1\n", 2, "does not lie below the root"),
-    ("ROOT\nb/../../a.wav\t1\n", 2, "does not lie below the root"),
-    ("ROOT\na.wav\t1\nb.wav\t1\na.wav\t1\n", 4, "'a' is listed before"),
-    ("ROOT\na.wav\t1\na.flac\t1\n", 3, "'a' is listed before"),
-    ("RIFF\0\0\0\0WAVE", None, "is not a text file"),
-])
+@pytest.mark.parametrize(
+    "text, line, problem",
+    [
+        ("\ufeff", None, "is empty"),
+        ("\ufeffROOT/absent\na.wav\t1\n", 1, "absent' does not exist"),
+        ("ROOT\nROOTx/a.wav\t1\n", 2, "does not lie below the root"),
+        ("", None, "is empty"),
+        ("ROOT/absent\na.wav\t1\n", 1, "does not exist"),
+        ("\na.wav\t1\n", 1, "does not exist"),
+        ("ROOT\n", None, "lists no files"),
+        ("ROOT\na.wav\t1\nb.wav 2\n", 3, "'b.wav 2' is not a path, a tab and a number"),
+        ("ROOT\na.wav\t1\n\nb.wav\t2\n", 3, "'' is not a path"),
+        ("ROOT\n\t7\n", 2, "is not a path"),
+        ("ROOT\na.wav\t1\t2\n", 2, "is not a positive whole number"),
+        ("ROOT\na.wav\t1.5\n", 2, "'1.5' is not a positive whole number"),
+        ("ROOT\na.wav\t\n", 2, "'' is not a positive whole number"),
+        ("ROOT\na.wav\t0\n", 2, "'0' is not a positive"),
+        ("ROOT\na.wav\t-3\n", 2, "'-3' is not a positive"),
+        ("ROOT\na.wav\t\u0663\n", 2, "is not a positive whole number"),
+        ("ROOT\na.wav\t" + "9" * 5000 + "\n", 2, "is not a positive whole number"),
+        ("ROOT\n/etc/a.wav\t1\n", 2, "does not lie below the root"),
+        ("ROOT\nb/../../a.wav\t1\n", 2, "does not lie below the root"),
+        ("ROOT\na.wav\t1\nb.wav\t1\na.wav\t1\n", 4, "'a' is listed before"),
+        ("ROOT\na.wav\t1\na.flac\t1\n", 3, "'a' is listed before"),
+        ("RIFF\0\0\0\0WAVE", None, "is not a text file"),
+    ],
+)
 def test_a_mistake_is_named_with_its_line(tmp_path, text, line, problem):
     path = write_text(tmp_path, text)
     with pytest.raises(InputError) as caught:
@@ -120,7 +123,10 @@ def test_files_count_as_missing_unless_they_can_be_opened(tmp_path):
     names = ["z/gone.wav", "a/there.wav", "a/linked.wav", "a/dangling.wav", "a/folder.wav", "gone.wav"]
     write_manifest(tmp_path / "train.tsv", tmp_path, [(name, 1) for name in names])
     assert missing_files(read_manifest(tmp_path / "train.tsv")) == [
-        "z/gone.wav", "a/dangling.wav", "a/folder.wav", "gone.wav"
+        "z/gone.wav",
+        "a/dangling.wav",
+        "a/folder.wav",
+        "gone.wav",
     ]
 
 
@@ -157,13 +163,20 @@ def test_check_reports_each_damage_and_nothing_else(tmp_path):
     audio("empty.wav", noise[:0])
     audio("nan.wav", np.where(np.arange(8000) == 7999, np.nan, noise), subtype="FLOAT")
     whole = audio("cut.flac")
-    (tmp_path / "cut.flac").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.flac").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "bit.flac").write_bytes(whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:])
     (tmp_path / "text.wav").write_text("not audio")
     damages = {
-        "gone.wav": "No such file", "longer.wav": "has 4000 samples", "rate.wav": "8000 Hz",
-        "stereo.wav": "2 channel(s)", "empty.wav": "no samples", "nan.wav": "not finite",
-        "cut.flac": "", "bit.flac": "", "text.wav": "cannot be read as audio", "short.wav": "one frame takes 400",
+        "gone.wav": "No such file",
+        "longer.wav": "has 4000 samples",
+        "rate.wav": "8000 Hz",
+        "stereo.wav": "2 channel(s)",
+        "empty.wav": "no samples",
+        "nan.wav": "not finite",
+        "cut.flac": "",
+        "bit.flac": "",
+        "text.wav": "cannot be read as audio",
+        "short.wav": "one frame takes 400",
     }
     audio("short.wav", noise[:399])
     names = ["good.flac", *damages, "good too.wav"]

@@ -88,6 +88,7 @@ def test_kinds_are_told_apart_by_what_differs_alone():
 def test_the_defaults_are_those_of_the_dataclasses():
     for group, cls in (("criterion", LayerDistillationConfig), ("task", SpeechDistillationConfig)):
         defaults = {
-            field.name: field.default_factory() if callable(field.default_factory) else field.default for field in fields(cls)
+            field.name: field.default_factory() if callable(field.default_factory) else field.default
+            for field in fields(cls)
         }
         assert DEFAULTS[group].items() <= defaults.items()

@@ -81,7 +81,10 @@ def test_the_counters_are_all_that_fairseqs_loss_scaler_changes_beside_its_scale
             scaler.update()
         except OverflowError:
             pass
-    assert {name for name, value in vars(scaler).items() if value != before[name]} <= {"loss_scale", *optimizers._COUNTERS}
+    assert {name for name, value in vars(scaler).items() if value != before[name]} <= {
+        "loss_scale",
+        *optimizers._COUNTERS,
+    }
     assert set(optimizers._COUNTERS) <= before.keys()
 
 
@@ -184,5 +187,7 @@ def test_amp_resumes_with_its_scale_and_its_count_of_updates():
     amp_update(layer, optimizer, torch.ones(2, 5, 3), 0.5)
     resumed = make_optimizer("amp", copy.deepcopy(layer))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert resumed.scaler.state_dict() == optimizer.scaler.state_dict() and optimizer.scaler.state_dict()["scale"] == 1024
+    assert (
+        resumed.scaler.state_dict() == optimizer.scaler.state_dict() and optimizer.scaler.state_dict()["scale"] == 1024
+    )
     assert optimizer.scaler.state_dict()["_growth_tracker"] == 1

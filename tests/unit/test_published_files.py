@@ -269,6 +269,7 @@ def torchaudio_base_asr(folder):
 
 def torchaudio_large(folder):
     """Of `bundle.get_model().state_dict()`, where the model is in a wrapper that normalises."""
+
     def wrapped(state):
         return {f"model.{key}": value for key, value in state.items()}
 

@@ -76,4 +76,6 @@ def test_a_batch_without_any_readable_recording_is_silence_of_nobody(speech, tmp
     made = SpeechDataset(read_manifest(tmp_path / "train.tsv"), 4000, 1, random_crop=True)
     batch = made.collater([made[0]])
     assert batch["utterances"] == [] and list(batch["problems"]) == ["text.wav"]
-    assert batch["waveforms"].shape == (1, 4000) and not batch["waveforms"].any() and batch["lengths"].tolist() == [4000]
+    assert (
+        batch["waveforms"].shape == (1, 4000) and not batch["waveforms"].any() and batch["lengths"].tolist() == [4000]
+    )

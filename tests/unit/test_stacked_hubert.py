@@ -32,9 +32,7 @@ WAVEFORMS, LENGTHS = torch.randn(2, 4000, generator=torch.Generator().manual_see
 def test_the_papers_student_has_26_87_million_parameters_without_heads():
     task = SimpleNamespace(teacher=SimpleNamespace(name="hubert", depth=12, width=768))
     student = StackedHubert.build_model(student_config(), task)
-    count = sum(
-        parameter.numel() for name, parameter in student.named_parameters() if not name.startswith("heads.")
-    )
+    count = sum(parameter.numel() for name, parameter in student.named_parameters() if not name.startswith("heads."))
     assert round(count / 1e6, 2) == 26.87
     assert student.plan.depths == (3, 6, 9, 12) and student.depth == 3
 

@@ -100,7 +100,10 @@ def test_the_student_does_not_share_memory_with_the_teacher(teacher):
             {"init_cnn_from_teacher": True, "conv_feature_layers": TINY["conv_feature_layers"].replace("8,", "6,")},
             "feature_extractor.conv_layers.0.0.weight is .6, 1, 10. in the student",
         ),
-        ({"init_cnn_from_teacher": True, "conv_bias": True}, "conv_layers.0.0.bias is .8,. in the student and missing in"),
+        (
+            {"init_cnn_from_teacher": True, "conv_bias": True},
+            "conv_layers.0.0.bias is .8,. in the student and missing in",
+        ),
     ],
 )
 def test_a_start_that_does_not_fit_gets_one_line(teacher, fields, message):

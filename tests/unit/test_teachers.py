@@ -339,7 +339,9 @@ def test_a_teacher_in_fp32_computes_whatever_has_been_set_before():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("kind", ["wav2vec2 base", "wav2vec2 large", "hubert base", "hubert large", "wavlm base", "whisper"])
+@pytest.mark.parametrize(
+    "kind", ["wav2vec2 base", "wav2vec2 large", "hubert base", "hubert large", "wavlm base", "whisper"]
+)
 def test_a_teacher_in_half_precision_says_nearly_the_same(precision, kind, whisper, tmp_path):
     path = path_of(kind, whisper, tmp_path)
     waveforms = waveforms_of([16_000, 9000])
