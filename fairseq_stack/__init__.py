@@ -1,14 +1,14 @@
 """Distillation of speech foundation models with interleaved stacking, as a fairseq extension.
 
-Importing the package, or any part of it, registers nothing and changes nothing in fairseq. The command line registers its
-task, model and criterion with `--user-dir` or `common.user_dir`, a program with `fairseq_stack.register()`. Growth, losses,
-export and analysis need neither fairseq nor hydra.
+Importing the package, or any part of it, registers nothing and changes nothing in fairseq. On the command line,
+`--user-dir` or `common.user_dir` registers the package's task, model and criterion. A program calls
+`fairseq_stack.register()`. Growth, losses, export and analysis need neither fairseq nor hydra.
 """
 
 __version__ = "0.2.0"
 
 
-def register():
+def register() -> None:
     """Register the task, the model and the criterion with fairseq, as `--user-dir fairseq_stack` does.
 
     Call it in a notebook or a program before it composes a configuration. Calling it again changes nothing.
@@ -19,11 +19,11 @@ def register():
 class _SearchPath(list):
     """The package's `__path__`.
 
-    fairseq registers a user_dir by importing its tasks and models, but not where the package has been imported before. Then
-    it looks here whether that was the same folder, and asks nothing else. So the answer registers.
+    fairseq registers a user_dir by importing its tasks and models. If the package is imported already, fairseq only
+    checks whether its `__path__` contains that folder. So this check registers them.
     """
 
-    def __contains__(self, folder):
+    def __contains__(self, folder: object) -> bool:
         found = super().__contains__(folder)
         if found:
             register()

@@ -1,12 +1,15 @@
-"""What users get wrong, said in one line."""
+"""Errors for users, each with a message of one line."""
 
 import functools
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+Returned = TypeVar("Returned")
 
 
 class InputError(ValueError):
@@ -17,69 +20,74 @@ class InputError(ValueError):
 
 
 class TrainingStopped(RuntimeError):
-    """A training that cannot go on. The message is one line that says where and why."""
+    """A training cannot continue. The message is one line that says where and why."""
 
 
 class Preempted(TrainingStopped):
-    """A training that SIGTERM has ended after it saved a checkpoint. It has logged its line already."""
+    """SIGTERM ended a training, which has saved a checkpoint and logged its last line."""
 
 
-# What a shell reports of a program that SIGTERM has ended: the job is not done, start it again.
+# The exit code that a shell reports for a program ended by SIGTERM: the job is not done and should start again.
 PREEMPTED = 128 + signal.SIGTERM
 
 
-def check_choice(field, value, choices):
+def check_choice(field: str, value: Any, choices: Collection[str]) -> None:
     """Raise an InputError unless the configuration field has one of the values `choices`.
 
-    For fields of the type str: with an Enum, fairseq and hydra would answer a wrong name with a traceback.
+    Such fields are of type str. With an Enum, fairseq and hydra answer a wrong name with a traceback.
     """
     if value not in choices:
         raise InputError(f"{field}={value} is unknown; choose from {', '.join(choices)}")
 
 
-def check_numbers(field, values):
-    """Raise an InputError unless the configuration field is a list of whole numbers, which fairseq does not check."""
+def check_numbers(field: str, values: Any) -> None:
+    """Raise an InputError unless the configuration field is a list of whole numbers; fairseq does not check this."""
     if not isinstance(values, Sequence) or not all(type(value) is int for value in values):
         raise InputError(f"{field}={values} must be a list of whole numbers")
 
 
-def check_weight(field, value):
+def check_weight(field: str, value: float) -> None:
     """Raise an InputError unless the configuration field is a finite number of 0 or more."""
     if not 0 <= value < math.inf:
         raise InputError(f"{field}={value} must be 0 or more, and finite")
 
 
-def check_positive(option, value):
+def check_positive(option: str, value: float) -> None:
     """Raise an InputError unless the value of a command's option is a finite number above 0."""
     if not 0 < value < math.inf:
         raise InputError(f"{option} {value} must be more than 0, and finite")
 
 
-def check_output(option, path, folder=False):
-    """Raise an InputError unless a command can write its output to a path: a file or a folder, which need not exist.
+def check_output(option: str, path: str | os.PathLike, folder: bool = False) -> None:
+    """Raise an InputError unless a command can write its output to a path.
 
-    What lies above it is looked at too, so that no work is lost for want of a place.
+    Commands call it before they start, so that no work is lost because its result cannot be saved.
+
+    Args:
+        option: the option that gave the path, for the error.
+        path: of a file or a folder. It need not exist; the folders above it are checked too.
+        folder: whether the output is a folder.
     """
     path = Path(path)
     if path.exists() and path.is_dir() is not folder:
         raise InputError(
             f"{option} {path} is a {'file' if folder else 'folder'}; give a {'folder' if folder else 'file'}"
         )
-    place = next(above for above in (path, *path.absolute().parents) if above.exists())
-    if not folder and place == path:
-        place = path.absolute().parent
-    if not place.is_dir():
-        raise InputError(f"{option} {path}: {place} is a file and no folder; choose another place")
-    if not os.access(place, os.W_OK):
-        raise InputError(f"{option} {path}: {place} cannot be written; choose another place")
+    parent = next(above for above in (path, *path.absolute().parents) if above.exists())
+    if not folder and parent == path:
+        parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"{option} {path}: {parent} is a file and no folder; choose another place")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{option} {path}: {parent} cannot be written; choose another place")
 
 
 @contextmanager
-def input_errors(what):
-    """Turn whatever fails inside into an InputError that begins with `what` and ends with the reason.
+def input_errors(what: str) -> Iterator[None]:
+    """Turn any exception of a `with` block into an InputError that begins with `what` and ends with the reason.
 
-    For a file's values on their way through code that does not expect a file's values, where one of
-    the wrong kind fails wherever it is used first.
+    It guards code that uses the values of a file without checking them. A value of the wrong type fails
+    where it is first used.
     """
     try:
         yield
@@ -89,15 +97,15 @@ def input_errors(what):
         raise InputError(f"{what}: {kind}{reason}".rstrip()) from None
 
 
-def one_line_errors(function):
-    """Let an InputError or TrainingStopped end the program with its one line on stderr and exit code 1.
+def one_line_errors(function: Callable[..., Returned]) -> Callable[..., Returned]:
+    """Make a function end the program when it raises an InputError or TrainingStopped.
 
-    A preempted training ends it with the exit code PREEMPTED. This is for the functions with which a program starts; library
-    code raises.
+    The program prints the error's one line on stderr and exits with code 1. After a preempted training it exits
+    with the code PREEMPTED. Only functions that start a program use this; library code raises.
     """
 
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> Returned:
         try:
             return function(*args, **kwargs)
         except Preempted:

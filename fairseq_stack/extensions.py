@@ -8,26 +8,27 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
+from typing import Any
 
 from fairseq_stack.errors import InputError
 
-GROUP = "fairseq_stack.extensions"  # of entry points in installed packages
-_installed = None  # their modules; None before they are loaded
+GROUP = "fairseq_stack.extensions"  # group of the entry points in installed packages
+_installed: list | None = None  # the modules of installed extensions; None before they are loaded
 
 
-def load_extensions(names, field="task.extensions"):
-    """Import files and modules, which register what they define. One that is loaded already is left alone.
+def load_extensions(names: Any, field: str = "task.extensions") -> None:
+    """Import files and modules, which register what they define. Those that are loaded already are skipped.
 
     Args:
-        names: a list of paths that end with .py, and of names of modules.
-        field: what gave them, for errors.
+        names: a list of paths that end with .py and of modules' names. Other values are errors.
+        field: the option or field that gave the names, for errors.
 
     Raises:
-        InputError: no list of names, or one of them is not there or cannot be imported.
+        InputError: `names` is no list of names, or one of them is missing or cannot be imported.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{field}={names} must be a list of files and modules, such as [my_losses.py]")
@@ -39,8 +40,8 @@ def load_extensions(names, field="task.extensions"):
                 importlib.import_module(name)
 
 
-def load_installed():
-    """Import the modules that installed packages name in their entry points of the group GROUP, once.
+def load_installed() -> None:
+    """Import, once, the modules that installed packages name in their entry points of the group GROUP.
 
     Raises:
         InputError: one of them cannot be imported.
@@ -48,28 +49,29 @@ def load_installed():
     global _installed
     if _installed is not None:
         return
-    _installed = []  # they may ask for names themselves
+    _installed = found = []  # set before the imports, because an extension may look up names and so call this again
     try:
         for point in entry_points(group=GROUP):
             with _one_line(f"the installed extension {point.name} ({point.value})"):
-                _installed.append(point.load())
+                found.append(point.load())
     except InputError:
         _installed = None
         raise
 
 
-def _load_file(path, field):
+def _load_file(path: str, field: str) -> None:
     if not os.path.isfile(path):
         raise InputError(
             f"{field}={path} is no file (in {os.getcwd()}); give the path of a Python file, or a module's name"
         )
     whole_path = os.path.realpath(path)
-    # Another name than the file's, which could be that of a module.
+    # Not the file's own name, which an installed module might have too.
     name = f"fairseq_stack_extension_{hashlib.sha256(whole_path.encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return
     spec = spec_from_file_location(name, whole_path)
-    module = sys.modules[name] = module_from_spec(spec)  # dataclasses look their module up
+    assert spec is not None and spec.loader is not None  # as for every path that ends with .py
+    module = sys.modules[name] = module_from_spec(spec)  # dataclasses look up their module there
     try:
         with _one_line(f"{field}={path}", whole_path):
             spec.loader.exec_module(module)
@@ -79,13 +81,13 @@ def _load_file(path, field):
 
 
 @contextmanager
-def _one_line(what, path=None):
-    """Turn what fails while `what` is imported into an InputError, which tells the line of a file at `path`."""
+def _one_line(what: str, path: str | None = None) -> Iterator[None]:
+    """Turn any exception while `what` is imported into an InputError, which names the line in the file at `path`."""
     try:
         yield
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        place = f" in line {lines[-1]}" if lines else ""
+        where = f" in line {lines[-1]}" if lines else ""
         reason = (str(error).strip().splitlines() or [""])[0]
         kind = type(error).__name__
-        raise InputError(f"{what} cannot be imported{place}: {kind}: {reason}; correct it") from None
+        raise InputError(f"{what} cannot be imported{where}: {kind}: {reason}; correct it") from None

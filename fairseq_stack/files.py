@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all."""
+"""Writes files completely or not at all."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,15 +13,16 @@ class CannotWrite(InputError):
 
 
 @contextmanager
-def written_beside(path, name=None, suffix=".part"):
-    """A path beside `path` to write a file to, which takes the place of `path` at the end; for what is no text in memory.
+def written_beside(path: str | os.PathLike, name: str | None = None, suffix: str = ".part") -> Iterator[Path]:
+    """Give a `with` block a temporary path beside `path`, and rename it to `path` at the end.
 
-    Nothing half-written is left behind when the work fails. The folder is made where it is missing.
+    A block that fails leaves no half-written file. Missing folders are created. Contents that are already in memory are
+    easier to write with `write_whole`.
 
     Args:
-        path: of the file; what is there is replaced.
-        name: the option or field that the path comes from, with its value, for the message (default: the path).
-        suffix: what the file is called meanwhile; processes that may write the same file at once need different ones.
+        path: of the file; an existing file is replaced.
+        name: the option or field that gave the path, with its value, for the error (default: the path).
+        suffix: ending of the temporary name. Processes that may write the same file at once need different ones.
 
     Raises:
         CannotWrite: the file cannot be written.
@@ -42,11 +44,13 @@ def written_beside(path, name=None, suffix=".part"):
         ) from None
 
 
-def write_whole(path, content, name=None):
-    """Write bytes or text as a whole or not at all; see written_beside.
+def write_whole(path: str | os.PathLike, content: bytes | str, name: str | None = None) -> None:
+    """Write bytes or text completely or not at all; see written_beside.
 
     Args:
-        content: bytes, or a text that becomes UTF-8. File names that are no UTF-8 keep their bytes.
+        path: of the file; an existing file is replaced.
+        content: bytes, or text to encode as UTF-8. File names in it that are not UTF-8 keep their bytes.
+        name: as for `written_beside`.
 
     Raises:
         CannotWrite: the file cannot be written.
