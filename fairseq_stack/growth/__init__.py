@@ -1,1 +1,1 @@
-"""How a student grows in depth: who is copied where (plan), when (schedule), and the copying (surgery)."""
+"""How a student grows in depth: which layer is copied where (plan), when (schedule), and the copying (surgery)."""

@@ -1,6 +1,6 @@
-"""A growth as an event: who listens is told right before and right after the student grows."""
+"""Growth as an event: listeners are called right before and right after the student grows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +13,14 @@ class Growth:
     """A growth of a student in training.
 
     Attributes:
-        update: updates done.
-        model: the student, which changes its `depth` and `stage_number` between the two calls.
-        optimizer: fairseq's, which trains it.
-        average: the moving average of its weights, or None.
-        sample: the batch at hand, with its targets.
-        loss: a function without arguments: the loss per frame of that batch, without dropout or gradient.
-        folder: where the run keeps its checkpoints.
-        copied: after the growth, pairs (source, new) of parameters, of which the second are copies of the first.
+        update: number of updates done.
+        model: the student. Its `depth` and `stage_number` change between the two calls.
+        optimizer: the fairseq optimizer that trains the student.
+        average: fairseq's moving average of the student's weights, or None.
+        sample: the batch of this update, with its targets.
+        loss: a function without arguments that returns the loss per frame of that batch, without dropout or gradient.
+        folder: the run's folder of checkpoints.
+        copied: after the growth, the pairs (source, copy) of parameters.
     """
 
     update: int
@@ -34,24 +34,24 @@ class Growth:
 
 
 class GrowthListener:
-    """What is to happen around a growth. Every growth, in every process, makes an object of its own."""
+    """Base class of what runs around a growth. Every process makes a new object for every growth."""
 
-    def before(self, growth):
-        """Called before the student grows, with a Growth."""
+    def before(self, growth: Growth) -> None:
+        """Run before the student grows."""
 
-    def after(self, growth):
-        """Called after the student has grown, with the same Growth."""
+    def after(self, growth: Growth) -> None:
+        """Run after the student has grown, with the same Growth."""
 
 
-LISTENERS = Registry("listener")
+LISTENERS: Registry[Callable[[], GrowthListener]] = Registry("listener")
 
 
 @contextmanager
-def announced(growth):
-    """Tell all of LISTENERS, in the order of their registration, before and after the body of a `with` block.
+def announced(growth: Growth) -> Iterator[None]:
+    """Call all LISTENERS, in the order of their registration, before and after the body of a `with` block.
 
     Args:
-        growth: a Growth; the body lets its model grow and sets `copied`.
+        growth: a Growth. The body lets its model grow and sets `copied`.
     """
     listeners = [listener() for listener in LISTENERS.values()]
     for listener in listeners:

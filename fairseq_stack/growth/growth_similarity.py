@@ -1,10 +1,12 @@
-"""How alike the student's layers were right before and right after each growth: written in training, read for the report."""
+"""The similarity of the student's layers right before and after each growth, written by the training for the report."""
 
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,7 +14,10 @@ from fairseq_stack.errors import InputError
 from fairseq_stack.files import write_whole
 from fairseq_stack.growth.similarity import layer_similarity
 
-FRAMES = 2000  # of a batch; more would take the training seconds and tell little more
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FRAMES = 2000  # of a batch; more frames would cost seconds of training and hardly change the result
 NAME = re.compile(r"growth_at_(\d+)\.json")
 
 
@@ -21,9 +26,9 @@ class GrowthSimilarity:
     """Linear CKA between the hidden states of one batch around a growth.
 
     Attributes:
-        update: updates done when the student grew.
-        before: [d + 1, d + 1], hidden states 0 to d of the student that it was.
-        after: the same of the student that it became.
+        update: number of updates done when the student grew.
+        before: [d + 1, d + 1], between the hidden states 0 to d of the student before the growth.
+        after: the same for the student after the growth, with its new depth.
     """
 
     update: int
@@ -31,12 +36,12 @@ class GrowthSimilarity:
     after: np.ndarray
 
 
-def similarity_of(hidden_states, valid):
-    """Linear CKA between hidden states on up to FRAMES of their frames, evenly spaced.
+def similarity_of(hidden_states: "Iterable[Tensor]", valid: "Tensor") -> np.ndarray:
+    """Linear CKA between hidden states, computed on at most FRAMES evenly spaced frames.
 
     Args:
         hidden_states: d + 1 tensors [B, T, D].
-        valid: [B, T] bool, the frames that are no padding.
+        valid: [B, T] bool, false on padding.
 
     Returns:
         [d + 1, d + 1] float64.
@@ -46,8 +51,8 @@ def similarity_of(hidden_states, valid):
     return layer_similarity([state[valid][chosen].float().cpu().numpy() for state in hidden_states])
 
 
-def write_growth(folder, growth):
-    """Write a GrowthSimilarity as growth_at_{update}.json, with four digits.
+def write_growth(folder: str | os.PathLike, growth: GrowthSimilarity) -> None:
+    """Write a GrowthSimilarity to growth_at_{update}.json in a folder, with four digits.
 
     Raises:
         InputError: the folder cannot be written.
@@ -58,11 +63,11 @@ def write_growth(folder, growth):
     write_whole(path, text, f"checkpoint.save_dir={folder}")
 
 
-def read_growths(folder):
-    """The list of GrowthSimilarity in a folder, by update; empty where there are none.
+def read_growths(folder: str | os.PathLike) -> list[GrowthSimilarity]:
+    """Read all GrowthSimilarity files of a folder, sorted by update. The list may be empty.
 
     Raises:
-        InputError: a file is not what `write_growth` writes.
+        InputError: a file has not the content that `write_growth` writes.
     """
     growths = []
     for path in Path(folder).glob("growth_at_*.json"):

@@ -1,19 +1,20 @@
 """Which layers are copied where at each growth, as data.
 
-Every layer of the full student has a seat, 0 to N - 1, from the first update to the last. A stage
-uses some of the seats, in ascending order; a growth wakes idle seats, each with a copy of a layer
-that is already in use. The seats follow from simulating the whole growth once, so that the layer
-in `encoder.layers.7` never has to move.
+Every layer of the finished student has a fixed seat, 0 to N - 1, from the first update to the last. A
+stage uses some of the seats, in ascending order. A growth puts new layers into unused seats; each is a
+copy of a layer in use. `plan_growth` simulates the whole growth once to find the seats, so no layer ever
+moves: the layer in `encoder.layers.7` stays there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.registry import Registry
 
-# Beside the weights of a student: for each of its layers whether it is in use, [N] bool. The stage beside it counts
-# in the plan of the run that saved it.
+# Key in a student's state dict: [N], for each of its layers whether it is in use. The key `stage` is a number in the
+# plan of the run that saved it, which may differ from the plan of the run that loads it.
 SEATS = "stage_seats"
 
 
@@ -23,23 +24,23 @@ class GrowthPlan:
 
     Attributes:
         stages: for each stage the seats in use, in the order of the forward pass.
-        growths: for each growth the pairs (source seat, woken seat); one fewer than the stages.
+        growths: for each growth the pairs (source seat, new seat); one growth fewer than stages.
     """
 
     stages: tuple[tuple[int, ...], ...]
     growths: tuple[tuple[tuple[int, int], ...], ...]
 
     @property
-    def depths(self):
-        """Layers in use at each stage."""
+    def depths(self) -> tuple[int, ...]:
+        """Number of layers in use at each stage."""
         return tuple(len(seats) for seats in self.stages)
 
-    def uses(self, stage):
-        """For each seat whether the stage (from 0) has it in use: what a checkpoint says of its layers."""
+    def uses(self, stage: int) -> list[bool]:
+        """For each seat, whether the stage (from 0) uses it. A checkpoint saves this list."""
         return [seat in self.stages[stage] for seat in self.stages[-1]]
 
-    def stage_that_uses(self, seats):
-        """The stage (from 0) for which `uses` gives the list `seats`, or None."""
+    def stage_that_uses(self, seats: list) -> int | None:
+        """The stage (from 0) for which `uses` returns the list `seats`, or None."""
         return next((stage for stage in range(len(self.stages)) if self.uses(stage) == seats), None)
 
 
@@ -48,15 +49,15 @@ class GrowthMethod:
     """How a student grows.
 
     Attributes:
-        next_stack: a function of (stack, block, layers): the next stack, from bottom to top, out of the present one,
-            a list of numbers. Where a number is named again, a copy of its layer will stand. `block` is K, the depth
-            of the first stage, `layers` that of the last.
-        parts: a function of the number of stages: `layers` divided by it is K.
-        parts_text: the same for an error, with {} for the stages.
+        next_stack: a function of (stack, block, layers) that returns the stack of the next stage. A stack is a list of
+            layer numbers, from bottom to top. Where the next stack repeats a number, it has a copy of that layer.
+            `block` is K, the depth of the first stage; `layers` is the depth of the last one.
+        parts: a function that returns the number by which `layers` is divided to get K, from the number of stages.
+        parts_text: `parts` as a text for errors, with {} for the number of stages.
     """
 
-    next_stack: Callable
-    parts: Callable = lambda stages: stages
+    next_stack: Callable[[list[int], int, int], Sequence[int]]
+    parts: Callable[[int], int] = lambda stages: stages
     parts_text: str = "{}"
 
 
@@ -64,13 +65,13 @@ METHODS = Registry("model.stack_method", entry=GrowthMethod)
 
 
 @METHODS.register("none")
-def _none(stack, block, layers):
-    """All layers are there from the start."""
+def _none(stack: list[int], block: int, layers: int) -> list[int]:
+    """All layers are in use from the start."""
     return stack
 
 
 @METHODS.register("interleaved")
-def _interleaved(stack, block, layers):
+def _interleaved(stack: list[int], block: int, layers: int) -> list[int]:
     """After stage b, a copy of every b-th layer goes right behind its original.
 
     Kim & Lee, "Fast Speech Foundation Model Distillation Using Interleaved Stacking",
@@ -81,7 +82,7 @@ def _interleaved(stack, block, layers):
 
 
 @METHODS.register("gradual")
-def _gradual(stack, block, layers):
+def _gradual(stack: list[int], block: int, layers: int) -> list[int]:
     """A copy of the last K layers goes on top.
 
     Gradual stacking (GradStack): Reddi et al., "Efficient Training of Language Models using
@@ -91,8 +92,8 @@ def _gradual(stack, block, layers):
 
 
 @METHODS.register("midas")
-def _midas(stack, block, layers):
-    """A copy of the middle block of K layers goes right behind it; of n blocks, block ceil(n / 2).
+def _midas(stack: list[int], block: int, layers: int) -> list[int]:
+    """A copy of the middle block of K layers goes right behind it. Of n blocks the middle one is ceil(n / 2).
 
     Saunshi et al., "On the Inductive Bias of Stacking Towards Improving Reasoning", NeurIPS 2024.
     """
@@ -102,8 +103,8 @@ def _midas(stack, block, layers):
 
 
 @METHODS.register("stackbert", parts=lambda stages: 2 ** (stages - 1), parts_text="2 ** ({} - 1)")
-def _stackbert(stack, block, layers):
-    """A copy of the whole stack goes on top, which doubles it.
+def _stackbert(stack: list[int], block: int, layers: int) -> list[int]:
+    """A copy of the whole stack goes on top, which doubles the depth.
 
     Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019.
     """
@@ -111,7 +112,7 @@ def _stackbert(stack, block, layers):
 
 
 @METHODS.register("gstack")
-def _gstack(stack, block, layers):
+def _gstack(stack: list[int], block: int, layers: int) -> list[int]:
     """Copies of the whole stack go on top until all layers are in use.
 
     Du et al., "Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM
@@ -120,26 +121,28 @@ def _gstack(stack, block, layers):
     return stack * (layers // block)
 
 
-def known_stage(uses):
-    """A GrowthPlan for a student that grows no more, whose method need not be known.
+def known_stage(uses: Sequence) -> GrowthPlan:
+    """A GrowthPlan for a student that will not grow again. Its growth method need not be registered.
 
     Args:
-        uses: what `GrowthPlan.uses` gave for its stage.
+        uses: the list that `GrowthPlan.uses` returned for the student's stage.
     """
     seats = tuple(seat for seat, used in enumerate(uses) if used)
-    whole = tuple(range(len(uses)))  # which the last stage of a plan has to be
+    whole = tuple(range(len(uses)))  # the last stage of a plan always uses all seats
     return GrowthPlan(stages=(whole,), growths=()) if seats == whole else GrowthPlan((seats, whole), growths=((),))
 
 
-def plan_growth(method, layers, stages):
+def plan_growth(method: str, layers: int, stages: int) -> GrowthPlan:
     """Plan the growth of a student to `layers` layers.
+
+    The student starts with N / B layers and gains N / B at each growth. Two methods differ. `stackbert` starts with
+    N / 2 ** (B - 1) layers and doubles at each growth. `gstack` goes from N / B to N layers at once, so it has two
+    stages for every B above 1.
 
     Args:
         method: a name in METHODS; `none` has all layers from the start.
-        layers: N, the layers of the finished student.
-        stages: B. The student starts with N / B layers and gains as many at each growth, except
-            with `stackbert`, which starts with N / 2 ** (B - 1) and doubles, and `gstack`, which
-            goes from N / B to N at once and so has two stages however large B is.
+        layers: N, the number of layers of the finished student.
+        stages: B, the number of stages.
 
     Raises:
         InputError: the method is unknown, or it cannot divide the layers into these stages.
@@ -160,9 +163,9 @@ def plan_growth(method, layers, stages):
         )
 
     block = layers // parts
-    # A layer is known by its order of birth while the growth is being simulated.
+    # During the simulation layers are numbered in the order in which they are added.
     stack = list(range(block))
-    stacks, births = [stack], []
+    stacks, additions = [stack], []
     while len(stack) < layers:
         grown, pairs = [], []
         wanted = list(growth_method.next_stack(stack, block, layers))
@@ -178,19 +181,19 @@ def plan_growth(method, layers, stages):
             grown.append(layer)
         stack = grown
         stacks.append(stack)
-        births.append(pairs)
+        additions.append(pairs)
     seat = {layer: index for index, layer in enumerate(stack)}
     return GrowthPlan(
         stages=tuple(tuple(seat[layer] for layer in stack) for stack in stacks),
-        growths=tuple(tuple(sorted((seat[source], seat[born]) for source, born in pairs)) for pairs in births),
+        growths=tuple(tuple(sorted((seat[source], seat[new]) for source, new in pairs)) for pairs in additions),
     )
 
 
-def plan_text(config):
-    """The fields that make the growth plan of a model's configuration, as one types them."""
+def plan_text(config: Any) -> str:
+    """The fields of a model's configuration that define its growth plan, as typed on a command line."""
     return f"model.stack_method={config.stack_method} model.stack_stages={config.stack_stages}"
 
 
-def layers_text(seats):
-    """Layers of the training model by their names in its state dict."""
+def layers_text(seats: Iterable[int]) -> str:
+    """The layers in some seats, by their names in the state dict of the training model."""
     return f"encoder.layers {', '.join(map(str, seats))}"

@@ -1,7 +1,7 @@
-"""At which update each stage begins."""
+"""The update at which each stage begins."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -14,12 +14,12 @@ class Schedule:
     """When the stages begin.
 
     Attributes:
-        starts: a function of (stages, max_update, alpha, milestones), which are as in `stage_starts`: the first update
+        starts: a function of (stages, max_update, alpha, milestones), as in `stage_starts`. It returns the first update
             of each stage, ascending from 0.
-        ends_early: whether a stage may end before, see Plateau.
+        ends_early: whether a stage may end before the next one's first update, see Plateau.
     """
 
-    starts: Callable
+    starts: Callable[[int, int, float, Sequence[int]], Sequence[int]]
     ends_early: bool = False
 
 
@@ -27,17 +27,17 @@ SCHEDULES = Registry("model.stack_schedule", entry=Schedule)
 
 
 @SCHEDULES.register("equal")
-def _equal(stages, max_update, alpha, milestones):
+def _equal(stages: int, max_update: int, alpha: float, milestones: Sequence[int]) -> list[int]:
     return _shares(stages, max_update, alpha, exponent=0)
 
 
 @SCHEDULES.register("prop")
-def _prop(stages, max_update, alpha, milestones):
+def _prop(stages: int, max_update: int, alpha: float, milestones: Sequence[int]) -> list[int]:
     return _shares(stages, max_update, alpha, exponent=alpha)
 
 
 @SCHEDULES.register("milestones")
-def _milestones(stages, max_update, alpha, milestones):
+def _milestones(stages: int, max_update: int, alpha: float, milestones: Sequence[int]) -> list[int]:
     milestones = list(milestones)
     field = f"model.stack_milestones={milestones}"
     if len(milestones) != stages - 1:
@@ -50,45 +50,50 @@ def _milestones(stages, max_update, alpha, milestones):
 
 
 @SCHEDULES.register("plateau", ends_early=True)
-def _plateau(stages, max_update, alpha, milestones):
+def _plateau(stages: int, max_update: int, alpha: float, milestones: Sequence[int]) -> list[int]:
     return _prop(stages, max_update, alpha, milestones)
 
 
-def _shares(stages, max_update, alpha, exponent):
-    """Stage b, from 1, has updates in proportion to b ** exponent."""
+def _shares(stages: int, max_update: int, alpha: float, exponent: float) -> list[int]:
+    """First updates of the stages, where stage b (from 1) gets updates in proportion to b ** exponent."""
     if not 0 <= alpha <= 100:
         raise InputError(f"model.stack_alpha={alpha} must lie between 0 and 100")
-    # Fractions, so that 0.3 of 1,000 updates is 300 and not 299.999.
+    # Fractions are exact: 0.3 of 1,000 updates is 300 and not 299.999.
     weights = [Fraction(stage**exponent) for stage in range(1, stages + 1)]
     return [round(max_update * sum(weights[:stage]) / sum(weights)) for stage in range(stages)]
 
 
-def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
+def stage_starts(
+    schedule: str, stages: int, max_update: int, alpha: float = 1.0, milestones: Sequence[int] = ()
+) -> tuple[int, ...]:
     """First update of each stage, counted from 0.
 
-    `equal` gives each stage the same number of updates; `prop` gives stage b (from 1) a number
-    proportional to b ** alpha (PROP-alpha of Saunshi et al. 2024; alpha 0 is `equal`);
-    `milestones` lists the first updates of stages 2, 3, ... themselves. `plateau` has the updates of
-    `prop`, and they are the latest: a stage may end before, see Plateau.
+    - `equal` gives each stage the same number of updates.
+    - `prop` gives stage b (from 1) a number of updates proportional to b ** alpha (PROP-alpha of Saunshi et al. 2024;
+      alpha 0 is `equal`).
+    - `milestones` lists the first updates of stages 2, 3, ... themselves.
+    - `plateau` begins each stage at the latest where `prop` does. A stage may end earlier, see Plateau.
 
     Args:
         schedule: a name in SCHEDULES.
         stages: number of stages.
         max_update: updates of the whole training.
+        alpha: exponent of `prop` and `plateau`, from 0 to 100.
+        milestones: first updates of stages 2, 3, ..., for `milestones` only.
 
     Returns:
         a tuple of `stages` update counts, ascending, the first one 0.
 
     Raises:
-        InputError: unknown schedule, alpha out of range, a stage without an update, or milestones that
-            do not fit the stages or the training.
+        InputError: the schedule is unknown, alpha is out of range, a stage would have no update, or the
+            milestones do not fit the stages or the training.
     """
     starts_of = SCHEDULES.choose(schedule).starts
     if stages == 1:
         return (0,)
     if max_update <= 0:
         raise InputError(
-            f"optimization.max_update={max_update} must be set: the stages are shares of the updates in all"
+            f"optimization.max_update={max_update} must be set: the stages are shares of all updates of the training"
         )
     starts = list(starts_of(stages, max_update, alpha, milestones))
     if len(starts) != stages or starts[0] != 0:
@@ -100,8 +105,8 @@ def stage_starts(schedule, stages, max_update, alpha=1.0, milestones=()):
     return tuple(starts)
 
 
-def stage_at(update, starts):
-    """The stage, from 0, that trains at `update` (the number of updates already done)."""
+def stage_at(update: int, starts: Sequence[int]) -> int:
+    """The stage (from 0) that trains at `update`, the number of updates already done."""
     return sum(start <= update for start in starts) - 1
 
 
@@ -110,11 +115,11 @@ class Plateau:
     """Whether the validation loss of the current stage has stopped falling.
 
     Attributes:
-        patience: validations in a row without a lower loss that end a stage.
-        min_updates: updates of a stage before which it does not end.
+        patience: a stage ends after this many validations in a row without a lower loss.
+        min_updates: a stage does not end before this many updates of its own.
         start: update at which the stage began.
         best: lowest validation loss of the stage.
-        waited: validations since then.
+        waited: number of validations since the lowest loss.
         seen: update of the last validation.
 
     Raises:
@@ -128,19 +133,19 @@ class Plateau:
     waited: int = 0
     seen: int = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.patience < 1:
             raise InputError(f"model.stack_patience={self.patience} must be at least 1")
         if self.min_updates < 0:
             raise InputError(f"model.stack_min_updates={self.min_updates} must be 0 or more")
 
     @property
-    def reached(self):
+    def reached(self) -> bool:
         """Whether the stage should end now."""
         return self.waited >= self.patience and self.seen - self.start >= self.min_updates
 
-    def observe(self, update, loss):
-        """Take in the validation loss at `update`; of several at one update the first counts."""
+    def observe(self, update: int, loss: float) -> None:
+        """Record the validation loss at `update`. If there are several at one update, only the first counts."""
         if update == self.seen:
             return
         self.seen = update
@@ -149,16 +154,16 @@ class Plateau:
         else:
             self.waited += 1
 
-    def begin(self, update):
-        """A stage begins at `update`: forget the losses of the one before, which had another depth."""
+    def begin(self, update: int) -> None:
+        """Start a new stage at `update` and forget the losses of the one before, which had another depth."""
         self.start, self.best, self.waited = update, math.inf, 0
 
     @property
-    def state(self):
-        """What a checkpoint keeps, four numbers: start, best, waited, seen."""
+    def state(self) -> list[float]:
+        """The four numbers that a checkpoint keeps: start, best, waited, seen."""
         return [self.start, self.best, self.waited, self.seen]
 
     @state.setter
-    def state(self, state):
+    def state(self, state: Sequence[float]) -> None:
         start, self.best, waited, seen = state
         self.start, self.waited, self.seen = int(start), int(waited), int(seen)

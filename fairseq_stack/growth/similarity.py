@@ -1,30 +1,33 @@
-"""How much two sets of representations of the same frames have in common."""
+"""The similarity of two representations of the same frames."""
+
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
-def linear_cka(x, y):
-    """Linear centred kernel alignment of two representations of the same N frames.
+def linear_cka(x: ArrayLike, y: ArrayLike) -> float:
+    """Linear centred kernel alignment (CKA) of two representations of the same N frames.
 
-    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) with centred columns, in float64: 1 where one is a rotated,
-    shifted and scaled copy of the other. This feature-space form needs D1 x D2 numbers where the
-    equal Gram form needs N x N. Source: Kornblith et al., "Similarity of Neural Network
-    Representations Revisited", ICML 2019.
+    ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F) with centred columns, in float64. It is 1 if one is a rotated,
+    shifted and scaled copy of the other. This form needs D1 x D2 numbers; the equivalent form with Gram
+    matrices needs N x N. Source: Kornblith et al., "Similarity of Neural Network Representations
+    Revisited", ICML 2019.
 
     Args:
         x: [N, D1].
         y: [N, D2].
 
     Returns:
-        a number from 0 to 1; nan where one of them is the same in every frame.
+        a number from 0 to 1; nan if x or y is the same in every frame.
 
     Raises:
-        ValueError: not two matrices with the same number of rows.
+        ValueError: x and y are not two matrices with the same number of rows.
     """
     return float(layer_similarity([x, y])[0, 1])
 
 
-def layer_similarity(hidden_states):
+def layer_similarity(hidden_states: Sequence[ArrayLike]) -> np.ndarray:
     """Linear CKA between every two layers.
 
     Args:
@@ -34,7 +37,7 @@ def layer_similarity(hidden_states):
         [L, L] float64, symmetric.
 
     Raises:
-        ValueError: a representation is no matrix, or the numbers of frames differ.
+        ValueError: a representation is not a matrix, or the numbers of frames differ.
     """
     shapes = [np.shape(layer) for layer in hidden_states]
     if any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):
@@ -50,11 +53,11 @@ def layer_similarity(hidden_states):
         return similarity / np.outer(norms, norms)
 
 
-def explained_variance(predictions, targets):
+def explained_variance(predictions: ArrayLike, targets: ArrayLike) -> float:
     """Share of the targets' variance that the predictions explain: 1 - SSE / SST, in float64.
 
-    SSE sums the squared errors and SST the squared distances to the mean of each dimension, both
-    over all given frames and dimensions. Predicting the mean gives 0, and worse gives less.
+    SSE is the sum of the squared errors, SST the sum of the squared distances to the mean of each dimension,
+    both over all frames and dimensions. Predictions of the mean give 0, worse predictions less than 0.
 
     Args:
         predictions: [N, D].
