@@ -1,1 +1,1 @@
-"""What the student learns from which teacher layer, and what is minimised."""
+"""The training loss: which student layer learns which teacher layer, and how their difference is measured."""

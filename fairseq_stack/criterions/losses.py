@@ -1,8 +1,8 @@
-"""Losses between what the student computes and the teacher's features, over valid frames only.
+"""Losses between the student's output and the teacher's hidden states, over valid frames only.
 
-Shapes: B utterances, T frames, D features. Every loss is a sum over frames, so that the sums of
-several batches, devices or accumulated micro-batches add up; the caller divides by the frames.
-The arithmetic is in fp32 whatever the inputs are, under autocast too.
+Shapes: B utterances, T frames, D features. Every loss is a sum over frames. So the sums of several
+batches, devices or accumulated micro-batches can be added; the caller divides by the number of frames.
+The arithmetic is in fp32 for inputs of any precision, under autocast too.
 """
 
 from collections.abc import Callable
@@ -10,32 +10,33 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fairseq_stack.registry import Registry
 
 TARGET_NORMALIZATIONS = ("none", "layer_norm", "instance_norm")
 
 
-def valid_frames(frames, length):
-    """[B] frame counts to a [B, T] mask that is true on frames and false on padding, T = `length`."""
+def valid_frames(frames: Tensor, length: int) -> Tensor:
+    """A mask [B, T], true on frames and false on padding, from frame counts [B] and T = `length`."""
     return torch.arange(length, device=frames.device) < frames[:, None]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it needs.
+    """A loss and its requirements.
 
     Attributes:
-        function: with `heads`, of (prediction, target, valid), [B, T, D] each and [B, T] bool; else of (student_input,
-            student_output, teacher_input, teacher_output, valid), the hidden states before and behind a layer. It
-            returns a sum over valid frames, in fp32.
-        heads: whether the student predicts the teacher's hidden states by heads.
-        whole_utterances: whether a term relates frames to each other, so that masked and unmasked frames have no loss
-            apart.
-        fields: names of fields of the criterion that `function` takes as keywords.
+        function: returns a sum over valid frames, in fp32. With `heads` its arguments are (prediction, target, valid),
+            [B, T, D] each and [B, T] bool. Without, they are (student_input, student_output, teacher_input,
+            teacher_output, valid), the hidden states before and after a layer.
+        heads: whether the student predicts the teacher's hidden states with heads.
+        whole_utterances: whether the loss relates frames to each other. Then masked and unmasked frames cannot have
+            separate losses.
+        fields: names of the criterion's fields that `function` takes as keywords.
     """
 
-    function: Callable
+    function: Callable[..., Tensor]
     heads: bool = True
     whole_utterances: bool = False
     fields: tuple[str, ...] = ()
@@ -45,7 +46,7 @@ LOSSES = Registry("criterion.loss", entry=Loss)
 
 
 @LOSSES.register("mse")
-def mse(prediction, target, valid):
+def mse(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Squared error, averaged over features and summed over valid frames.
 
     Args:
@@ -57,46 +58,51 @@ def mse(prediction, target, valid):
 
 
 @LOSSES.register("l1")
-def l1(prediction, target, valid):
+def l1(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Absolute error, averaged over features and summed over valid frames; arguments as for `mse`."""
     prediction, target = _frames(valid, prediction, target)
     return (prediction - target).abs().mean(-1).sum()
 
 
 @LOSSES.register("l1_cosine", fields=("cosine_weight",))
-def l1_cosine(prediction, target, valid, cosine_weight=1.0):
+def l1_cosine(prediction: Tensor, target: Tensor, valid: Tensor, cosine_weight: float = 1.0) -> Tensor:
     """Absolute error plus `cosine_weight` * -log sigmoid(cosine similarity), summed over valid frames.
 
-    Chang et al., "DistilHuBERT", ICASSP 2022, whose lambda is `cosine_weight` (1 in the paper).
+    Chang et al., "DistilHuBERT", ICASSP 2022.
 
     Args:
         prediction, target: [B, T, D].
         valid: [B, T] bool.
+        cosine_weight: lambda in the paper, which uses 1.
     """
     similarity = F.cosine_similarity(*_frames(valid, prediction, target), dim=-1)
     return l1(prediction, target, valid) - cosine_weight * F.logsigmoid(similarity).sum()
 
 
-def _frames(valid, *states):
-    """The valid frames of each [B, T, D] as [N, D] in fp32; not even NaN in padding reaches a gradient."""
+def _frames(valid: Tensor, *states: Tensor) -> list[Tensor]:
+    """The valid frames of each [B, T, D] as [N, D] in fp32. Not even NaN in padding reaches a gradient."""
     return [each[valid].float() for each in states]
 
 
 @LOSSES.register("temporal_gram", heads=False, whole_utterances=True)
-def temporal_gram(student_input, student_output, teacher_input, teacher_output, valid):
-    """Squared error between temporal Gram matrices, the layer-wise plus the intra-layer one.
+def temporal_gram(
+    student_input: Tensor, student_output: Tensor, teacher_input: Tensor, teacher_output: Tensor, valid: Tensor
+) -> Tensor:
+    """Squared error between temporal Gram matrices, the layer-wise one plus the intra-layer one.
 
     Jang et al., "STaR: Distilling Speech Temporal Relation for Lightweight Speech Self-Supervised
     Learning Models", ICASSP 2024. The layer-wise matrix holds the inner products of a layer's output
-    frames with each other, the intra-layer matrix those of its input frames with its output frames;
-    both are [T, T] whatever the width, so that no projection is needed. The paper adds both with equal
-    weight. Chosen here: inner products are divided by the width, which makes a narrow student
-    comparable to its teacher, and an utterance of T frames counts T times the mean over its T * T
-    entries, so that a frame weighs the same in every batch.
+    frames with each other. The intra-layer matrix holds the inner products of its input frames with its
+    output frames. Both are [T, T] for every width, so no projection is needed. The paper adds both with
+    equal weight.
+
+    Two choices are ours. Inner products are divided by the width, which makes a narrow student comparable to
+    its teacher. An utterance of T frames counts T times the mean over its T * T entries, so a frame has the
+    same weight in every batch.
 
     Args:
-        student_input, student_output: [B, T, D], the hidden states before and behind a layer.
-        teacher_input, teacher_output: [B, T, E], likewise.
+        student_input, student_output: [B, T, D], the hidden states before and after a layer.
+        teacher_input, teacher_output: [B, T, E], the same for the teacher.
         valid: [B, T] bool.
     """
     # Autocast would run the matrix products in half precision.
@@ -111,22 +117,22 @@ def temporal_gram(student_input, student_output, teacher_input, teacher_output, 
         return (errors / valid.sum(1).clamp(min=1)).sum()
 
 
-def _gram(x, y):
-    """[B, T, D] and [B, T, D] to [B, T, T], products averaged over features."""
+def _gram(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of the frames of two [B, T, D], averaged over features: [B, T, T]."""
     return x @ y.transpose(1, 2) / x.size(2)
 
 
-def normalize_targets(target, valid, how):
-    """Give targets zero mean and unit variance, without learned scale.
+def normalize_targets(target: Tensor, valid: Tensor, how: str) -> Tensor:
+    """Normalise targets to zero mean and unit variance, without a learned scale.
 
     Args:
         target: [B, T, D].
         valid: [B, T] bool.
         how: `none`; `layer_norm`, over the features of each frame; or `instance_norm`, over the valid
-            frames of each utterance and feature (both as data2vec, Baevski et al. 2022, uses them).
+            frames of each utterance and feature. data2vec (Baevski et al. 2022) uses both.
 
     Returns:
-        [B, T, D], in fp32 unless `how` is none.
+        [B, T, D], in fp32 unless `how` is `none`.
     """
     if how == "none":
         return target
@@ -140,7 +146,7 @@ def normalize_targets(target, valid, how):
     return centred * torch.rsqrt(variance + 1e-5)
 
 
-def fields_of(name):
-    """The fields of the criterion that a loss takes; of one that is not known here, all that any loss takes."""
+def fields_of(name: str) -> tuple[str, ...]:
+    """The criterion's fields that a loss takes. For an unknown name, the fields that any loss takes."""
     losses = [LOSSES[name]] if name in LOSSES else LOSSES.values()
     return tuple(dict.fromkeys(field for loss in losses for field in loss.fields))
