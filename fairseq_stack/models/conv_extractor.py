@@ -1,25 +1,28 @@
-"""HuBERT's CNN, waveforms to features, laid out so that it runs fast.
+"""HuBERT's CNN, from waveforms to features, with a fast forward and backward pass.
 
-The parameters and the mathematics are those of fairseq's ConvFeatureExtractionModel; the way there differs:
+The parameters and the mathematics are those of fairseq's ConvFeatureExtractionModel. The computation differs:
 
-- Features are kept as [B, T, C], which is how matrix products like them.
+- Features stay [B, T, C], the layout in which matrix products are fast.
 - The group norm of the `default` mode is folded into the kernels of the first convolution. With a single input
   channel, mean and variance of each output channel follow from the mean and the covariance of the waveform's
-  windows, ten by ten numbers. So nothing passes over the largest tensor of the whole model for the norm's sake.
-- The statistics are those of an utterance's own frames. fairseq, transformers and s3prl let the norm run over the
-  padding too, so that features depend on what else is in the batch. Without padding all agree.
-- GELU belongs to the convolution behind it: kept is its input alone, and its output is computed again in the backward pass.
+  windows, ten by ten numbers. So the norm needs no pass over the largest tensor of the model.
+- The norm's statistics come from an utterance's own frames. fairseq, transformers and s3prl include the padding, so
+  that features depend on the other utterances of the batch. Without padding all give the same features.
+- GELU is computed inside the convolution after it. Only its input is kept; the backward pass computes its output again.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fairseq.models.wav2vec.wav2vec2 import ConvFeatureExtractionModel
+from torch import Tensor, nn
 
-from fairseq_stack.models.conv_geometry import frames_from_samples
+from fairseq_stack.models.conv_geometry import ConvLayers, frames_from_samples
 
 
 class ConvExtractor(ConvFeatureExtractionModel):
-    """fairseq's extractor with a forward pass of its own.
+    """fairseq's extractor with its own forward pass.
 
     Args:
         conv_layers: [(channels, kernel, stride), ...].
@@ -27,14 +30,15 @@ class ConvExtractor(ConvFeatureExtractionModel):
         conv_bias: whether the convolutions have biases.
     """
 
-    def __init__(self, conv_layers, mode, conv_bias):
+    def __init__(self, conv_layers: ConvLayers, mode: str, conv_bias: bool) -> None:
         super().__init__(conv_layers=conv_layers, mode=mode, conv_bias=conv_bias)
         self.shapes = conv_layers
         self.has_group_norm = mode == "default"
 
-    def forward(self, waveforms, lengths):
-        """[B, S] samples and [B] lengths to [B, C, T] features."""
-        first, *others = self.conv_layers
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        """Compute features [B, C, T] from samples [B, S] and lengths [B]."""
+        blocks: list[Any] = list(self.conv_layers)  # nn.Sequential each, with the convolution first
+        first, *others = blocks
         if self.has_group_norm:
             frames = frames_from_samples(lengths, self.shapes[:1])
             x = normed_convolution(waveforms, frames, first[0], first[2])
@@ -47,32 +51,33 @@ class ConvExtractor(ConvFeatureExtractionModel):
         return F.gelu(x).transpose(1, 2)
 
 
-def layer_norm(x, block):
-    """[B, T, C] through the norm over the channels in a layer of fairseq's `layer_norm` mode.
+def layer_norm(x: Tensor, block: Any) -> Tensor:
+    """Apply the norm over the channels of a block in fairseq's `layer_norm` mode to x [B, T, C].
 
-    fairseq copies x to fp32 and keeps the copy for the backward pass. torch's kernels compute in fp32 inside, whatever
-    the precision of x is. Autocast would make the copy too.
+    fairseq copies x to fp32 and keeps the copy for the backward pass; autocast would do the same. The copy is not
+    needed, because torch's kernels compute in fp32 internally for every precision of x.
     """
-    norm = block[2][1]  # it stands between two transpositions
+    norm = block[2][1]  # between two transpositions
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
-def normed_convolution(waveforms, frames, conv, norm):
-    """The group norm of a convolution of waveforms.
+def normed_convolution(waveforms: Tensor, frames: Tensor, conv: nn.Conv1d, norm: nn.GroupNorm) -> Tensor:
+    """Convolve waveforms and apply a group norm to the result.
 
     Args:
         waveforms: [B, S], samples.
-        frames: [B], how many frames of each utterance count for the norm.
+        frames: [B], the number of frames of each utterance, from which the norm takes its statistics.
         conv: the convolution, of one input channel and C output channels, without padding. A bias has no effect,
-            since the norm takes it away.
+            because the norm subtracts it.
         norm: the affine group norm, with one channel in each group.
 
     Returns:
         [B, T, C].
     """
     kernel, stride = conv.kernel_size[0], conv.stride[0]
-    # The norm takes an offset away. Before, a quiet recording would lose its digits beside it.
+    # The norm would subtract any offset. It is subtracted first, because a quiet recording loses precision beside a
+    # large offset.
     samples = (frames - 1) * stride + kernel
     valid = torch.arange(waveforms.size(1), device=waveforms.device) < samples[:, None]
     waveforms = waveforms.float()
@@ -82,15 +87,15 @@ def normed_convolution(waveforms, frames, conv, norm):
     return torch.baddbmm(bias[:, None].to(dtype), windows.to(dtype), kernels.transpose(1, 2).to(dtype))
 
 
-def normed_kernels(windows, frames, weight, norm):
-    """The kernels and biases, for each utterance, that convolve and normalise at once.
+def normed_kernels(windows: Tensor, frames: Tensor, weight: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """The kernels and biases, for each utterance, that convolve and normalise in one step.
 
-    In float64: where a kernel lets through a band in which there is hardly any energy, its output's variance is a
-    small difference of large numbers.
+    They are computed in float64. If a kernel passes a band with hardly any energy, its output's variance is a small
+    difference of large numbers.
 
     Args:
-        windows: [B, T, K], the waveform's.
-        frames: [B], how many of them count.
+        windows: [B, T, K], of the waveform.
+        frames: [B], the number of windows of each utterance without its padding.
         weight: [C, K].
         norm: an affine group norm over C channels, one in each group.
 
@@ -107,66 +112,82 @@ def normed_kernels(windows, frames, weight, norm):
     return kernels, norm.bias.double() - (kernels * mean).sum(2)
 
 
-def convolution(x, conv, after_gelu=False):
-    """[B, T, C] to [B, T', C'], a convolution without padding, of GELU(x) if it comes after one."""
+def convolution(x: Tensor, conv: nn.Conv1d, after_gelu: bool = False) -> Tensor:
+    """Convolve x [B, T, C], or GELU(x) with `after_gelu`, without padding: [B, T', C']."""
     dtype = autocast_dtype(x, conv.weight.dtype)
     bias = None if conv.bias is None else conv.bias.to(dtype)
     return ChannelsLastConvolution.apply(x.to(dtype), conv.weight.to(dtype), bias, conv.stride[0], after_gelu)
 
 
 class ChannelsLastConvolution(torch.autograd.Function):
-    """A convolution of [B, T, C] whose weight's gradient is a matrix product, and which keeps no output of a GELU.
+    """A convolution of [B, T, C], optionally of its GELU, whose output it does not keep for the backward pass.
 
-    On a CPU oneDNN takes up to six times as long for the gradient of the weight in this layout.
+    The gradient of the weight is a matrix product. On a CPU, oneDNN's gradient of the weight takes up to six times as
+    long in this layout.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, after_gelu):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, after_gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.has_bias, ctx.after_gelu = stride, bias is not None, after_gelu
         image = as_image(F.gelu(x) if after_gelu else x)
         return F.conv2d(image, as_image_kernel(weight), bias, (1, stride)).squeeze(2).transpose(1, 2)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        to_x = to_weight = to_bias = None
+        x_gradient = kernel_gradient = bias_gradient = None
         if ctx.needs_input_grad[1]:
-            to_weight = weight_gradient(gradient, x, weight.size(2), ctx.stride, ctx.after_gelu)
+            kernel_gradient = weight_gradient(gradient, x, weight.size(2), ctx.stride, ctx.after_gelu)
         if ctx.has_bias:
-            to_bias = gradient.sum((0, 1))
+            bias_gradient = gradient.sum((0, 1))
         if ctx.needs_input_grad[0]:
-            # torch.nn.grad.conv2d_input would not see the layout of x, and copy twice.
-            to_x, _, _ = torch.ops.aten.convolution_backward(
+            # torch.nn.grad.conv2d_input would ignore the layout of x and copy twice.
+            x_gradient, _, _ = torch.ops.aten.convolution_backward(
                 as_image(gradient), as_image(x), as_image_kernel(weight), None, (1, ctx.stride), (0, 0), (1, 1), False,
                 (0, 0), 1, (True, False, False),
             )  # fmt: skip
-            to_x = to_x.squeeze(2).transpose(1, 2)
+            x_gradient = x_gradient.squeeze(2).transpose(1, 2)
             if ctx.after_gelu:
-                torch.ops.aten.gelu_backward(to_x, x, grad_input=to_x)  # in place
-        return to_x, to_weight, to_bias, None, None
+                torch.ops.aten.gelu_backward(x_gradient, x, grad_input=x_gradient)  # in place
+        return x_gradient, kernel_gradient, bias_gradient, None, None
 
 
-def weight_gradient(gradient, x, taps, stride, after_gelu):
-    """[B, T', C'] and the convolution's input [B, T, C] to [C', C, K], one utterance at a time to save memory."""
-    found = []
-    for ours, theirs in zip(gradient, x):
-        heard = F.gelu(theirs) if after_gelu else theirs
-        found.append(torch.stack([ours.t() @ heard[tap::stride][: len(ours)] for tap in range(taps)], dim=2))
-    return torch.stack(found).sum(0)
+def weight_gradient(gradient: Tensor, x: Tensor, taps: int, stride: int, after_gelu: bool) -> Tensor:
+    """The gradient of a convolution's weight, computed one utterance at a time to save memory.
+
+    Args:
+        gradient: [B, T', C'], of the convolution's output.
+        x: [B, T, C], the convolution's input, before the GELU with `after_gelu`.
+        taps: K, the kernel's width.
+        stride: of the convolution.
+        after_gelu: whether the convolution is one of GELU(x).
+
+    Returns:
+        [C', C, K].
+    """
+    gradients = []
+    for output_gradient, features in zip(gradient, x):
+        if after_gelu:
+            features = F.gelu(features)
+        frames = len(output_gradient)
+        gradients.append(
+            torch.stack([output_gradient.t() @ features[tap::stride][:frames] for tap in range(taps)], dim=2)
+        )
+    return torch.stack(gradients).sum(0)
 
 
-def as_image(x):
-    """[B, T, C] as the image [B, C, 1, T] in torch's channels-last layout; no copy."""
+def as_image(x: Tensor) -> Tensor:
+    """View [B, T, C] as the image [B, C, 1, T] in torch's channels-last layout, without a copy."""
     return x.transpose(1, 2).unsqueeze(2)
 
 
-def as_image_kernel(weight):
-    """[C', C, K] as the channels-last kernel [C', C, 1, K]."""
+def as_image_kernel(weight: Tensor) -> Tensor:
+    """Convert the kernel [C', C, K] to a kernel [C', C, 1, K] for images, in the channels-last layout."""
     return weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
 
-def autocast_dtype(x, dtype):
-    """What autocast computes matrix products of `x` in where it is on, else `dtype`."""
+def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which autocast computes matrix products of `x`, or `dtype` without autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype

@@ -1,24 +1,33 @@
-"""Frames from samples: the one formula for every module that needs a frame count.
+"""Frames from samples: the formula that all modules use for frame counts.
 
-A convolution without padding turns n inputs into floor((n - kernel) / stride) + 1 outputs; the
+A convolution without padding turns n inputs into floor((n - kernel) / stride) + 1 outputs. The
 extractors of HuBERT, wav2vec 2.0 and WavLM are stacks of such convolutions.
 """
 
 import ast
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# (channels, kernel, stride) of each layer of a CNN.
+ConvLayers = list[tuple[int, int, int]]
+Count = TypeVar("Count", int, "Tensor")
 
 
-def parse_conv_layers(text):
-    """Return [(channels, kernel, stride), ...] from fairseq's `conv_feature_layers` string.
+def parse_conv_layers(text: str) -> ConvLayers:
+    """Parse fairseq's `conv_feature_layers` string to [(channels, kernel, stride), ...].
 
     fairseq writes a Python expression of integer tuples, lists, `+` and `*`, such as
-    "[(512,10,5)] + [(512,3,2)] * 4", and evaluates it. Here only that grammar is read, so that a
+    "[(512,10,5)] + [(512,3,2)] * 4", and evaluates it. This function parses only that grammar, so a
     configuration file cannot run code.
 
     Raises:
         ValueError: the text is anything else.
     """
 
-    def value(node):
+    def value(node: ast.AST) -> Any:
         if isinstance(node, ast.Expression):
             return value(node.body)
         if isinstance(node, ast.List):
@@ -31,7 +40,7 @@ def parse_conv_layers(text):
             return value(node.left) + value(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             left, right = value(node.left), value(node.right)
-            # The product is bounded, not the factor: a chain of factors would fill the memory.
+            # The limit is on the product and not on the factor, because a chain of factors could fill the memory.
             if isinstance(left, list) and isinstance(right, int) and len(left) * right <= 100:
                 return left * right
         raise ValueError(text)
@@ -50,31 +59,31 @@ def parse_conv_layers(text):
     return layers
 
 
-def frames_from_samples(samples, conv_layers):
-    """Frames that a stack of unpadded convolutions makes of `samples` samples.
+def frames_from_samples(samples: Count, conv_layers: Iterable[tuple[int, int, int]]) -> Count:
+    """The number of frames that a stack of unpadded convolutions computes from `samples` samples.
 
     Args:
         samples: an int, or an integer tensor of any shape.
         conv_layers: [(channels, kernel, stride), ...].
 
     Returns:
-        the same type as `samples`; zero or less where the audio is shorter than one frame.
+        the same type as `samples`; zero or less if the audio is shorter than one frame.
     """
     for _, kernel, stride in conv_layers:
         samples = (samples - kernel) // stride + 1
     return samples
 
 
-def samples_per_frame(conv_layers):
-    """The hop between two frames, in samples: the product of the strides."""
+def samples_per_frame(conv_layers: Iterable[tuple[int, int, int]]) -> int:
+    """The hop between two frames in samples, which is the product of the strides."""
     hop = 1
     for _, _, stride in conv_layers:
         hop *= stride
     return hop
 
 
-def receptive_field(conv_layers):
-    """Samples that one frame sees, which is also the shortest audio that makes a frame."""
+def receptive_field(conv_layers: Sequence[tuple[int, int, int]]) -> int:
+    """The number of samples from which one frame is computed, and so the shortest usable audio."""
     samples = 1
     for _, kernel, stride in reversed(conv_layers):
         samples = (samples - 1) * stride + kernel

@@ -1,41 +1,49 @@
-"""HuBERT's encoder, the shape of both the teacher and the student.
+"""HuBERT's encoder, which both the teacher and the student use.
 
-The modules and so the parameter names are fairseq's: a checkpoint of fairseq's HubertModel fits
-without a key map. The forward pass differs in three points. It knows where each utterance ends, so
-that an utterance gives the same features alone and in a padded batch. It returns every hidden state.
-And it visits the layers that it is told to visit.
+The modules and the names of the parameters are fairseq's, so a checkpoint of fairseq's HubertModel loads
+without a key map. The forward pass differs in three points:
+
+- It uses the length of each utterance, so an utterance has the same features alone and in a padded batch.
+- It returns every hidden state.
+- It runs only the layers that its caller chooses.
 """
+
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from fairseq.models import BaseFairseqModel
 from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Config
 from fairseq.modules import GradMultiply, LayerNorm
+from torch import Tensor
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.conv_extractor import ConvExtractor
-from fairseq_stack.models.conv_geometry import frames_from_samples, parse_conv_layers
+from fairseq_stack.models.conv_geometry import Count, frames_from_samples, parse_conv_layers
 from fairseq_stack.models.layer_stack import LayerStack
 from fairseq_stack.models.shape import check_shape
 
 
 class HubertEncoder(BaseFairseqModel):
-    """Waveforms to hidden states.
+    """A model that computes hidden states from waveforms.
 
     Args:
-        cfg: fairseq's names for the shape: extractor_mode, conv_feature_layers, conv_bias,
+        cfg: has fields with fairseq's names. The shape: extractor_mode, conv_feature_layers, conv_bias,
             encoder_layers, encoder_embed_dim, encoder_ffn_embed_dim, encoder_attention_heads,
-            activation_fn, layer_norm_first, conv_pos, conv_pos_groups and, where the positional
-            convolution is several blocks (data2vec), pos_conv_depth, and where no norm is to follow the
-            CNN, feature_layer_norm; and for training dropout, attention_dropout, activation_dropout,
-            dropout_input, feature_grad_mult.
+            activation_fn, layer_norm_first, conv_pos and conv_pos_groups. Optional: pos_conv_depth, the
+            blocks of the positional convolution (data2vec has several), and feature_layer_norm, false for
+            no norm after the CNN. For training: dropout, attention_dropout, activation_dropout,
+            dropout_input and feature_grad_mult.
 
     Raises:
-        InputError: conv_feature_layers is not a list of (channels, kernel, stride), or another field
-            cannot be.
+        InputError: conv_feature_layers is not a list of (channels, kernel, stride), or another field has
+            a wrong value.
     """
 
-    def __init__(self, cfg):
+    mask_emb: nn.Parameter  # only models that mask frames have it
+
+    def __init__(self, cfg: Any) -> None:
         super().__init__()
         check_shape(cfg)
         try:
@@ -72,34 +80,43 @@ class HubertEncoder(BaseFairseqModel):
             )
         )
 
-    def frames(self, samples):
-        """Frames of `samples` samples (an int, or an integer tensor)."""
+    def frames(self, samples: Count) -> Count:
+        """The number of frames of `samples` samples (an int, or an integer tensor)."""
         return frames_from_samples(samples, self.conv_layers)
 
-    def features(self, waveforms, lengths):
-        """[B, S] samples and [B] lengths to the CNN's features [B, C, T]."""
+    def features(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        """Compute the CNN's features [B, C, T] from samples [B, S] and lengths [B]."""
         if self.feature_grad_mult == 0:
             with torch.no_grad():
                 return self.feature_extractor(waveforms, lengths)
         features = self.feature_extractor(waveforms, lengths)
-        return features if self.feature_grad_mult == 1.0 else GradMultiply.apply(features, self.feature_grad_mult)
+        if self.feature_grad_mult == 1.0:
+            return features
+        return cast(Tensor, GradMultiply.apply(features, self.feature_grad_mult))
 
-    def encode(self, features, lengths, seats, upto=None, mask=None):
-        """Run the layers in `seats` and return what goes in and what comes out of them.
+    def encode(
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        seats: Sequence[int],
+        upto: int | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Run the layers in `seats` and return their inputs and outputs.
 
         Args:
-            features: [B, C, T], the CNN's.
-            lengths: [B], the samples of each utterance.
-            seats: indices of the layers to run, in order; all layers that the model has in use.
+            features: [B, C, T], of the CNN.
+            lengths: [B], the number of samples of each utterance.
+            seats: indices of all layers in use, in order.
             upto: run only the first `upto` of them (default: all).
-            mask: [B, T] bool, the frames to replace by `mask_emb` before the transformer, for a model
+            mask: [B, T] bool, the frames to replace with `mask_emb` before the transformer, for a model
                 that has one (default: none).
 
         Returns:
-            hidden_states: list of [B, T, D]; 0 is the input of the first layer and i the output of
-                the i-th, as transformers and s3prl count. In a pre-norm encoder the output of the
-                last layer in use has passed the final layer norm.
-            frames: [B], the frames of each utterance; what lies behind is padding.
+            hidden_states: list of [B, T, D]. The first is the input of the first layer and the i-th after it
+                the output of the i-th layer, as in transformers and s3prl. In a pre-norm encoder the final
+                layer norm has been applied to the output of the last layer in use.
+            frames: [B], the number of frames of each utterance; the frames after them are padding.
         """
         frames = self.frames(lengths)
         x = self.layer_norm(features.transpose(1, 2))

@@ -1,43 +1,50 @@
-"""A student's first weights, taken from its teacher."""
+"""Initialises a student's weights from its teacher."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 
 
-def start_cnn(student, teacher):
-    """Copy the teacher's CNN, the layer norm behind it where the student has one, and the projection where the widths agree.
+def start_cnn(student: HubertEncoder, teacher: Any) -> None:
+    """Copy the teacher's CNN to a student.
+
+    The layer norm after the CNN is copied if the student has one, and the projection if its shape is the same.
 
     Args:
         student: a HubertEncoder, changed in place.
         teacher: a Teacher.
 
     Raises:
-        InputError: the teacher has no encoder of this kind, or a CNN of another shape.
+        InputError: the teacher is not a HubertEncoder, or its CNN has another shape.
     """
     field = "model.init_cnn_from_teacher=true"
     source = _encoder(teacher, field)
     _copy(source.feature_extractor, student.feature_extractor, "feature_extractor", field, teacher)
-    if student.layer_norm.state_dict():  # a student may do without
+    if student.layer_norm.state_dict():  # empty if the student has no norm there
         _copy(source.layer_norm, student.layer_norm, "layer_norm", field, teacher)
     ours, theirs = student.post_extract_proj, source.post_extract_proj
     if ours is not None and theirs is not None and ours.weight.shape == theirs.weight.shape:
         _copy(theirs, ours, "post_extract_proj", field, teacher)
 
 
-def start_layers(student, seats, teacher, layers):
-    """Copy transformer layers, and with them the positional convolution and the encoder's layer norm.
+def start_layers(student: HubertEncoder, seats: Sequence[int], teacher: Any, layers: Sequence[int]) -> None:
+    """Copy some of the teacher's transformer layers, its positional convolution and its encoder's layer norm.
 
-    DistilHuBERT (Chang et al. 2021) starts its two layers from the teacher's first two.
+    DistilHuBERT (Chang et al. 2021) initialises its two layers from the teacher's first two.
 
     Args:
         student: a HubertEncoder, changed in place.
         seats: the student's layers in use, in the order of the forward pass.
         teacher: a Teacher.
-        layers: as many layers of the teacher, counted from 1.
+        layers: of the teacher, counted from 1; one for each seat.
 
     Raises:
-        InputError: the teacher has no encoder of this kind or no such layer, the numbers of layers
-            differ, or the shapes do.
+        InputError: the teacher is not a HubertEncoder or has no such layer, or the numbers or the shapes of the
+            layers differ.
     """
     field = f"model.init_layers_from_teacher={list(layers)}"
     source = _encoder(teacher, field)
@@ -59,7 +66,7 @@ def start_layers(student, seats, teacher, layers):
         _copy(module, student.encoder.get_submodule(name), f"encoder.{name}", field, teacher)
 
 
-def _encoder(teacher, field):
+def _encoder(teacher: Any, field: str) -> HubertEncoder:
     if not isinstance(teacher.model, HubertEncoder):
         raise InputError(
             f"{field} needs a teacher from a checkpoint of fairseq, which task.teacher={teacher.name} is not"
@@ -67,7 +74,7 @@ def _encoder(teacher, field):
     return teacher.model
 
 
-def _copy(source, target, name, field, teacher):
+def _copy(source: nn.Module, target: nn.Module, name: str, field: str, teacher: Any) -> None:
     theirs, ours = source.state_dict(), target.state_dict()
     for key in sorted(theirs.keys() | ours.keys()):
         shapes = [tuple(weights[key].shape) if key in weights else "missing" for weights in (ours, theirs)]

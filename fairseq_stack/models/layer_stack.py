@@ -1,20 +1,27 @@
-"""HuBERT's transformer: fairseq's modules, with a forward pass of its own over chosen layers."""
+"""HuBERT's transformer: fairseq's modules with their own forward pass, which runs chosen layers."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fairseq.models.wav2vec.wav2vec2 import TransformerEncoder, TransformerSentenceEncoderLayer
+from torch import Tensor, nn
 
 from fairseq_stack.models.dropout import dropout, kept
 from fairseq_stack.models.pos_conv import positions
 
 
 class LayerStack(TransformerEncoder):
-    """fairseq's transformer with its positional convolution, run over chosen layers.
+    """fairseq's transformer with its positional convolution. It runs only chosen layers.
 
-    Frames stay [B, T, D] on the whole way; fairseq goes to [T, B, D] and back.
+    Frames stay [B, T, D] throughout; fairseq changes to [T, B, D] and back.
     """
 
-    def build_encoder_layer(self, args, **kwargs):
+    pos_conv: nn.Sequential
+
+    def build_encoder_layer(self, args: Any, **kwargs: Any) -> "EncoderLayer":
+        """Build one layer; fairseq's constructor calls this."""
         return EncoderLayer(
             embedding_dim=args.encoder_embed_dim,
             ffn_embedding_dim=args.encoder_ffn_embed_dim,
@@ -26,8 +33,18 @@ class LayerStack(TransformerEncoder):
             layer_norm_first=args.layer_norm_first,
         )
 
-    def forward(self, x, frames, seats, upto=None):
-        """[B, T, D] features and [B] frames to a list of 1 + min(upto, len(seats)) times [B, T, D]."""
+    def forward(self, x: Tensor, frames: Tensor, seats: Sequence[int], upto: int | None = None) -> list[Tensor]:
+        """Compute the hidden states of the layers in `seats`.
+
+        Args:
+            x: [B, T, D], the transformer's input.
+            frames: [B], the number of frames of each utterance.
+            seats: indices of the layers to run, in order.
+            upto: run only the first `upto` of them (default: all).
+
+        Returns:
+            a list of 1 + min(upto, len(seats)) tensors [B, T, D].
+        """
         padding = torch.arange(x.size(1), device=x.device) >= frames[:, None]
         if not bool(padding.any()):
             padding = None
@@ -43,52 +60,56 @@ class LayerStack(TransformerEncoder):
             hidden_states.append(self.layer_norm(x) if last else x)
         return hidden_states
 
-    def __getstate__(self):
-        # fairseq's moving average copies the model. torch's weight norm keeps the weight that it computed last,
-        # a node of autograd's graph, which cannot be copied and need not be: the next forward pass computes it anew.
+    def __getstate__(self) -> dict[str, Any]:
+        # fairseq's moving average copies the model. torch's weight norm keeps the weight that it computed last, a node
+        # of autograd's graph, which cannot be copied. It is detached here; the next forward pass computes it again.
         for module in self.pos_conv.modules():
-            if hasattr(module, "weight_g"):
+            if isinstance(module, nn.Conv1d) and hasattr(module, "weight_g"):
                 module.weight = module.weight.detach()
         return self.__dict__
 
 
 class EncoderLayer(TransformerSentenceEncoderLayer):
-    """fairseq's layer: self-attention and feed-forward, each with a residual and a norm before or behind."""
+    """fairseq's layer: self-attention and feed-forward, each with a residual connection and a norm before or after."""
 
-    def __init__(self, *args, activation_fn, **kwargs):
+    def __init__(self, *args: Any, activation_fn: str, **kwargs: Any) -> None:
         super().__init__(*args, activation_fn=activation_fn, **kwargs)
         if activation_fn == "gelu":
-            self.activation_fn = F.gelu  # the same numbers as fairseq's, which goes to fp32 and back
+            self.activation_fn = F.gelu  # the same result as fairseq's, which converts to fp32 and back
 
-    def forward(self, x, padding=None):
-        """[B, T, D] to [B, T, D]; `padding` [B, T] is true behind an utterance, or None."""
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Run the layer: [B, T, D] to [B, T, D]. `padding` [B, T] is true after the end of an utterance."""
         if self.layer_norm_first:
             x = x + self.drop(self.attend(self.self_attn_layer_norm(x), padding), self.dropout1)
             return x + self.drop(self.feed_forward(self.final_layer_norm(x)), self.dropout3)
         x = self.self_attn_layer_norm(x + self.drop(self.attend(x, padding), self.dropout1))
         return self.final_layer_norm(x + self.drop(self.feed_forward(x), self.dropout3))
 
-    def drop(self, x, module):
+    def drop(self, x: Tensor, module: nn.Dropout) -> Tensor:
+        """Apply dropout to x with the probability of fairseq's module."""
         return dropout(x, module.p, self.training)
 
-    def feed_forward(self, x):
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Run the feed-forward layers on x [B, T, D]."""
         return self.fc2(self.drop(self.activation_fn(self.fc1(x)), self.dropout2))
 
-    def attend(self, x, padding):
+    def attend(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """Run the self-attention on x [B, T, D]."""
         module = self.self_attn
         projections = module.q_proj, module.k_proj, module.v_proj
         weight, bias = (torch.cat([getattr(part, name) for part in projections]) for name in ("weight", "bias"))
         heads = F.linear(x, weight, bias).unflatten(2, (3, module.num_heads, module.head_dim))
         probability = module.dropout_module.p if self.training else 0.0
-        x = attention(*heads.permute(2, 0, 3, 1, 4), padding, probability)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        x = attention(query, key, value, padding, probability)
         return module.out_proj(x.transpose(1, 2).flatten(2))
 
 
-def attention(query, key, value, padding, dropout_probability):
+def attention(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_probability: float) -> Tensor:
     """Scaled dot-product attention of [B, heads, T, features of a head].
 
-    torch's own on a GPU. On a CPU its kernel is slower than plain products: twice backward in bf16, and it has none
-    with dropout.
+    On a GPU this is torch's function. On a CPU plain matrix products are faster: torch's backward pass takes twice as
+    long in bf16, and torch has no fast kernel with dropout.
     """
     if query.is_cuda:
         mask = None if padding is None else ~padding[:, None, None]
@@ -102,23 +123,24 @@ def attention(query, key, value, padding, dropout_probability):
 
 
 class DroppedAttention(torch.autograd.Function):
-    """(softmax(scores [B, heads, T, T]) * keep * scale) @ value, which keeps one tensor of that size and a mask.
+    """(softmax(scores) * keep * scale) @ value, with scores [B, heads, T, T].
 
-    Step by step torch keeps three, of every layer.
+    For the backward pass it keeps one tensor of the scores' size and a mask. Separate torch functions keep three such
+    tensors in every layer.
     """
 
     @staticmethod
-    def forward(ctx, scores, value, keep, scale):
+    def forward(ctx: Any, scores: Tensor, value: Tensor, keep: Tensor, scale: float) -> Tensor:
         weights = scores.softmax(3)
         ctx.save_for_backward(weights, value, keep)
         ctx.scale = scale
         return (weights * keep) @ (value * scale)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weights, value, keep = ctx.saved_tensors
         gradient = gradient * ctx.scale
-        to_value = (weights * keep).transpose(2, 3) @ gradient
-        to_weights = (gradient @ value.transpose(2, 3)).mul_(keep)
-        to_scores = torch.ops.aten._softmax_backward_data(to_weights, weights, 3, weights.dtype)
-        return to_scores, to_value, None, None
+        value_gradient = (weights * keep).transpose(2, 3) @ gradient
+        weights_gradient = (gradient @ value.transpose(2, 3)).mul_(keep)
+        scores_gradient = torch.ops.aten._softmax_backward_data(weights_gradient, weights, 3, weights.dtype)
+        return scores_gradient, value_gradient, None, None

@@ -1,32 +1,36 @@
 """HuBERT's positional convolution: 128 frames wide, 16 groups."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from fairseq_stack.models.conv_extractor import as_image, as_image_kernel
 
-# On processors with AMX, oneDNN's bf16 convolution gives wrong numbers for groups of 4, 6 and 8 channels (torch 2.14.1),
-# and right ones for 24 and 48.
+# On processors with AMX, oneDNN's bf16 convolution gives wrong results for groups of 4, 6 and 8 channels and
+# correct ones for 24 and 48 (torch 2.14.1).
 NARROW = 24
 
 
-def positions(pos_conv, x, padding):
+def positions(pos_conv: nn.Sequential, x: Tensor, padding: Tensor | None) -> Tensor:
     """Run fairseq's positional convolution.
 
     Args:
-        pos_conv: fairseq's module: convolution, cut to the input's length, GELU; or several such blocks (data2vec); or
-            what `with_batch_norm` makes of it.
+        pos_conv: fairseq's module (convolution, cut to the input's length, GELU), several such blocks (data2vec), or
+            the result of `with_batch_norm`.
         x: [B, T, D].
-        padding: [B, T], true behind an utterance, or None.
+        padding: [B, T], true after the end of an utterance, or None.
 
     Returns:
         [B, T, D].
     """
-    for block in pos_conv if isinstance(pos_conv[0], nn.Sequential) else [pos_conv]:
+    blocks: Any = pos_conv if isinstance(pos_conv[0], nn.Sequential) else [pos_conv]
+    for block in blocks:
         if isinstance(block[0], nn.BatchNorm1d):
             x, block = block[0](x.transpose(1, 2)).transpose(1, 2), block[1:]
-        # Otherwise a block would see what the batch norm or the block before it made of the padding.
+        # A batch norm or an earlier block has changed the zeros of the padding, and this block must not read that.
         x = x if padding is None else x.masked_fill(padding[:, :, None], 0.0)
         conv, *rest = block
         x = _convolve(x, conv).transpose(1, 2)
@@ -36,17 +40,18 @@ def positions(pos_conv, x, padding):
     return x
 
 
-def with_batch_norm(pos_conv):
-    """fairseq's positional convolution of models with conv_pos_batch_norm, made of one without.
+def with_batch_norm(pos_conv: nn.Sequential) -> nn.Sequential:
+    """Convert fairseq's positional convolution to that of models with conv_pos_batch_norm.
 
     A batch norm comes first, and the convolution has no weight norm. fairseq 0.12.2 does not know the field.
     """
     conv, *rest = pos_conv
+    assert isinstance(conv, nn.Conv1d)
     return nn.Sequential(nn.BatchNorm1d(conv.in_channels), nn.utils.remove_weight_norm(conv), *rest)
 
 
-def _convolve(x, conv):
-    """[B, T, D] to [B, T or T + 1, D]."""
+def _convolve(x: Tensor, conv: Any) -> Tensor:
+    """Apply `conv`, the nn.Conv1d of a positional convolution, to x [B, T, D]: [B, T or T + 1, D]."""
     if x.device.type != "cpu":
         return conv(x.transpose(1, 2)).transpose(1, 2)
     for hook in conv._forward_pre_hooks.values():  # torch's weight norm
@@ -62,13 +67,13 @@ def _convolve(x, conv):
 
 
 class SpectralConvolution(torch.autograd.Function):
-    """A grouped convolution of [B, T, D] with long kernels [D, D / groups, K], as a product of spectra, in fp32.
+    """A grouped convolution of [B, T, D] with long kernels [D, D / groups, K], computed from spectra in fp32.
 
-    On a CPU forward and backward take a quarter of the time that they take frame by frame.
+    On a CPU, forward and backward pass take a quarter of the time of a direct convolution.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, padding, groups):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, padding: int, groups: int) -> Tensor:
         ctx.frames, ctx.taps, ctx.padding = x.size(1), weight.size(2), padding
         ctx.size = smooth_size(ctx.frames + 2 * padding)
         outputs = ctx.frames + 2 * padding - ctx.taps + 1
@@ -79,26 +84,26 @@ class SpectralConvolution(torch.autograd.Function):
         return torch.fft.irfft(y, ctx.size)[..., :outputs].flatten(1, 2).transpose(1, 2)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = torch.fft.rfft(gradient.transpose(1, 2), ctx.size).unflatten(1, (x.size(1), -1))
-        to_x = to_weight = None
+        x_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.fft.irfft(torch.einsum("bgof,goif->bgif", gradient, weight), ctx.size)
-            to_x = to_x[..., ctx.padding : ctx.padding + ctx.frames].flatten(1, 2).transpose(1, 2)
+            x_gradient = torch.fft.irfft(torch.einsum("bgof,goif->bgif", gradient, weight), ctx.size)
+            x_gradient = x_gradient[..., ctx.padding : ctx.padding + ctx.frames].flatten(1, 2).transpose(1, 2)
         if ctx.needs_input_grad[1]:
-            to_weight = torch.fft.irfft(torch.einsum("bgof,bgif->goif", gradient.conj(), x), ctx.size)
-            to_weight = to_weight[..., : ctx.taps].flatten(0, 1)
-        return to_x, to_weight, None, None
+            weight_gradient = torch.fft.irfft(torch.einsum("bgof,bgif->goif", gradient.conj(), x), ctx.size)
+            weight_gradient = weight_gradient[..., : ctx.taps].flatten(0, 1)
+        return x_gradient, weight_gradient, None, None
 
 
-def smooth_size(size):
-    """The next number that is a product of 2, 3 and 5, of which Fourier transforms are fast."""
+def smooth_size(size: int) -> int:
+    """The smallest product of 2s, 3s and 5s that is at least `size`; Fourier transforms of such sizes are fast."""
     while True:
-        rest = size
+        remainder = size
         for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
+            while remainder % factor == 0:
+                remainder //= factor
+        if remainder == 1:
             return size
         size += 1

@@ -1,8 +1,10 @@
-"""What the fields that describe a HuBERT may be, wherever they come from: a recipe or a checkpoint."""
+"""Checks of the fields that describe a HuBERT, from a recipe or from a checkpoint."""
+
+from typing import Any
 
 from fairseq_stack.errors import InputError, check_choice
 
-# Each from 1 to this. More is damage, and would fill the memory before it failed.
+# Sizes range from 1 to these limits. Larger numbers come from damaged files and would fill the memory.
 MOST_LAYERS, LARGEST_WIDTH = 1_000, 100_000
 SIZES = {
     "encoder_layers": MOST_LAYERS,
@@ -19,22 +21,22 @@ CHOICES = {
     "extractor_mode": ("default", "layer_norm"),
     "activation_fn": ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear"),
 }
-# Fields that only some models have a choice of.
+# Fields that may be missing, because not every kind of model has them.
 DEFAULTS = {"pos_conv_depth": 1, "feature_layer_norm": True}
 
 
-def check_shape(cfg):
-    """Check everything but the CNN's layers, which lengths.parse_conv_layers reads.
+def check_shape(cfg: Any) -> None:
+    """Check all fields of a HuBERT's shape but the CNN's layers, which conv_geometry.parse_conv_layers checks.
 
     Args:
-        cfg: has the fields above as attributes, in fairseq's names; those of DEFAULTS may be missing.
+        cfg: has the fields above as attributes, with fairseq's names. Those in DEFAULTS may be missing.
 
     Raises:
-        InputError: a field is missing or of another type, a size is not positive or beyond all reason,
-            sizes do not divide, a probability is none, or a name is unknown.
+        InputError: a field is missing or has the wrong type, a size is out of range, a width is not divisible by
+            its number of heads or groups, a probability is not between 0 and 1, or a name is unknown.
     """
 
-    def value(name):
+    def value(name: str) -> Any:
         return getattr(cfg, name, DEFAULTS.get(name))
 
     for name, largest in SIZES.items():

@@ -1,25 +1,26 @@
-"""Normalisation of waveforms, as the models that want it were trained with."""
+"""Normalisation of waveforms, for models that were trained on normalised waveforms."""
 
 import torch
+from torch import Tensor
 
-# What libraries add to the variance of a waveform that they normalise.
-FAIRSEQ_EPSILON = 1e-5  # s3prl's too
+# The libraries add these numbers to the variance of a waveform that they normalise.
+FAIRSEQ_EPSILON = 1e-5  # s3prl too
 TRANSFORMERS_EPSILON = 1e-7
 
 
-def normalize_waveforms(waveforms, lengths, epsilon=FAIRSEQ_EPSILON):
+def normalize_waveforms(waveforms: Tensor, lengths: Tensor, epsilon: float = FAIRSEQ_EPSILON) -> Tensor:
     """Shift and scale each utterance to zero mean and unit variance over its own samples.
 
-    What fairseq's `task.normalize` does to one waveform before padding (F.layer_norm), for a padded
-    batch.
+    fairseq's `task.normalize` does this to each waveform before padding (F.layer_norm). This function
+    does it to a padded batch.
 
     Args:
-        waveforms: [B, S] with zeros behind the end of an utterance.
+        waveforms: [B, S] with zeros after the end of an utterance.
         lengths: [B], samples.
-        epsilon: what is added to the variance.
+        epsilon: added to the variance.
 
     Returns:
-        [B, S], zeros behind the end.
+        [B, S], with zeros after the end.
     """
     valid = torch.arange(waveforms.size(1), device=waveforms.device) < lengths[:, None]
     count = lengths[:, None]
