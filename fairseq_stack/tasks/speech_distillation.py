@@ -127,7 +127,7 @@ class SpeechDistillation(FairseqTask):
     # With this, fairseq passes the moving average to train_step, where it grows with the student.
     uses_ema = True
 
-    # Every criterion of fairseq 0.12.2 reads this of its task.
+    # Every criterion of fairseq 0.12.2 reads this from its task.
     target_dictionary = None  # pyright: ignore[reportAssignmentType]  a property in fairseq
 
     cfg: SpeechDistillationConfig  # pyright: ignore[reportIncompatibleVariableOverride]  fairseq declares its base
