@@ -168,7 +168,7 @@ def seats_in_use(config: dict[str, Any], weights: dict[str, Tensor], name: str =
     return plan.stages[stage]
 
 
-def _conv_layers(text: Any) -> Any:
+def _conv_layers(text: str) -> list[tuple[int, int, int]]:
     try:
         return parse_conv_layers(text)
     except ValueError:

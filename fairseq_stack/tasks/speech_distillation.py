@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, Optional
@@ -137,7 +138,7 @@ class SpeechDistillation(FairseqTask):
         super().__init__(cfg)
         self.teacher = teacher
         self.model_cfg: StackedHubertConfig | None = None
-        self.target_layers: tuple[int, ...] | None = None
+        self.target_layers: Sequence[int] = ()  # of the teacher, from the criterion
         self.store_folder = store_folder  # for the targets of this teacher
         self.store: TargetStore | None = None
         self.shares_cnn = False

@@ -183,13 +183,13 @@ def differences(saved: Mapping[str, Any], cfg: Mapping[str, Any], sections: Mapp
 def _same(name: str, one: Any, other: Any) -> bool:
     if name == "save_dir":
         return True  # a run may be moved
-    if name == "teacher_layers" and isinstance(one, list) and isinstance(other, list):
-        return sorted(one, key=str) == sorted(other, key=str)  # in any order
     if name == "conv_feature_layers":
         try:
             return parse_conv_layers(one) == parse_conv_layers(other)
         except (ValueError, TypeError, AttributeError):
             return False
+    if name == "teacher_layers" and isinstance(one, list) and isinstance(other, list):
+        return sorted(one, key=str) == sorted(other, key=str)  # in any order
     return one == other
 
 
