@@ -1,1 +1,1 @@
-"""fairseq's checkpoint files: read safely, recovered after a kill, and the student that one of them holds."""
+"""Reads fairseq's checkpoint files safely, recovers them after a kill, and takes the student out of one."""

@@ -1,14 +1,15 @@
-"""Find the newest whole checkpoint of a run, wherever a kill has hit it.
+"""Finds the newest whole checkpoint of a run after a kill or a crash.
 
-fairseq writes the first of its checkpoints beside and renames it, and copies the others from it; a
-kill leaves temporary files, a `checkpoint_last.pt` that is older than what is there, or, without the
-guard in fairseq_guards.py, one that is cut off. A crash of the machine can damage any of them.
+fairseq writes its first checkpoint to a temporary file, renames it, and copies the others from it. A kill can leave
+temporary files and a `checkpoint_last.pt` that is older than other checkpoints. Without the guard in
+training/guards.py, it can also leave one that is cut off. A crash of the machine can damage any of them.
 """
 
 import logging
 import os
 import re
 import shutil
+from os import PathLike
 from pathlib import Path
 
 from fairseq_stack.checkpoints.read import DamagedCheckpoint, check_whole, load_checkpoint
@@ -18,23 +19,23 @@ from fairseq_stack.files import written_beside
 logger = logging.getLogger(__name__)
 
 LAST = "checkpoint_last.pt"
-UNFINISHED = ".tmp"  # what fairseq, too, adds to the name of a file that it is writing
-# What fairseq calls its checkpoints: of an epoch, of an update, the best (or several), the last.
+UNFINISHED = ".tmp"  # fairseq, too, adds this to the name of a file while it writes it
+# fairseq's names of checkpoints: of an epoch, of an update, the best (or several), the last.
 NAMES = re.compile(r"checkpoint(\d+|_\d+_\d+|_best|\.best_.+|_last)\.pt")
 
 
-def recover(folder):
-    """Make `checkpoint_last.pt` the newest whole checkpoint in a folder, and log what had to be done.
+def recover(folder: str | PathLike[str]) -> int | None:
+    """Make the newest whole checkpoint in a folder its `checkpoint_last.pt`, and log every change.
 
-    Newest is the one of the latest start of the run, and among those the one with the most updates: a start with
-    checkpoint.reset_optimizer=true counts its updates from 0 again. Broken checkpoints that stand before it are kept under
-    their name with `.broken` behind it; unfinished files are removed.
+    The newest checkpoint comes from the latest start of the run, and has the most updates of that start. A start with
+    checkpoint.reset_optimizer=true counts its updates from 0 again. Unfinished files are removed. Broken checkpoints
+    that are newer than the newest whole one are renamed: `.broken` is added to their name.
 
     Args:
         folder: fairseq's `checkpoint.save_dir`; it need not exist.
 
     Returns:
-        the updates of checkpoint_last.pt, or None where there is no whole checkpoint.
+        the number of updates of checkpoint_last.pt, or None if there is no whole checkpoint.
 
     Raises:
         InputError: a checkpoint cannot be read, or it needs code to unpickle.
@@ -45,7 +46,7 @@ def recover(folder):
     for path in files:
         if path.name.endswith(UNFINISHED) and NAMES.fullmatch(path.name.removesuffix(UNFINISHED)):
             path.unlink()
-            logger.info(f"recovery | removed {path}, which a kill has left unfinished")
+            logger.info(f"recovery | removed {path}, a file that a kill left unfinished")
 
     starts, updates, broken = {}, {}, {}
     for path in (path for path in files if NAMES.fullmatch(path.name)):
@@ -53,7 +54,7 @@ def recover(folder):
             starts[path], updates[path] = progress_of(path)
         except DamagedCheckpoint as error:
             broken[path] = error
-    # Among checkpoints of the same update the one in place comes first.
+    # Among checkpoints of the same update, checkpoint_last.pt comes first: it needs no copy.
     for path in sorted(updates, key=lambda path: (starts[path], updates[path], path == last), reverse=True):
         try:
             check_whole(path)
@@ -82,23 +83,23 @@ def recover(folder):
     return updates[newest]
 
 
-def progress_of(path):
-    """How often a run had been started when it saved a training checkpoint, and the updates that it had done.
+def progress_of(path: str | PathLike[str]) -> tuple[int, int]:
+    """Return the number of starts and the number of updates of a run when it saved a training checkpoint.
 
     Raises:
-        DamagedCheckpoint: the file is not a whole training checkpoint. Its tensors are not looked at.
-        InputError: it cannot be read, or needs code to unpickle.
+        DamagedCheckpoint: the file is not a whole training checkpoint. The tensors are not checked.
+        InputError: the file cannot be read, or needs code to unpickle.
     """
     try:
         state = load_checkpoint(path, header_only=True)
     except DamagedCheckpoint:
         raise
     except InputError:
-        check_whole(path)  # flipped bits can look like code
+        check_whole(path)  # a damaged pickle can seem to need code
         raise
     try:
         state["extra_state"]["train_iterator"]["epoch"]
         history = state["optimizer_history"]
         return len(history), int(history[-1]["num_updates"])
     except (KeyError, IndexError, TypeError, ValueError):
-        raise DamagedCheckpoint("it holds no state to go on from") from None
+        raise DamagedCheckpoint("it holds no training state to resume from") from None

@@ -1,13 +1,13 @@
-"""Stand-ins for what checkpoints pickle besides tensors: they hold the data and have no code of their own.
+"""Stand-ins for the pickled objects in checkpoints. They hold an object's data and have no code.
 
-Published checkpoints of fairseq pickle the options of their training as an `argparse.Namespace` or as objects of
-omegaconf, the dictionaries of their labels, and a number of numpy here and there.
+Besides tensors, published checkpoints of fairseq pickle the training options (an `argparse.Namespace` or objects of
+omegaconf), the dictionaries of the labels, and a few numbers of numpy.
 
-Reading them this way cannot run code. The pickle is read by torch's weights-only unpickler, which looks no name up in
-a module: a name means one of torch's own functions that make tensors, or what `stand_ins` gives it, or an error. What
-`stand_ins` gives is made here for the occasion. It keeps the arguments and the state that the pickle has for it, and
-calls nothing. So it does not matter what a name means elsewhere, nor what arguments and state are. Names that do not
-look like data are left out all the same, so that a file that asks for `os.system` is refused and its user hears of it.
+Reading them this way cannot run code. torch's weights-only unpickler reads the pickle and never imports the names in
+it. A name is one of torch's own functions that make tensors, a class from `stand_ins`, or an error. The classes from
+`stand_ins` are created here. They keep the arguments and the state from the pickle and call nothing. So it does not
+matter what a name means elsewhere, or which arguments and state it gets. Names that do not look like data get no
+stand-in, so a file that asks for `os.system` is refused with an error.
 """
 
 import io
@@ -16,50 +16,54 @@ import pickletools
 import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Mapping
+from os import PathLike
+from typing import IO, Any
 
-# By the full name. `getitem` is in the types that omegaconf 2 notes, such as typing.Optional[int].
+# The full names that get a stand-in. omegaconf 2 pickles types such as typing.Optional[int], which need `getitem`.
 HELD = re.compile(
     r"argparse\.Namespace|(fairseq|omegaconf|pathlib|typing)(\.\w+)+|collections\.defaultdict"
     r"|numpy\.(dtype|ndarray|(_?core\.)?multiarray\.(scalar|_reconstruct))|_codecs\.encode|_?operator\.getitem"
     r"|builtins\.(type|object|bool|int|float|complex|str|bytes|list|tuple|dict|set|frozenset)"
 )
-# Of these, what is data under an unpickler that looks names up, too: the dictionary of the labels, which checkpoints of
-# hubert_pretraining have.
+# The names that are also harmless in an unpickler that imports them: the dictionary of the labels, which checkpoints
+# of hubert_pretraining have.
 HARMLESS = re.compile(r"fairseq\.data\.dictionary\.Dictionary")
-PICKLES = 4  # of a file in torch's first format: a magic number, a version, the system, and the content
+PICKLES = 4  # in a file of torch's first format: a magic number, a version, the system and the content
 
 
 class StandIn:
-    """What a pickle says of an object: the arguments that it is made with, and its attributes."""
+    """The data that a pickle has for an object: the constructor's arguments and the attributes."""
 
     __slots__ = ("arguments", "__dict__")
+    arguments: tuple[Any, ...]
 
-    def __new__(cls, *arguments):
+    def __new__(cls, *arguments: Any) -> "StandIn":
         made = super().__new__(cls)
         made.arguments = arguments
         return made
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments: Any) -> None:
         pass
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         vars(self).update(state if isinstance(state, dict) else {"state": state})
 
 
 class _Mapping:
-    """A dict, whatever it is made with: torch fills nothing else."""
+    """Creates a plain dict, because torch's unpickler fills nothing else with items."""
 
-    def __new__(cls, *arguments):
+    def __new__(cls, *arguments: Any) -> dict:  # pyright: ignore[reportInconsistentConstructor]
         return {}
 
 
-def stand_ins(path, zipped, held=HELD):
-    """Classes for the names in a torch file that are to be held; each goes by the name that it stands for.
+def stand_ins(path: str | PathLike[str], zipped: bool, held: re.Pattern[str] = HELD) -> list[type]:
+    """Return classes for the names in a torch file that match `held`. Each has the name that it stands for.
 
     Args:
         path: the file.
-        zipped: whether it is a zip file, as torch has written since 1.6.
-        held: a pattern of the names.
+        zipped: whether it is a zip file. torch has written zip files since 1.6.
+        held: a pattern for full names.
     """
     if zipped:
         with zipfile.ZipFile(path) as file:
@@ -70,18 +74,18 @@ def stand_ins(path, zipped, held=HELD):
     return [_stand_in(name) for name in sorted(names) if held.fullmatch(name)]
 
 
-def _content(file):
-    """The pickle of an open zip file; empty where there is none."""
+def _content(file: zipfile.ZipFile) -> bytes:
+    """Return the pickle in an open zip file, or no bytes if there is none."""
     members = [name for name in file.namelist() if name.rpartition("/")[2] == "data.pkl"]
     return file.read(members[0]) if members else b""
 
 
-def _names(file, pickles):
-    """The full names that some pickles, one after the other, ask for. Reads their opcodes and follows none."""
+def _names(file: IO[bytes], pickles: int) -> set[str]:
+    """Return the full names that consecutive pickles ask for. It reads their opcodes and executes none."""
     names = set()
     for _ in range(pickles):
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "GLOBAL":
+            if opcode.name == "GLOBAL" and isinstance(argument, str):
                 # Python 3 writes Python 2's names into torch's pickles.
                 module, name = argument.split(" ", 1)
                 module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
@@ -89,19 +93,20 @@ def _names(file, pickles):
     return names
 
 
-def _stand_in(name):
-    module, _, name = name.rpartition(".")
+def _stand_in(full_name: str) -> type:
+    module, _, name = full_name.rpartition(".")
     base = _Mapping if name == "defaultdict" else StandIn
-    # torch's unpickler knows an allowed class by the name that it goes by. Later versions take (class, name) pairs; a
-    # class that goes by the pickled name works in every version since 2.4.
+    # torch's unpickler finds an allowed class by its name. Later versions of torch also accept (class, name) pairs; a
+    # class with the pickled name works in every version since 2.4.
     return type(name, (base,), {"__module__": module, "__slots__": ()})
 
 
-def plain(value):
-    """Lists, dicts and plain values in the place of the stand-ins in `value`; None if they are nested too deeply.
+def plain(value: Any) -> Any:
+    """Replace the stand-ins in `value` by lists, dicts and plain values. Return None if they are nested too deeply.
 
-    A Namespace and a DictConfig become a dict, a ListConfig a list, a node of omegaconf its value, a path its text and
-    a member of an enumeration its value; any other object stays a stand-in. What is in two places is so in the result.
+    A Namespace and a DictConfig become a dict, a ListConfig a list. A node of omegaconf becomes its value, a path its
+    text, a member of an enumeration its value. Other objects stay stand-ins. An object that is in two places of
+    `value` is in both places of the result.
     """
     try:
         return _plain(value, {})
@@ -109,21 +114,21 @@ def plain(value):
         return None
 
 
-def _plain(value, done):
+def _plain(value: Any, done: dict[int, Any]) -> Any:
     if id(value) in done:
         return done[id(value)]
     if isinstance(value, (list, tuple)):
         result = done[id(value)] = []
         result.extend(_plain(item, done) for item in value)
         return result
-    held = vars(value) if isinstance(value, StandIn) else {}
+    held: Mapping[str, Any] = vars(value) if isinstance(value, StandIn) else {}
     if isinstance(value, dict) or isinstance(value, StandIn) and type(value).__name__ == "Namespace":
         result = done[id(value)] = {}
         items = value if isinstance(value, dict) else held
         result.update((key, _plain(item, done)) for key, item in items.items())
         return result
-    done[id(value)] = value  # in case it holds itself
-    for inside in ("_content", "_val"):  # of omegaconf
+    done[id(value)] = value  # it may contain itself
+    for inside in ("_content", "_val"):  # omegaconf's attributes
         if inside in held:
             done[id(value)] = _plain(held[inside], done)
             return done[id(value)]

@@ -1,15 +1,18 @@
-"""The student that a fairseq checkpoint holds."""
+"""Takes the student out of a fairseq checkpoint."""
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fairseq_stack.checkpoints.read import configurations
 from fairseq_stack.errors import InputError
-from fairseq_stack.growth.plan import METHODS, SEATS, plan_growth, plan_text
+from fairseq_stack.growth.plan import METHODS, SEATS, layers_text, plan_growth, plan_text
 from fairseq_stack.models.conv_geometry import parse_conv_layers
 from fairseq_stack.models.shape import check_shape
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
@@ -17,37 +20,37 @@ from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 
 @dataclass(frozen=True)
 class Student:
-    """A student as a checkpoint holds it, reduced to the layers that its stage uses.
+    """A student from a checkpoint, with the layers that its stage uses.
 
     Attributes:
-        config: the model's configuration, in fairseq's names.
+        config: the model's configuration, with fairseq's names of the fields.
         conv_layers: the CNN as [(channels, kernel, stride), ...].
-        normalize: whether the waveforms it was trained on had zero mean and unit variance.
-        normalize_epsilon: what its training then added to the variance.
-        depth: D, the layers in use.
-        weights: the tensors of fairseq's HubertModel without its pretraining parts, in fp32;
-            `encoder.layers.0` to `encoder.layers.{D - 1}` are the layers in the order of the forward
-            pass, whatever seats they have in the training model.
-        heads: the prediction heads' tensors, `heads.{teacher layer}...`, in fp32.
-        mask_emb: [D], the input that masked training gave to masked frames, or None.
+        normalize: whether it was trained on waveforms with zero mean and unit variance.
+        normalize_epsilon: the number that this normalization added to the variance.
+        depth: D, the number of layers in use.
+        weights: the tensors of fairseq's HubertModel without its pretraining parts, in fp32.
+            `encoder.layers.0` to `encoder.layers.{D - 1}` are the layers in the order of the forward pass. Their
+            indices in the training model may differ.
+        heads: the tensors of the prediction heads, `heads.{teacher layer}...`, in fp32.
+        mask_emb: [width], the embedding that replaces masked frames in training, or None.
     """
 
-    config: dict
+    config: dict[str, Any]
     conv_layers: list[tuple[int, int, int]]
     normalize: bool
     normalize_epsilon: float
     depth: int
-    weights: dict[str, torch.Tensor]
-    heads: dict[str, torch.Tensor]
-    mask_emb: torch.Tensor | None
+    weights: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    mask_emb: Tensor | None
 
 
-def with_moving_average(state, name="the checkpoint"):
-    """The content of a checkpoint with the moving average of the weights in the place of the weights.
+def with_moving_average(state: dict[str, Any], name: str = "the checkpoint") -> dict[str, Any]:
+    """Return the content of a checkpoint with its moving average as the weights.
 
     Args:
-        state: what load_checkpoint returns.
-        name: what an error calls the checkpoint, such as its path.
+        state: the result of load_checkpoint.
+        name: the checkpoint's name in errors, such as its path.
 
     Raises:
         InputError: the run kept no moving average.
@@ -55,26 +58,25 @@ def with_moving_average(state, name="the checkpoint"):
     average = (state.get("extra_state") or {}).get("ema")
     if not average:
         raise InputError(f"{name} has no moving average; train with ema.store_ema=true, or export without --ema")
-    # With ema.ema_fp32 there is a copy in single precision.
+    # With ema.ema_fp32, the checkpoint also has a copy in single precision.
     average = {**average, **state["extra_state"].get("ema_fp32_params", {})}
-    # What is in use has no average; the copy in single precision keeps what was in use at its beginning.
+    # The layers in use have no average, and the fp32 copy has those of the start of the run.
     average.update({key: value for key, value in state["model"].items() if key in ("stage", SEATS)})
     return {**state, "model": average}
 
 
-def student_from_checkpoint(state, name="the checkpoint"):
-    """Take the student out of the content of a fairseq checkpoint.
+def student_from_checkpoint(state: dict[str, Any], name: str = "the checkpoint") -> Student:
+    """Return the student in the content of a fairseq checkpoint.
 
     Args:
-        state: what load_checkpoint returns.
-        name: what an error calls the checkpoint, such as its path.
+        state: the result of load_checkpoint.
+        name: the checkpoint's name in errors, such as its path.
 
     Raises:
-        InputError: the checkpoint is not one of a `stacked_hubert`, or weights and configuration do
-            not fit together.
+        InputError: the checkpoint does not hold a `stacked_hubert`, or its weights do not fit its configuration.
     """
     config, task = configurations(state)
-    if config is None:
+    if config is None or task is None:
         raise InputError(f"{name} has no configuration; give a checkpoint of a stacked_hubert")
     if config.get("_name") != "stacked_hubert":
         raise InputError(f"{name} holds a model named {config.get('_name')}; give a checkpoint of a stacked_hubert")
@@ -86,14 +88,14 @@ def student_from_checkpoint(state, name="the checkpoint"):
     with _described_student(name):
         conv_layers = _conv_layers(config["conv_feature_layers"])
         normalize = task["normalize"]
-        epsilon = task.get("normalize_epsilon", FAIRSEQ_EPSILON)  # what it was before it could be chosen
+        epsilon = task.get("normalize_epsilon", FAIRSEQ_EPSILON)  # the value of versions without this field
     if not isinstance(normalize, bool):
         raise InputError(f"{name} has task.normalize={normalize}, neither true nor false; it is damaged")
     if type(epsilon) is not float or not 0 < epsilon < 1:
         raise InputError(f"{name} has task.normalize_epsilon={epsilon}, not a number between 0 and 1; it is damaged")
     shapes = hubert_shapes(config, conv_layers, seats)
 
-    # Layers of seats that the stage does not use stay behind, and what only training needs.
+    # Leave out the layers that the stage does not use and the tensors that only training needs.
     idle = tuple(f"encoder.layers.{seat}." for seat in range(config["encoder_layers"]) if seat not in seats)
     found = {
         key: tensor
@@ -111,7 +113,7 @@ def student_from_checkpoint(state, name="the checkpoint"):
 
     position = {seat: index for index, seat in enumerate(seats)}
 
-    def renumbered(key):
+    def renumbered(key: str) -> str:
         return re.sub(r"(?<=^encoder\.layers\.)\d+", lambda match: str(position[int(match[0])]), key)
 
     kept = {renumbered(key): found[key].float() for key in shapes}
@@ -122,8 +124,8 @@ def student_from_checkpoint(state, name="the checkpoint"):
 
 
 @contextmanager
-def _described_student(name):
-    """Turn what a configuration that describes no student makes of its readers into an InputError."""
+def _described_student(name: str) -> Iterator[None]:
+    """Turn the errors of reading a configuration that describes no student into an InputError."""
     try:
         yield
     except KeyError as error:
@@ -132,16 +134,16 @@ def _described_student(name):
         raise InputError(f"{name} has a configuration that describes no student: {error}") from None
 
 
-def seats_in_use(config, weights, name="the checkpoint"):
-    """The layers of the training model that the student in a checkpoint uses.
+def seats_in_use(config: dict[str, Any], weights: dict[str, Tensor], name: str = "the checkpoint") -> tuple[int, ...]:
+    """Return which layers of the training model the student in a checkpoint uses.
 
     Args:
-        config: the model's configuration in the same checkpoint, in whose plan the stage counts.
+        config: the model's configuration in the same checkpoint. The stage counts in its growth plan.
         weights: the state dict of the model.
-        name: what an error calls the checkpoint, such as its path.
+        name: the checkpoint's name in errors, such as its path.
 
     Returns:
-        tuple of the indices N of `encoder.layers.N`, in the order of the forward pass.
+        the indices N of `encoder.layers.N`, in the order of the forward pass.
 
     Raises:
         InputError: the configuration describes no student, or the weights do not belong to it.
@@ -149,8 +151,8 @@ def seats_in_use(config, weights, name="the checkpoint"):
     with _described_student(name):
         check_shape(SimpleNamespace(**config))
         stage = weights["stage"].item()
-        used = weights[SEATS].tolist() if SEATS in weights else None  # older checkpoints have the stage alone
-        if used is not None and config["stack_method"] not in METHODS:  # an extension's, which need not be here
+        used = weights[SEATS].tolist() if SEATS in weights else None  # older checkpoints have only the stage
+        if used is not None and config["stack_method"] not in METHODS:  # an extension's method, which may not be loaded
             if len(used) != config["encoder_layers"] or not any(used) or not set(used) <= {0, 1}:
                 raise InputError(f"{SEATS} has {used} for {config['encoder_layers']} layers")
             return tuple(seat for seat, uses in enumerate(used) if uses)
@@ -160,21 +162,23 @@ def seats_in_use(config, weights, name="the checkpoint"):
     stage = int(stage)
     if used is not None and used != plan.uses(stage):
         raise InputError(
-            f"{name} does not use the layers that its configuration says, which are those of stage {stage + 1} of"
-            f" {plan_text(SimpleNamespace(**config))}; it is damaged"
+            f"{name} uses other layers than its configuration says: stage {stage + 1} of"
+            f" {plan_text(SimpleNamespace(**config))} uses {layers_text(plan.stages[stage])}; it is damaged"
         )
     return plan.stages[stage]
 
 
-def _conv_layers(text):
+def _conv_layers(text: str) -> list[tuple[int, int, int]]:
     try:
         return parse_conv_layers(text)
     except ValueError:
         raise InputError(f"model.conv_feature_layers={text} is not a list of (channels, kernel, stride)") from None
 
 
-def hubert_shapes(config, conv_layers, layers):
-    """Names and shapes of the tensors of fairseq's HubertModel, without its pretraining parts.
+def hubert_shapes(
+    config: dict[str, Any], conv_layers: Sequence[tuple[int, int, int]], layers: Iterable[int]
+) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors of fairseq's HubertModel, without its pretraining parts.
 
     Args:
         config: fairseq's configuration of the model.
@@ -187,10 +191,10 @@ def hubert_shapes(config, conv_layers, layers):
     width, inner, kernel = config["encoder_embed_dim"], config["encoder_ffn_embed_dim"], config["conv_pos"]
     shapes, channels = {}, 1
 
-    def norm(name, size):
+    def norm(name: str, size: int) -> None:
         shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (size,)
 
-    def linear(name, inputs, outputs):
+    def linear(name: str, inputs: int, outputs: int) -> None:
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
 
     for index, (outputs, size, _) in enumerate(conv_layers):

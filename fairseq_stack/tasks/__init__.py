@@ -1,1 +1,1 @@
-"""The task. fairseq imports every module here for `--user-dir`; registration.py is the one that registers."""
+"""The task. With `--user-dir`, fairseq imports every module here; only registration.py registers."""

@@ -1,6 +1,6 @@
-"""What fairseq finds with `--user-dir fairseq_stack`: registers the task, the model and the criterion.
+"""Registers the task, the model and the criterion. fairseq imports this module with `--user-dir fairseq_stack`.
 
-Only this module registers anything, and only guards.py, which it imports, replaces functions of fairseq.
+Only this module registers anything with fairseq. Only guards.py, which it imports, replaces functions of fairseq.
 """
 
 from fairseq.criterions import register_criterion

@@ -1,18 +1,23 @@
-"""The task: owns the teacher, reads the manifests, and completes a growth before it trains on a batch."""
+"""The task: it has the teacher, reads the manifests, lets the student grow, and trains it on batches."""
 
 import itertools
 import logging
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import List, Optional
+from pathlib import Path
+from typing import Any, List, Optional
 
 import torch
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import FairseqTask
 from omegaconf import II, MISSING
+from torch import Tensor
 
+from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
 from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, check_bad_audio, listed_problems
 from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifests
@@ -20,12 +25,13 @@ from fairseq_stack.data.masking import span_mask
 from fairseq_stack.errors import InputError, check_choice
 from fairseq_stack.growth.events import Growth, announced
 from fairseq_stack.models.conv_geometry import receptive_field
+from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
 from fairseq_stack.targets.formats import FORMATS
 from fairseq_stack.targets.source import targets_of
 from fairseq_stack.targets.store import CNN, TargetStore, size_text
 from fairseq_stack.teachers import load_teacher
-from fairseq_stack.teachers.base import PRECISIONS
+from fairseq_stack.teachers.base import PRECISIONS, Teacher
 from fairseq_stack.teachers.lazy import described_teacher, weights_digest
 from fairseq_stack.training import growth_listeners, preemption  # noqa: F401  the former registers
 from fairseq_stack.training.nonfinite import check_loss
@@ -36,69 +42,73 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SpeechDistillationConfig(FairseqDataclass):
-    """Where the speech and the teacher are."""
+    """Speech, teacher, masking and stored targets."""
 
-    data: str = field(default=MISSING, metadata={"help": "folder with the manifests, NAME.tsv for each subset"})
+    data: str = field(
+        default=MISSING, metadata={"help": "folder with the manifests; the manifest of subset NAME is NAME.tsv"}
+    )
     teacher: str = field(
         default=MISSING, metadata={"help": "the teacher: a fairseq checkpoint or a folder in Hugging Face's format"}
     )
     whisper_pad: bool = field(
         default=False,
-        metadata={"help": "pad a Whisper teacher's input to 30 s, as in its pre-training (default: true length)"},
+        metadata={
+            "help": "pad the input of a Whisper teacher to 30 s, as in its pre-training (default: keep the true length)"
+        },
     )
     teacher_precision: str = field(
         default="fp32",
-        metadata={
-            "help": "precision in which the teacher computes: fp32 (on a GPU without TF32), or fp16 or bf16, which is"
-            " faster"
-        },
+        metadata={"help": "precision of the teacher: fp32 (without TF32 on a GPU), or fp16 or bf16, which are faster"},
     )
     max_sample_size: int = field(
-        default=250_000, metadata={"help": "crop longer recordings to this many samples (at 16 kHz)"}
+        default=250_000, metadata={"help": "crop longer recordings to this number of samples (at 16 kHz)"}
     )
     normalize: bool = field(
         default=False,
-        metadata={"help": "give the student waveforms of zero mean and unit variance (the teacher gets what it needs)"},
+        metadata={
+            "help": "normalize the student's waveforms to zero mean and unit variance (the teacher always gets the"
+            " input of its pre-training)"
+        },
     )
     normalize_epsilon: float = field(
         default=TRANSFORMERS_EPSILON,
         metadata={
-            "help": "what normalize adds to the variance: 1e-7 as transformers does, or 1e-5 as fairseq and s3prl do."
-            " A library with another one gives other features for quiet recordings"
+            "help": "number that normalize adds to the variance: 1e-7 as in transformers, or 1e-5 as in fairseq and"
+            " s3prl. A library with another number computes other features for quiet recordings"
         },
     )
     mask_prob: float = field(
         default=0.0,
         metadata={
-            "help": "share of the student's input frames to mask in training, before spans overlap (the"
-            " teacher hears all of them); 0 masks nothing"
+            "help": "share of the student's input frames that masked spans cover in training, if no spans overlap; 0"
+            " for no masking. The teacher's input is not masked"
         },
     )
-    mask_length: int = field(default=10, metadata={"help": "frames of a masked span"})
+    mask_length: int = field(default=10, metadata={"help": "length of a masked span in frames"})
     bad_audio: str = field(
         default="skip",
-        metadata={"help": "what to do about a recording that cannot be used: skip (and log) it, or fail"},
+        metadata={"help": "skip: log unusable recordings and train without them; fail: stop at the first one"},
     )
     bad_audio_limit: float = field(
         default=BAD_AUDIO_LIMIT,
-        metadata={"help": "share of a manifest's recordings to skip; one more stops the training"},
+        metadata={"help": "largest share of a manifest's recordings to skip; the training stops at one more"},
     )
     target_store: Optional[str] = field(
         default=None,
         metadata={
-            "help": "folder for the teacher's targets: what is not there yet is computed and stored, and the"
-            " teacher is loaded only for that (default: the teacher runs for every batch)"
+            "help": "folder for stored targets of the teacher. The teacher is loaded only to compute missing targets,"
+            " which are then stored (default: no store; the teacher runs on every batch)"
         },
     )
     target_format: str = field(
         default="fp16",
-        metadata={"help": "how targets are stored: fp16, or int8 with a scale for each frame, half the size"},
+        metadata={"help": "format of stored targets: fp16, or int8 with one scale per frame, which is half the size"},
     )
     extensions: List[str] = field(
         default_factory=list,
         metadata={
-            "help": "Python files and modules with your own losses, growth methods, schedules, listeners or teachers to"
-            " load at the start, see docs/extending.md"
+            "help": "Python files and modules that are loaded at the start, with your own losses, growth methods,"
+            " schedules, listeners or teachers; see docs/extending.md"
         },
     )
     train_subset: str = II("dataset.train_subset")
@@ -109,34 +119,38 @@ class SpeechDistillationConfig(FairseqDataclass):
 
 
 class SpeechDistillation(FairseqTask):
-    """Distil a teacher's hidden states into a student that may grow.
+    """Distils a teacher's hidden states into a student that may grow.
 
-    The teacher is the task's: the model would be halved, saved and trained with it, and the
-    criterion would be wrapped for distributed training.
+    The task has the teacher, because fairseq would halve, save and train it as a part of the model, and wrap it for
+    distributed training as a part of the criterion.
     """
 
-    # fairseq then hands the moving average to train_step, where it grows with the student.
+    # With this, fairseq passes the moving average to train_step, where it grows with the student.
     uses_ema = True
 
-    # Every criterion of fairseq 0.12.2 asks its task for one.
-    target_dictionary = None
+    # Every criterion of fairseq 0.12.2 reads this from its task.
+    target_dictionary = None  # pyright: ignore[reportAssignmentType]  a property in fairseq
 
-    def __init__(self, cfg, teacher, store_folder=None):
+    cfg: SpeechDistillationConfig  # pyright: ignore[reportIncompatibleVariableOverride]  fairseq declares its base
+    datasets: dict[str, SpeechDataset]
+
+    def __init__(self, cfg: SpeechDistillationConfig, teacher: Teacher, store_folder: Path | None = None) -> None:
         super().__init__(cfg)
         self.teacher = teacher
-        self.model_cfg = self.target_layers = None
-        self.store_folder = store_folder  # the teacher's
-        self.store = None
+        self.model_cfg: StackedHubertConfig | None = None
+        self.target_layers: Sequence[int] = ()  # of the teacher, from the criterion
+        self.store_folder = store_folder  # for the targets of this teacher
+        self.store: TargetStore | None = None
         self.shares_cnn = False
-        self.bad_audio = {}  # of each split
-        self.left_out = set()  # splits of which it has been logged that batches leave recordings out
-        self.update, self.utterances = 0, []  # updates done, and what the one at hand hears
-        self.told_to_end = False  # the same in all processes
+        self.bad_audio: dict[str, BadAudio] = {}  # of each split
+        self.left_out: set[str] = set()  # splits with a logged warning that batches leave recordings out
+        self.update, self.utterances = 0, []  # the current update, and its utterances so far
+        self.preempted = False  # whether a process has received SIGTERM; the same in all processes
         self.progress = Progress()
         self.depth, self.updates_left = 0, {}
 
     @classmethod
-    def setup_task(cls, cfg, **kwargs):
+    def setup_task(cls, cfg: SpeechDistillationConfig, **kwargs: Any) -> "SpeechDistillation":
         for name in ("data", "teacher"):
             path = getattr(cfg, name)
             if not os.path.exists(path):
@@ -157,15 +171,15 @@ class SpeechDistillation(FairseqTask):
             task = cls(cfg, *described_teacher(cfg.teacher, cfg.target_store, **options))
         else:
             task = cls(cfg, load_teacher(cfg.teacher, **options))
-        # Saved with every checkpoint, so that a run resumes with the teacher that it began with.
+        # The digest is saved in every checkpoint, so that a run resumes only with the teacher that it began with.
         task.state.merge_state_dict({"teacher": weights_digest(cfg.teacher)})
         return task
 
-    def load_dataset(self, split, combine=False, **kwargs):
-        """Read the manifest `split`.tsv of task.data and check what can be known without opening its files.
+    def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
+        """Read the manifest `split`.tsv of task.data and check its recordings without opening their files.
 
-        The subset of dataset.train_subset is trained on, which may be several with commas between; any other is
-        validated on. fairseq asks for "valid" with `combine` where dataset.combine_valid_subsets is set.
+        `split` may be several subsets, separated by commas. The subset of dataset.train_subset is for training, all
+        others are for validation. With dataset.combine_valid_subsets, fairseq sets `combine` for the split "valid".
         """
         training = split == self.cfg.train_subset
         names = dict.fromkeys(name.strip() for name in split.split(","))
@@ -204,8 +218,14 @@ class SpeechDistillation(FairseqTask):
                 f" stored, the rest takes {size_text(missing_bytes)} of {size_text(free)} free"
             )
 
-    def get_batch_iterator(self, dataset, max_tokens=None, **options):
-        """fairseq's, but it leaves out no recording without a word."""
+    def get_batch_iterator(
+        self, dataset: SpeechDataset, max_tokens: int | None = None, **options: Any
+    ) -> EpochBatchIterator:
+        """Return fairseq's iterator, and warn if its batches leave out recordings.
+
+        Raises:
+            InputError: a recording is longer than `max_tokens`, or no recording is left.
+        """
         longest = int(dataset.sizes.argmax())
         samples = int(dataset.sizes[longest])
         if max_tokens is not None and samples > max_tokens:
@@ -215,21 +235,21 @@ class SpeechDistillation(FairseqTask):
                 f" raise it to {samples} or more, or lower task.max_sample_size={self.cfg.max_sample_size}"
             )
         epochs = super().get_batch_iterator(dataset, max_tokens=max_tokens, **options)
-        epochs.persistent_workers = False  # guards.py says why, and does the same for fairseq 0.12.2
-        recordings, heard = len(dataset.ordered_indices()), sum(map(len, epochs.frozen_batches))
-        if heard < recordings:
+        epochs.persistent_workers = False  # see guards.py, which does the same for fairseq 0.12.2
+        recordings, used = len(dataset.ordered_indices()), sum(map(len, epochs.frozen_batches))
+        if used < recordings:
             line = (
                 f"dataset.required_batch_size_multiple={options['required_batch_size_multiple']} leaves out"
-                f" {recordings - heard} of the {recordings} recordings of {dataset.split}, the longest; set it to 1"
+                f" {recordings - used} of the {recordings} recordings of {dataset.split}, the longest; set it to 1"
             )
-            if not heard:
+            if not used:
                 raise InputError(line)
             if dataset.split not in self.left_out:
                 self.left_out.add(dataset.split)
                 logger.warning(line)
         return epochs
 
-    def build_model(self, cfg, *args):
+    def build_model(self, cfg: StackedHubertConfig, *args: Any) -> StackedHubert:
         check_links(cfg, "task", self.cfg, ("mask_prob", "normalize"))
         model = super().build_model(cfg, *args)
         self.shares_cnn = cfg.share_teacher_cnn
@@ -237,17 +257,27 @@ class SpeechDistillation(FairseqTask):
         self.model_cfg = cfg
         return model
 
-    def build_criterion(self, cfg, *args):  # fairseq 0.12.2 has no second argument
+    def build_criterion(self, cfg: LayerDistillationConfig, *args: Any) -> LayerDistillation:
         if self.model_cfg is not None:
             names = ("loss", "teacher_layers", "intermediate_style", "output_weight")
             check_links(self.model_cfg, "criterion", cfg, names)
-        criterion = super().build_criterion(cfg, *args)
+        build: Any = super().build_criterion  # fairseq 0.12.2 takes one argument, later versions take two
+        criterion = build(cfg, *args)
         check_choice("checkpoint.best_checkpoint_metric", self.cfg.best_checkpoint_metric, criterion.validation_metrics)
         self.target_layers = criterion.target_layers
         return criterion
 
-    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, ema_model=None):
-        """Grow if it is time, then forward and backward as every fairseq task does."""
+    def train_step(
+        self,
+        sample: dict[str, Any],
+        model: StackedHubert,
+        criterion: LayerDistillation,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+        ema_model: Any = None,
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Let the model grow if a new stage is due, then run forward and backward as every fairseq task does."""
         if update_num != self.update:
             self.update, self.utterances = update_num, []
         self.utterances += sample["utterances"]
@@ -259,40 +289,48 @@ class SpeechDistillation(FairseqTask):
         ignore_grad = ignore_grad or not sample["utterances"]
         output = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
         loss, sample_size, logging_output = self.checked(output, sample, model, update_num)
-        logging_output["told_to_end"] = float(preemption.told_to_end())
+        logging_output["preempted"] = float(preemption.requested())
         logging_output.update(self.progress.count(sample))
         self.depth, self.updates_left = model.depth, model.updates_left(update_num + 1)
         return loss, sample_size, logging_output
 
-    def valid_step(self, sample, model, criterion, ema_model=None):
+    def valid_step(
+        self, sample: dict[str, Any], model: StackedHubert, criterion: LayerDistillation, ema_model: Any = None
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
         sample = self.with_targets(sample, model)
         output = super().valid_step(sample, model, criterion)
         return self.checked(output, sample, model, self.update + 1)
 
-    def checked(self, output, sample, model, update):
-        """Loss, sample size and log of a batch; one without any readable recording counts as nothing."""
+    def checked(
+        self, output: tuple[Tensor, Any, dict[str, Any]], sample: dict[str, Any], model: StackedHubert, update: int
+    ) -> tuple[Tensor, Any, dict[str, Any]]:
+        """Return loss, sample size and log of a batch. All are 0 for a batch without a readable recording.
+
+        Raises:
+            TrainingStopped: the loss is not finite.
+        """
         loss, sample_size, logging_output = output
         check_loss(loss, sample["targets"], sample["utterances"], update, model.stage_number)
         if not sample["utterances"]:
             return loss * 0, 0, {name: value * 0 for name, value in logging_output.items()}
         return loss, sample_size, logging_output
 
-    def reduce_metrics(self, logging_outputs, criterion):
-        """fairseq's hook after every update, with the sums over all processes."""
-        told = [log.pop("told_to_end", 0.0) for log in logging_outputs]
-        self.told_to_end = self.told_to_end or any(told)
+    def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: LayerDistillation) -> None:
+        """Log an update or a validation. fairseq calls this with the sums over all processes."""
+        preempted = [log.pop("preempted", 0.0) for log in logging_outputs]
+        self.preempted = self.preempted or any(preempted)
         counts = [{name: log.pop(name) for name in COUNTS if name in log} for log in logging_outputs]
         super().reduce_metrics(logging_outputs, criterion)
         if counts[0]:  # in training
             sums = {name: sum(count[name] for count in counts) for name in COUNTS}
             self.progress.log(sums, self.depth, self.updates_left)
 
-    def post_validate(self, model, stats, agg):
-        """fairseq's hook after every validation subset, with the means over all processes."""
+    def post_validate(self, model: StackedHubert, stats: dict[str, Any], agg: Any) -> None:
+        """Pass the loss to the model. fairseq calls this after each subset, with the mean over all processes."""
         model.observe_validation(stats["num_updates"], float(stats["loss"]))
 
-    def with_targets(self, sample, model):
-        """The batch with the teacher's hidden states, and waveforms as the student wants them."""
+    def with_targets(self, sample: dict[str, Any], model: StackedHubert) -> dict[str, Any]:
+        """Return the batch with the teacher's hidden states and with the student's input."""
         self.bad_audio[sample["split"]].report(sample["problems"])
         targets = targets_of(sample, self.teacher, self.target_layers, self.shares_cnn, self.store)
         features = targets.pop(CNN).transpose(1, 2) if self.shares_cnn else None
@@ -301,13 +339,21 @@ class SpeechDistillation(FairseqTask):
             waveforms = normalize_waveforms(waveforms, sample["lengths"], self.cfg.normalize_epsilon)
         return {**sample, "waveforms": waveforms, "features": features, "targets": targets}
 
-    def mask(self, sample, model, update_num):
-        """[B, T] bool, the masked frames of a batch: a matter of (seed, update, utterance) alone."""
+    def mask(self, sample: dict[str, Any], model: StackedHubert, update_num: int) -> Tensor:
+        """Return [B, T] bool, the masked frames of a batch. They depend only on seed, update and utterance."""
         seeds = [(self.cfg.seed, update_num, zlib.crc32(name.encode())) for name in sample["utterances"]]
         return span_mask(model.frames(sample["lengths"]), self.cfg.mask_prob, self.cfg.mask_length, seeds)
 
-    def grow(self, sample, model, criterion, optimizer, update_num, ema_model):
-        """Let the model grow; the listeners carry the optimizer and the moving average along, and log it."""
+    def grow(
+        self,
+        sample: dict[str, Any],
+        model: StackedHubert,
+        criterion: LayerDistillation,
+        optimizer: Any,
+        update_num: int,
+        ema_model: Any,
+    ) -> None:
+        """Let the model grow. The listeners update the optimizer and the moving average, and log the growth."""
         growth = Growth(
             update=update_num,
             model=model,
@@ -321,19 +367,21 @@ class SpeechDistillation(FairseqTask):
             model.set_num_updates(update_num)
             growth.copied = model.finish_growth()
 
-    def _loss(self, sample, model, criterion, optimizer):
-        """Loss per frame of one batch without dropout or gradient."""
+    def _loss(
+        self, sample: dict[str, Any], model: StackedHubert, criterion: LayerDistillation, optimizer: Any
+    ) -> float:
+        """Return the loss per frame of a batch, without dropout or gradient."""
         with torch.autocast("cuda", enabled=isinstance(optimizer, AMPOptimizer)):
             loss, sample_size, _ = super().valid_step(sample, model, criterion)
         model.train()
         return loss.item() / sample_size
 
 
-def check_links(model_cfg, node, cfg, names):
-    """Fields that the model takes from the task or the criterion must not be set to something else in the model.
+def check_links(model_cfg: Any, node: str, cfg: Any, names: tuple[str, ...]) -> None:
+    """Check that fields which the model takes from the task or the criterion have the same values there.
 
     Raises:
-        InputError: one of them is.
+        InputError: a field has another value in the model.
     """
     for name in names:
         ours, theirs = getattr(model_cfg, name), getattr(cfg, name)
@@ -341,11 +389,11 @@ def check_links(model_cfg, node, cfg, names):
             raise InputError(f"model.{name}={ours} differs from {node}.{name}={theirs}; set {node}.{name} alone")
 
 
-def check_frames(student, teacher, max_samples):
-    """Teacher and student must cut every recording into the same frames.
+def check_frames(student: StackedHubert, teacher: Teacher, max_samples: int) -> None:
+    """Check that teacher and student divide every recording into the same frames.
 
     Raises:
-        InputError: for some length up to `max_samples` samples they do not, or that is no whole frame.
+        InputError: their frames differ for some length up to `max_samples` samples, or that is less than one frame.
     """
     shortest = receptive_field(student.conv_layers)
     if max_samples < shortest:

@@ -1,1 +1,1 @@
-"""What a run is beside its task: trainer, optimizers, checks at the start, resuming, progress."""
+"""Trains a student: trainer, optimizers, checks at the start, resuming, progress."""

@@ -1,30 +1,37 @@
-"""Whether a run brings its student to full depth: what is known at its start, and what is to be said at its end."""
+"""Warns at the start and the end of a run whose student does not reach full depth."""
 
 import logging
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from math import ceil
+from typing import Any
+
+from fairseq.trainer import Trainer
 
 from fairseq_stack.errors import InputError
+from fairseq_stack.growth.schedule import Plateau
+from fairseq_stack.models.stacked_hubert import StackedHubert
 
 logger = logging.getLogger(__name__)
 
 
-def check_depth(cfg, model, batches):
-    """Warn of, or refuse, a run that cannot grow as its configuration says.
+def check_depth(cfg: Any, model: StackedHubert, batches: int) -> None:
+    """Warn about, or refuse, a run that cannot grow as its configuration says.
 
     Args:
         cfg: fairseq's configuration.
         model: a StackedHubert for training.
-        batches: of this process in an epoch.
+        batches: the number of batches of this process in an epoch.
 
     Raises:
-        InputError: the plateau schedule, and no validation before the last stage begins.
+        InputError: the run uses the plateau schedule, but has no validation before the last stage begins.
     """
     if model.stage_number == len(model.plan.stages):
         return
+    assert model.starts is not None  # it is set for training
     last, epochs = model.starts[-1], cfg.optimization.max_epoch
     if model.plateau is not None:
-        _check_validations(cfg, model, list(validations(cfg, batches, last)))
+        _check_validations(cfg, model.starts, model.plateau, list(validations(cfg, batches, last)))
     elif 0 < epochs and sum(islice(updates_of_epochs(cfg, batches), epochs)) <= last:
         logger.warning(
             f"optimization.max_epoch={epochs} ends the run before the last stage, which begins at update {last}; raise"
@@ -32,23 +39,23 @@ def check_depth(cfg, model, batches):
         )
 
 
-def _check_validations(cfg, model, seen):
-    needed = model.plateau.patience + 1  # the first one of a stage is what the others are compared with
+def _check_validations(cfg: Any, starts: Sequence[int], plateau: Plateau, seen: list[int]) -> None:
+    needed = plateau.patience + 1  # the first one of a stage is the reference for the others
     if not seen:
-        dataset, first = cfg.dataset, model.starts[1]
+        dataset, first = cfg.dataset, starts[1]
         often = f"set dataset.validate_interval_updates={max((first - 1) // needed, 1)}"
         if dataset.disable_validation:
             given, remedy = "dataset.disable_validation=true", "set it to false"
-        elif dataset.validate_after_updates >= model.starts[-1]:
+        elif dataset.validate_after_updates >= starts[-1]:
             given, remedy = f"dataset.validate_after_updates={dataset.validate_after_updates}", "lower it"
         else:
             given, remedy = f"dataset.validate_interval={dataset.validate_interval}", often
         raise InputError(
             f"model.stack_schedule=plateau needs validations, and with {given} there is none before the last stage"
-            f" begins, at update {model.starts[-1]}; {remedy}, or choose model.stack_schedule=prop"
+            f" begins, at update {starts[-1]}; {remedy}, or choose model.stack_schedule=prop"
         )
-    ends = list(enumerate(zip(model.starts, model.starts[1:]), start=1))
-    patience, least = model.plateau.patience, model.plateau.min_updates
+    ends = list(enumerate(zip(starts, starts[1:]), start=1))
+    patience, least = plateau.patience, plateau.min_updates
     short = [
         str(stage)
         for stage, (begin, end) in ends
@@ -74,16 +81,16 @@ def _check_validations(cfg, model, seen):
         )
 
 
-def updates_of_epochs(cfg, batches):
-    """The number of updates in epochs 1, 2, ..., without end."""
+def updates_of_epochs(cfg: Any, batches: int) -> Iterator[int]:
+    """Yield the number of updates in epochs 1, 2, ..., without end."""
     frequencies = cfg.optimization.update_freq
     for epoch in count():
         updates = batches / frequencies[min(epoch, len(frequencies) - 1)]
         yield int(updates) if cfg.optimization.skip_remainder_batch else ceil(updates)
 
 
-def validations(cfg, batches, before):
-    """The updates below `before` after which fairseq validates; see validate_and_save in fairseq_cli/train.py."""
+def validations(cfg: Any, batches: int, before: int) -> Iterator[int]:
+    """Yield the updates below `before` after which fairseq validates, as validate_and_save in fairseq_cli/train.py."""
     dataset, save = cfg.dataset, cfg.checkpoint.save_interval_updates
     every, first = dataset.validate_interval_updates, dataset.validate_after_updates
     update = 0
@@ -100,13 +107,13 @@ def validations(cfg, batches, before):
                 yield update
 
 
-def depth_at_end(cfg, trainer, next_epoch):
-    """What to tell the user of a run that has ended before full depth, in one line, or None.
+def depth_at_end(cfg: Any, trainer: Trainer, next_epoch: int) -> str | None:
+    """Return one line for the user if a run ends before full depth, else None.
 
     Args:
         cfg: fairseq's configuration.
-        trainer: fairseq's.
-        next_epoch: which epoch would come, from 1.
+        trainer: the run's trainer.
+        next_epoch: the number of the epoch that would come next, from 1.
     """
     model, updates, run = trainer.get_model(), trainer.get_num_updates(), cfg.optimization
     stage, stages = model.stage_number, len(model.plan.stages)

@@ -1,25 +1,25 @@
-"""The one place that replaces functions of fairseq, for runs of this package's own task alone.
+"""Guards: replacements for functions of fairseq, for runs of this package's task.
 
-fairseq has no hook for any of this. Each guard calls fairseq's function and adds to it, and
-tests/integration/test_guards.py fails where fairseq no longer calls it. What a subclass can do stands in trainer.py.
+Only this module replaces functions, and only where fairseq has no hook and a subclass (trainer.py) cannot help. Each
+guard calls fairseq's function and adds to it. tests/integration/test_guards.py fails if fairseq no longer calls it.
 
-- The one-line message of bad input is made where the program ends, in every process of a job.
-- A training starts as in a new process (process_state.py), after its configuration has been checked (start_checks.py).
-- A field of the wrong type or name gets one line.
-- A checkpoint is copied to a temporary name and renamed; fairseq copies in place, and a kill leaves half of one.
-- Before a run resumes, recovery.py makes checkpoint_last.pt the newest whole checkpoint.
-- A file is unpickled only after checkpoints/read.py has found that nothing in it can run. (torch refuses
-  the rest since 2.6, with a traceback.) This one holds for every task: whoever fine-tunes a student loads a file too.
-- What is loaded fits this configuration, or ends in one line that says what does not.
-- A run does not resume in the middle of an epoch of other batches (resume_state.py).
-- A run that has done its updates and is started again does none; fairseq does one more.
-- A run that cannot, or did not, reach full depth says so (full_depth.py).
-- A job that is told to end (preemption.py) saves a checkpoint first.
-- Validation subsets that nothing names are answered in one line.
+- Bad input ends every process of a job with a one-line message.
+- A training starts as in a new process (process_state.py). Its configuration is checked first (start_checks.py).
+- A field with a wrong type or name gets a one-line error.
+- A checkpoint is copied to a temporary name and then renamed. fairseq copies in place, so a kill leaves half a file.
+- Before a run resumes, the newest whole checkpoint becomes checkpoint_last.pt (checkpoints/recovery.py).
+- A file is unpickled only if checkpoints/read.py finds that no code in it can run. (torch has refused other files
+  since 2.6, with a traceback.) This holds for every task, because fine-tuning a student loads a file, too.
+- A loaded checkpoint fits this configuration, or a one-line error says what does not fit.
+- A run does not resume in the middle of an epoch if its batches have changed (resume_state.py).
+- A finished run that is started again makes no update. fairseq would make one more.
+- A run that cannot reach, or has not reached, full depth logs this (full_depth.py).
+- A job that receives SIGTERM saves a checkpoint before it ends (preemption.py).
+- Validation subsets that no field names get a one-line error.
 - The wait for the batches of an update is measured (progress.py).
-- Data workers end with their epoch in fairseq 0.12.2, as the task asks of later ones. fairseq lets
-  them wait for a next epoch, which gets workers of its own, and leaves them to Python's garbage collector: it takes their
-  queues apart before they have received that it is over, and the training stands still for 5 s for each.
+- Data workers end with their epoch in fairseq 0.12.2; for later versions the task sets this. fairseq keeps them for the
+  next epoch, which starts its own workers. Python's garbage collector then breaks their queues before they know that
+  they shall end, and the training stands still for 5 s per worker.
 """
 
 import difflib
@@ -27,6 +27,9 @@ import functools
 import inspect
 import logging
 import os
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from fairseq import checkpoint_utils
@@ -38,7 +41,9 @@ from fairseq.logging import metrics
 from fairseq.tasks import TASK_REGISTRY
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.recovery import LAST, UNFINISHED, recover
@@ -56,13 +61,13 @@ logger = logging.getLogger(__name__)
 TASK = "speech_distillation"
 
 
-def _guard(owner, name, always=False):
-    """Replace `owner.name` by the decorated function, which gets fairseq's as its first argument.
+def _guard(owner: Any, name: str, always: bool = False) -> Callable[[Callable], Callable]:
+    """Replace `owner.name` by the decorated function, whose first argument is fairseq's function.
 
-    It is called in runs of this package's task, or always.
+    The decorated function is called in runs of this package's task, or with `always` in all runs.
     """
 
-    def decorate(function):
+    def decorate(function: Callable) -> Callable:
         original = getattr(owner, name)
 
         @functools.wraps(original)
@@ -77,39 +82,39 @@ def _guard(owner, name, always=False):
 
 
 @_guard(distributed_utils, "call_main", always=True)
-def _end_in_one_line(call_main, cfg, main, **kwargs):
-    """How both of fairseq's command lines start their work, in this process or in one for each GPU."""
+def _end_in_one_line(call_main: Callable, cfg: DictConfig | Namespace, main: Callable, **kwargs: Any) -> Any:
+    """Both command lines of fairseq start their work with call_main, in this process or in one for each GPU."""
     if main is not fairseq_train.main:
         return call_main(cfg, main, **kwargs)
     try:
         return call_main(cfg, one_line_training, **kwargs)
-    except torch.multiprocessing.ProcessExitedException as error:  # which has said why
+    except ProcessExitedException as error:  # the process has printed the reason
         raise SystemExit(error.exit_code) from None
 
 
 @one_line_errors
-def one_line_training(cfg, **kwargs):
-    """fairseq's training, in which an InputError or TrainingStopped ends the process with its one line."""
+def one_line_training(cfg: Any, **kwargs: Any) -> None:
+    """Run fairseq's training. An InputError or TrainingStopped ends the process with its one-line message."""
     return fairseq_train.main(cfg, **kwargs)
 
 
 @_guard(fairseq_train, "add_defaults", always=True)
-def _start_clean_and_checked(add_defaults, cfg):
-    """fairseq's first step in every training, right after it has imported the user_dir."""
+def _start_clean_and_checked(add_defaults: Callable, cfg: DictConfig) -> None:
+    """In every training, fairseq calls add_defaults first, right after it has imported the user_dir."""
     name = getattr(cfg.task, "_name", None)
-    ours = name == TASK or name not in TASK_REGISTRY  # which check_names answers
+    ours = name == TASK or name not in TASK_REGISTRY  # check_names reports an unknown name
     fairseq_train.Trainer = StudentTrainer if ours else Trainer
-    reset_process_state()  # for another task too: what is there may be of a run of ours
+    reset_process_state()  # for another task too: the state may come from a run of our task
     if not ours:
         return add_defaults(cfg)
-    load_extensions(getattr(cfg.task, "extensions", None) or [])  # which may register an optimizer with fairseq
+    load_extensions(getattr(cfg.task, "extensions", None) or [])  # they may register an optimizer with fairseq
     check_names(cfg)
     add_defaults(cfg)
     check_configuration(cfg)
 
 
 @_guard(PathManager, "copy")
-def _copy_as_a_whole(copy, src_path, dst_path, overwrite=False):
+def _copy_as_a_whole(copy: Callable, src_path: str, dst_path: str, overwrite: bool = False) -> bool | None:
     if not PathManager.supports_rename(dst_path):
         return copy(src_path, dst_path, overwrite=overwrite)
     copied = copy(src_path, dst_path + UNFINISHED, overwrite=True)
@@ -118,29 +123,31 @@ def _copy_as_a_whole(copy, src_path, dst_path, overwrite=False):
 
 
 @_guard(iterators.EpochBatchIterator, "state_dict")
-def _remember_the_batches(state_dict, iterator):
+def _save_the_layout(state_dict: Callable, iterator: iterators.EpochBatchIterator) -> dict[str, Any]:
     state = state_dict(iterator)
     return {**state, "layout": epoch_layout(iterator)} if state["iterations_in_epoch"] else state
 
 
 @_guard(iterators.EpochBatchIterator, "load_state_dict")
-def _leave_an_epoch_of_other_batches(load, iterator, state):
+def _skip_an_epoch_of_other_batches(
+    load: Callable, iterator: iterators.EpochBatchIterator, state: dict[str, Any]
+) -> None:
     if state.get("iterations_in_epoch") and state.get("layout") not in (None, epoch_layout(iterator)):
         state = next_epoch(state)
     try:
         load(iterator, state)
-    except RuntimeError:  # an older checkpoint has no layout, and its place lies behind the epoch's last batch
+    except RuntimeError:  # an older checkpoint has no layout, and its position lies after the epoch's last batch
         load(iterator, next_epoch(state))
 
 
 @_guard(checkpoint_utils, "load_checkpoint")
-def _start_the_next_epoch(load, cfg, trainer, **kwargs):
+def _start_the_next_epoch(load: Callable, cfg: DictConfig, trainer: StudentTrainer, **kwargs: Any) -> tuple[Any, Any]:
     state, epochs = load(cfg, trainer, **kwargs)
     if state is not None and epochs.epoch > state["train_iterator"]["epoch"]:
         left = state["train_iterator"]
         change = layout_change(left.get("layout"), epoch_layout(epochs))
         logger.info(
-            f"resume | epoch {left['epoch']} {change}, so training goes on at the start of epoch {epochs.epoch}"
+            f"resume | epoch {left['epoch']} {change}, so training resumes at the start of epoch {epochs.epoch}"
         )
         epochs = trainer.get_train_iterator(epochs.epoch, load_dataset=False, **kwargs)
         metrics.reset_meters("train")
@@ -148,13 +155,13 @@ def _start_the_next_epoch(load, cfg, trainer, **kwargs):
 
 
 @_guard(checkpoint_utils, "load_checkpoint")
-def _resume_from_the_newest(load, cfg, trainer, **kwargs):
+def _resume_from_the_newest(load: Callable, cfg: DictConfig, trainer: StudentTrainer, **kwargs: Any) -> tuple[Any, Any]:
     preemption.listen()
     if cfg.restore_file == LAST and not trainer.checkpoint_suffix:
         if trainer.data_parallel_rank == 0:
             recover(cfg.save_dir)
         if trainer.data_parallel_world_size > 1:
-            torch.distributed.barrier()  # every process looks for the file
+            torch.distributed.barrier()  # every process reads the file
     if not trainer.checkpoint_suffix:
         _check_where_from(cfg)
     state, epoch_itr = load(cfg, trainer, **kwargs)
@@ -168,13 +175,13 @@ def _resume_from_the_newest(load, cfg, trainer, **kwargs):
         logger.warning("checkpoint.no_save_optimizer_state=true: once this run is stopped, it cannot resume")
     check_depth(trainer.cfg, trainer.get_model(), len(epoch_itr))
     if 0 < trainer.cfg.optimization.max_epoch < epoch_itr.next_epoch_idx:
-        trainer.say_depth(epoch_itr.next_epoch_idx)
+        trainer.log_depth(epoch_itr.next_epoch_idx)
     return state, epoch_itr
 
 
-def _check_where_from(cfg):
-    """Refuse a file that is not there, for which fairseq trains from the beginning, and fields that contradict it."""
-    others = [f"checkpoint.{name}=true" for name in cfg if name.startswith("reset_") and cfg[name]]
+def _check_where_from(cfg: DictConfig) -> None:
+    """Refuse a missing checkpoint, for which fairseq would train from the beginning, and contradicting fields."""
+    others = [f"checkpoint.{name}=true" for name in map(str, cfg) if name.startswith("reset_") and cfg[name]]
     if cfg.restore_file != LAST:
         others.append(f"checkpoint.restore_file={cfg.restore_file}")
     if cfg.finetune_from_model and others:
@@ -190,7 +197,7 @@ def _check_where_from(cfg):
             " field out to resume from there"
         )
     names = ["restore_file"]
-    if cfg.restore_file == LAST:  # without which a run starts from others
+    if cfg.restore_file == LAST:  # without this file, a run starts from the files of other fields
         names = [] if PathManager.exists(last) else ["continue_once", "finetune_from_model"]
     for name in names:
         if cfg.get(name) and not PathManager.isfile(cfg[name]):
@@ -198,31 +205,35 @@ def _check_where_from(cfg):
 
 
 @_guard(fairseq_train, "train")
-def _leave_a_finished_run_alone(train, cfg, trainer, task, epoch_itr):
+def _leave_a_finished_run_alone(
+    train: Callable, cfg: DictConfig, trainer: StudentTrainer, task: Any, epoch_itr: Any
+) -> tuple[list, bool]:
     finished = 0 < cfg.optimization.max_update <= trainer.get_num_updates()
     losses, should_stop = ([None], True) if finished else train(cfg, trainer, task, epoch_itr)
     next_epoch = epoch_itr.next_epoch_idx
     if should_stop or 0 < cfg.optimization.max_epoch < next_epoch:
-        trainer.say_depth(next_epoch)
+        trainer.log_depth(next_epoch)
     return losses, should_stop
 
 
 @_guard(fairseq_train, "validate_and_save")
-def _save_when_told_to_end(validate_and_save, cfg, trainer, task, epoch_itr, *args):
+def _save_on_sigterm(
+    validate_and_save: Callable, cfg: DictConfig, trainer: StudentTrainer, task: Any, epoch_itr: Any, *args: Any
+) -> tuple[list, bool]:
     losses, should_stop = validate_and_save(cfg, trainer, task, epoch_itr, *args)
-    if getattr(task, "told_to_end", False) and not should_stop:
+    if getattr(task, "preempted", False) and not should_stop:
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
         if trainer.is_data_parallel_master:
             logger.warning(
                 f"SIGTERM ends the run at update {trainer.get_num_updates()}; the same command resumes it from its last"
                 " checkpoint"
             )
-        preemption.obey()
+        preemption.stop()
     return losses, should_stop
 
 
 @_guard(dataclass_utils, "merge_with_parent")
-def _name_the_field(merge, dc, cfg, *args, **kwargs):
+def _name_the_field(merge: Callable, dc: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return merge(dc, cfg, *args, **kwargs)
     except OmegaConfBaseException as error:
@@ -230,23 +241,23 @@ def _name_the_field(merge, dc, cfg, *args, **kwargs):
         name = "" if group is None else f"{group}."
         if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
             known = [each for each in dc.__dataclass_fields__ if not each.startswith("_")]
-            alike = difflib.get_close_matches(str(field), known, n=3) or known
+            similar = difflib.get_close_matches(str(field), known, n=3) or known
             raise InputError(
                 f"{name}{field} is no field of {name}_name={cfg.get('_name')}; take it out (~{name}{field} on the"
-                f" command line) or choose from {', '.join(alike)}"
+                f" command line) or choose from {', '.join(similar)}"
             ) from None
         reason = str(error.msg or error).splitlines()[0]
         raise InputError(f"{name}{field}: {reason}; correct the configuration") from None
 
 
 @_guard(checkpoint_utils, "verify_checkpoint_directory")
-def _name_the_folder(verify, save_dir):
+def _name_the_folder(verify: Callable, save_dir: str) -> None:
     with input_errors(f"checkpoint.save_dir={save_dir} cannot be written to; choose another folder"):
         verify(save_dir)
 
 
 @_guard(data_utils, "raise_if_valid_subsets_unintentionally_ignored")
-def _name_the_ignored_subsets(check, cfg):
+def _name_the_ignored_subsets(check: Callable, cfg: DictConfig) -> None:
     try:
         check(cfg)
     except ValueError as error:
@@ -257,12 +268,12 @@ def _name_the_ignored_subsets(check, cfg):
 
 
 @_guard(iterators, "_chunk_iterator")
-def _time_the_wait(groups, *args):
+def _time_the_wait(groups: Callable[..., Iterable], *args: Any) -> Iterator:
     return progress.timed(groups(*args))
 
 
 @_guard(checkpoint_utils, "load_checkpoint_to_cpu", always=True)
-def _load_what_is_safe_and_fits(load, path, *args, **kwargs):
+def _load_what_is_safe_and_fits(load: Callable, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     local_path = PathManager.get_local_path(path)
     if os.path.isfile(local_path):
         load_checkpoint(local_path, header_only=True, harmless_only=True)
@@ -274,7 +285,7 @@ def _load_what_is_safe_and_fits(load, path, *args, **kwargs):
 
 
 @_guard(checkpoint_utils, "load_ema_from_checkpoint", always=True)
-def _unpickle_only_what_is_safe(load, path, *args, **kwargs):
+def _unpickle_only_what_is_safe(load: Callable, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     if os.path.isfile(path):
         load_checkpoint(path, header_only=True, harmless_only=True)
     return load(path, *args, **kwargs)
@@ -283,7 +294,7 @@ def _unpickle_only_what_is_safe(load, path, *args, **kwargs):
 if "persistent_workers" not in inspect.signature(iterators.EpochBatchIterator).parameters:
 
     @_guard(iterators.EpochBatchIterator, "_get_iterator_for_epoch")
-    def _end_workers_with_their_epoch(get_iterator, *args, **kwargs):
+    def _end_workers_with_their_epoch(get_iterator: Callable, *args: Any, **kwargs: Any) -> Any:
         loader = torch.utils.data.DataLoader
         torch.utils.data.DataLoader = lambda *given, **options: loader(
             *given, **{**options, "persistent_workers": False}

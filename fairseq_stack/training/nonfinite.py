@@ -1,19 +1,24 @@
-"""Stop a training whose numbers have left the range of floating point, and say where that was."""
+"""Stops a training whose loss or gradient is not finite, and names the place."""
+
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from fairseq_stack.errors import TrainingStopped
 
+LAST_CHECKPOINT = "the last checkpoint is from before"
 
-def check_loss(loss, targets, utterances, update, stage):
-    """Check the loss of a batch; the teacher is looked at only where the loss is not finite.
+
+def check_loss(loss: Tensor, targets: Mapping[int, Tensor], utterances: Iterable[str], update: int, stage: int) -> None:
+    """Check that the loss of a batch is finite. The teacher's outputs are checked only if it is not.
 
     Args:
         loss: a scalar, before fp16's loss scaling.
         targets: {teacher layer: [B, T, D]}.
         utterances: the ids of the batch's utterances.
-        update: updates done.
-        stage: of the student, counted from 1.
+        update: the number of updates done.
+        stage: the student's stage, counted from 1.
 
     Raises:
         TrainingStopped: the loss is not finite.
@@ -25,25 +30,22 @@ def check_loss(loss, targets, utterances, update, stage):
     raise TrainingStopped(f"{_where(what, update, stage, utterances)}; {LAST_CHECKPOINT}")
 
 
-def gradient_stop(norm, utterances, update, stage):
-    """The TrainingStopped for a gradient whose norm is not finite while the loss was."""
+def gradient_stop(norm: Tensor | float, utterances: Iterable[str], update: int, stage: int) -> TrainingStopped:
+    """Return the TrainingStopped for a gradient whose norm is not finite although the loss is."""
     return TrainingStopped(
         f"{_where(f'gradient (norm {norm})', update, stage, utterances)}; lower optimization.lr or set"
         f" optimization.clip_norm; {LAST_CHECKPOINT}"
     )
 
 
-def loss_scale_stop(problem, utterances, update, stage):
-    """The TrainingStopped for gradients that overflow at every loss scale that fp16 may use."""
+def loss_scale_stop(problem: Exception, utterances: Iterable[str], update: int, stage: int) -> TrainingStopped:
+    """Return the TrainingStopped for gradients that overflow at every loss scale of fp16."""
     return TrainingStopped(
         f"{_where('gradient in fp16 at every loss scale', update, stage, utterances)} ({problem}); lower"
         f" optimization.lr, set optimization.clip_norm or use common.bf16; {LAST_CHECKPOINT}"
     )
 
 
-LAST_CHECKPOINT = "the last checkpoint is from before"
-
-
-def _where(what, update, stage, utterances):
-    utterances = dict.fromkeys(utterances)  # each once: AMP computes a batch again after an overflow
-    return f"at update {update}, stage {stage}, the {what} is not finite on the utterances {', '.join(utterances)}"
+def _where(what: str, update: int, stage: int, utterances: Iterable[str]) -> str:
+    names = ", ".join(dict.fromkeys(utterances))  # each once: AMP computes a batch again after an overflow
+    return f"at update {update}, stage {stage}, the {what} is not finite on the utterances {names}"

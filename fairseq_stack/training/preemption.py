@@ -1,35 +1,36 @@
-"""SIGTERM: how a cluster asks a job to end, some seconds before it kills it.
+"""Handles SIGTERM, with which a cluster asks a job to end some seconds before it kills it.
 
-A training that is told to end finishes its update and saves a checkpoint.
+The training then finishes its update and saves a checkpoint.
 """
 
 import signal
 import threading
+from typing import NoReturn
 
 from fairseq_stack.errors import Preempted
 
-_told = threading.Event()
+_requested = threading.Event()
 
 
-def listen():
-    """Remember a SIGTERM instead of dying of it. Only a process's main thread can.
+def listen() -> None:
+    """Remember a SIGTERM instead of ending the process. This works only in the main thread of a process.
 
-    One that came at the end of the training before, in a sweep, is for this one.
+    In a sweep, a SIGTERM that came at the end of one training ends the next one.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda signum, frame: _told.set())
+        signal.signal(signal.SIGTERM, lambda signum, frame: _requested.set())
 
 
-def told_to_end():
-    """Whether a SIGTERM has come that has not been obeyed yet."""
-    return _told.is_set()
+def requested() -> bool:
+    """Return whether a SIGTERM has come that has not ended a training yet."""
+    return _requested.is_set()
 
 
-def obey():
-    """End the training, and with it the program as a SIGTERM does.
+def stop() -> NoReturn:
+    """End the training and the program. The exit code is that of a program that SIGTERM ends.
 
     Raises:
         Preempted: always.
     """
-    _told.clear()
+    _requested.clear()
     raise Preempted

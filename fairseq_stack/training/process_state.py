@@ -1,4 +1,4 @@
-"""What fairseq keeps in the process beside its trainer, and what one training must not leave to the next.
+"""Resets the state that fairseq keeps in the process, so that one training does not affect the next.
 
 A hydra sweep (`fairseq-hydra-train -m`) runs its trainings one after another in one process.
 """
@@ -10,10 +10,10 @@ from fairseq.logging import progress_bar
 from fairseq_cli import train as fairseq_train
 
 
-def reset_process_state():
-    """Forget the trainings before: the best loss, the patience, and where they logged.
+def reset_process_state() -> None:
+    """Reset what earlier trainings in this process left: the best loss, the patience and their logs.
 
-    fairseq resets its metrics by itself, and seeds the random generators.
+    fairseq itself resets its metrics and seeds the random generators.
     """
     for function, names in (
         (checkpoint_utils.save_checkpoint, ("best",)),
@@ -23,7 +23,7 @@ def reset_process_state():
             vars(function).pop(name, None)
     progress_bar._close_writers()
     progress_bar._tensorboard_writers.clear()
-    for logger in (fairseq_train.logger, progress_bar.logger):  # files of common.log_file
+    for logger in (fairseq_train.logger, progress_bar.logger):  # the files of common.log_file
         for handler in [each for each in logger.handlers if isinstance(each, logging.FileHandler)]:
             logger.removeHandler(handler)
             handler.close()

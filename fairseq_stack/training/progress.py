@@ -1,30 +1,33 @@
-"""How fast a training goes: what the progress line and TensorBoard say beside the losses.
+"""Logs the speed of a training to the progress line and TensorBoard.
 
-Every update has a clock of its own: it starts when the training begins to wait for the update's batches
-and stops when fairseq logs. Validation and the writing of checkpoints lie between two updates; the time left
-counts them too.
+The time of an update starts when the training begins to wait for the update's batches, and ends when fairseq logs.
+Validation and the writing of checkpoints lie between two updates. The estimate of the time left includes them.
 """
 
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from fairseq.distributed.utils import get_data_parallel_world_size
 from fairseq.logging import metrics
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 
-# What is logged and never the same in two runs.
+# Logged values that differ between two runs of the same configuration.
 CLOCKS = ("audio_hours_per_hour", "data_wait_share", "eta_hours")
-# What `Progress.count` tells of a batch.
+# The sums that `Progress.count` returns for a batch.
 COUNTS = ("audio_samples", "padded_samples", "waited_seconds")
-_RECENT = 1000  # updates that the pace is a mean over: enough for validations to weigh what they cost
+_RECENT = 1000  # the pace is the mean of so many updates, which is enough to include validations by their share
 
-# Of this process: when the update at hand began, and how long it waited for its batches, in seconds.
+Group = TypeVar("Group")
+
+# In this process: when the current update began and how long it waited for its batches, in seconds.
 _update = SimpleNamespace(begin=0.0, waited=0.0)
 
 
-def timed(groups):
-    """The groups of batches of an epoch, one for each update, with the wait for each on the update's clock."""
+def timed(groups: Iterable[Group]) -> Iterator[Group]:
+    """Yield the groups of batches of an epoch, one for each update, and measure the wait for each."""
     groups = iter(groups)
     while True:
         _update.begin = time.perf_counter()
@@ -38,25 +41,25 @@ def timed(groups):
 class Progress:
     """Logs speed, shares of waiting and padding, and the time left of one training."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.pace = Pace()
-        self.ended = None  # when the last update had been logged
+        self.ended: float | None = None  # when the last update was logged
 
-    def count(self, sample):
-        """What a batch adds to the log: sums, as fairseq adds them over accumulation and processes.
+    def count(self, sample: Mapping[str, Any]) -> dict[str, float]:
+        """Return the sums that a batch adds to the log. fairseq adds them over batches and processes.
 
-        They are known without asking the GPU.
+        None of them needs a wait for the GPU.
         """
-        waited, _update.waited = _update.waited, 0.0  # of the update, not of each of its batches
+        waited, _update.waited = _update.waited, 0.0  # counted once for the update, not for each of its batches
         return dict(zip(COUNTS, (float(sample["audio_samples"]), float(sample["padded_samples"]), waited)))
 
-    def log(self, sums, depth, updates_left):
+    def log(self, sums: Mapping[str, float], depth: int, updates_left: Mapping[int, int]) -> None:
         """Log the update that has just ended.
 
         Args:
-            sums: of what `count` returned, over all batches of the update.
-            depth: of the student, in layers.
-            updates_left: {depth: updates still to do at it}; empty where the training has no planned end.
+            sums: the sums of the results of `count` over all batches of the update.
+            depth: the student's depth in layers.
+            updates_left: {depth: updates left at that depth}; empty if the training has no planned end.
         """
         now = time.perf_counter()
         seconds = now - _update.begin
@@ -74,28 +77,28 @@ class Progress:
 
 
 class Pace:
-    """Seconds from one update to the next at each depth, as this process has measured them.
+    """Measures the seconds from one update to the next, at each depth.
 
     Attributes:
         seconds: {depth: mean over the recent updates}.
     """
 
-    def __init__(self):
-        self.seconds = {}
-        self._seen = {}
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+        self._seen: dict[int, int] = {}
 
-    def observe(self, depth, seconds):
-        """Take in an update; the first at each depth is left out, which pays for the growth or warms up."""
+    def observe(self, depth: int, seconds: float) -> None:
+        """Count an update. The first at each depth is ignored, because it includes the growth or the warm-up."""
         seen = self._seen[depth] = self._seen.get(depth, -1) + 1
         if seen:
             mean = self.seconds.get(depth, 0.0)
             self.seconds[depth] = mean + (seconds - mean) / min(seen, _RECENT)
 
-    def predict(self, depth):
-        """Seconds of an update at `depth`: measured, else on the line through the two deepest that are.
+    def predict(self, depth: int) -> float:
+        """Return the seconds of an update at `depth`.
 
-        From one measured depth nothing can be told about another, which is then taken to cost as much: less
-        than it will.
+        A depth without measurements lies on the line through the two deepest measured depths. With one measured depth,
+        the result is the time at that depth, which is too short for a deeper one.
         """
         if depth in self.seconds:
             return self.seconds[depth]

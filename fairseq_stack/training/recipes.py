@@ -1,27 +1,29 @@
-"""Recipes, composed as the training's command composes them."""
+"""Finds recipes and composes them as the training command does."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fairseq.dataclass.initialize import add_defaults, hydra_init
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import fairseq_stack
 from fairseq_stack.errors import InputError
 from fairseq_stack.extensions import load_extensions
 
-# In a checkout a link to the folder beside the package; installed with it otherwise.
+# In a checkout this is a link to the folder beside the package. Otherwise the folder is installed with the package.
 EXAMPLES = (Path(fairseq_stack.__file__).parent / "examples").resolve()
 
 
-def find_recipe(name):
-    """The path of a recipe or of an experiment: the file `name`, or one of the package's examples.
+def find_recipe(name: str | Path) -> Path:
+    """Return the path of a recipe or of an experiment: the file `name`, or one of the package's examples.
 
     Args:
         name: a path, or a name such as librispeech_base or stacking/full.
 
     Raises:
-        InputError: there is none.
+        InputError: no file or example has that name, or several examples have it.
     """
     if Path(name).is_file():
         return Path(name)
@@ -36,8 +38,8 @@ def find_recipe(name):
     raise InputError(f"{name} is no file and {'several' if found else 'none'} of the examples; choose from {known}")
 
 
-def compose_recipe(config_dir, config_name, overrides):
-    """A recipe as `fairseq-hydra-train` composes it, with all interpolations resolved.
+def compose_recipe(config_dir: str | Path, config_name: str, overrides: Iterable[str]) -> DictConfig:
+    """Return a recipe as `fairseq-hydra-train` composes it, with all interpolations resolved.
 
     Raises:
         InputError: hydra cannot compose it.
@@ -48,7 +50,7 @@ def compose_recipe(config_dir, config_name, overrides):
         from hydra.experimental import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    fairseq_stack.register()  # the fields of task, model and criterion
+    fairseq_stack.register()  # adds the fields of task, model and criterion
     hydra_init(config_name)
     try:
         with initialize_config_dir(config_dir=os.path.abspath(config_dir)):
@@ -59,11 +61,12 @@ def compose_recipe(config_dir, config_name, overrides):
         raise InputError(f"{config_dir}/{config_name}: {first}{advice}") from None
     load_extensions(cfg.task.get("extensions") or [])
     add_defaults(cfg)
-    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    values: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    return DictConfig(values)
 
 
-def subsets(loading):
-    """The names by which a training asks for its datasets, from a recipe's `dataset`."""
+def subsets(loading: DictConfig) -> list[str]:
+    """Return the names of the datasets that a training loads, from a recipe's section `dataset`."""
     if loading.disable_validation:
         return [loading.train_subset]
     return list(dict.fromkeys([loading.train_subset, *loading.valid_subset.split(",")]))

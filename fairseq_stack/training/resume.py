@@ -1,27 +1,31 @@
-"""What a checkpoint of one configuration may be under another.
+"""Checks whether a checkpoint fits another configuration.
 
-A checkpoint is loaded by a resumed run, with optimiser and schedule, or gives its weights alone to a new run.
-In both cases the network has to be the same, with the same layers in use. A resumed run keeps its inputs, targets and
-loss too. Everything else may change, and is logged.
+A resumed run loads a checkpoint with optimizer and schedule. A new run loads only its weights.
+Both need the same network with the same layers in use. A resumed run also needs the same inputs, targets and loss.
+Everything else may change; the differences are logged.
 """
 
 import logging
 import math
 import os
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fairseq_stack.checkpoints.read import configurations
 from fairseq_stack.checkpoints.student import seats_in_use
 from fairseq_stack.errors import InputError
 from fairseq_stack.growth.plan import SEATS, layers_text, plan_text
 from fairseq_stack.models.conv_geometry import parse_conv_layers
+from fairseq_stack.models.stacked_hubert import StackedHubert
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 
 logger = logging.getLogger(__name__)
 
-# What the student computes from its weights.
+# The fields that decide what the student computes from its weights.
 NETWORK = (
     "extractor_mode",
     "conv_feature_layers",
@@ -38,24 +42,24 @@ NETWORK = (
     "head_shared",
     "head_inner_dim",
 )
-# What the heads and the optimiser's moments were made for. Weights of the loss are not among it.
+# The fields for which the heads and the optimizer's moments were trained. The weights of the losses may change.
 TRAINING = {
     "task": ("whisper_pad", "normalize"),
     "criterion": ("loss", "teacher_layers", "intermediate_style", "target_normalization"),
 }
-# What decides which heads there are, their width, and whether there is an embedding of masked frames.
+# The fields that decide the number and width of the heads, and whether masked frames have an embedding.
 HEADS = {
     "task": ("teacher", "mask_prob"),
     "criterion": ("loss", "teacher_layers", "intermediate_style", "output_weight"),
 }
-# What a validation loss measures. A best one that measured something else is no bound for those to come.
+# The fields that decide what the validation loss measures. If one changes, the best loss so far does not count.
 MEASURED = {
     "task": ("mask_prob", "mask_length", "max_sample_size"),
     "criterion": None,
     "dataset": ("valid_subset", "combine_valid_subsets"),
     "checkpoint": ("best_checkpoint_metric", "maximize_best_checkpoint_metric"),
 }
-# What makes a training, to be logged where it differs; None for a whole section.
+# The fields whose differences are logged; None for all fields of a section.
 LOGGED = {
     "task": None,
     "criterion": None,
@@ -69,41 +73,50 @@ LOGGED = {
 }
 
 
-def saved_configuration(state, path, field):
-    """The configuration of the run that saved a checkpoint of a student, as plain values.
+def saved_configuration(state: dict[str, Any], path: str, field: str) -> dict[str, Any]:
+    """Return the configuration of the run that saved a checkpoint of a student, as plain values.
 
     Args:
-        state: the checkpoint's content, as load_checkpoint gives it.
-        path: of the file.
-        field: the field of the configuration that chose the file, for errors.
+        state: the checkpoint's content from load_checkpoint.
+        path: the path of the file.
+        field: the field of the configuration that names the file, for errors.
 
     Raises:
-        InputError: it is no training checkpoint of a `stacked_hubert`.
+        InputError: the file is not a training checkpoint of a `stacked_hubert`.
     """
     model, task = configurations(state)
-    if model is None:
+    if model is None or task is None:
         raise InputError(f"{path} has no configuration, as every checkpoint of a student has; choose another {field}")
     if model.get("_name") != "stacked_hubert":
         raise InputError(f"{path} holds a model named {model.get('_name')}, no stacked_hubert; choose another {field}")
     extra, history = state.get("extra_state"), state.get("optimizer_history")
     if not isinstance(extra, dict) or "train_iterator" not in extra or not history:
         raise InputError(f"{path} holds weights without the state of a training; choose another {field}")
-    # What it was before it could be chosen.
+    # The epsilon is that of versions without this field.
     return {**state["cfg"], "task": {"normalize_epsilon": FAIRSEQ_EPSILON, **task}}
 
 
-def fit(state, path, field, saved, cfg, model, teacher, new_run):
-    """Make the content of a checkpoint what this run can load, and log what differs.
+def fit(
+    state: dict[str, Any],
+    path: str,
+    field: str,
+    saved: dict[str, Any],
+    cfg: dict[str, Any],
+    model: StackedHubert,
+    teacher: str | None,
+    new_run: bool,
+) -> None:
+    """Change the content of a checkpoint so that this run can load it, and log the differences.
 
     Args:
-        state: the content, changed in place: the seats in use are added where an older version left them out, and for
-            a new run what belongs to the run that saved it is taken out.
+        state: the content, changed in place. The layers in use are added where an older version left them out. For a
+            new run, the state of the run that saved it is removed.
         path, field: see saved_configuration.
-        saved: its configuration.
-        cfg: this run's, as plain values too.
-        model: this run's StackedHubert, before it loads.
-        teacher: this run's, as task.state has it.
-        new_run: whether the weights alone are taken over.
+        saved: the configuration in the checkpoint.
+        cfg: this run's configuration, as plain values too.
+        model: this run's model, before it loads.
+        teacher: the digest of this run's teacher, as task.state has it.
+        new_run: whether this run takes only the weights.
 
     Raises:
         InputError: the file cannot be loaded under this configuration.
@@ -140,20 +153,20 @@ def fit(state, path, field, saved, cfg, model, teacher, new_run):
         logger.info(f"resume | this configuration differs from that of {path}: {different}")
 
 
-def _start_of(saved):
+def _start_of(saved: Mapping[str, Any]) -> str | None:
     return (saved.get("checkpoint") or {}).get("finetune_from_model")
 
 
-def _absolute(path):
+def _absolute(path: str | None) -> str | None:
     return path and os.path.realpath(path)
 
 
-def differences(saved, cfg, sections):
-    """Fields with another value in `cfg` than in `saved`, as one line of text.
+def differences(saved: Mapping[str, Any], cfg: Mapping[str, Any], sections: Mapping[str, Sequence[str] | None]) -> str:
+    """Return the fields whose values differ between `saved` and `cfg`, as one line of text.
 
     Args:
-        saved, cfg: configurations as plain values. A field that one of them lacks is of another version.
-        sections: {section: its fields}, None for all of them.
+        saved, cfg: configurations as plain values. A field that only one of them has belongs to another version.
+        sections: {section: its fields}, None for all fields.
     """
     found = {}
     for section, fields in sections.items():
@@ -161,37 +174,44 @@ def differences(saved, cfg, sections):
         for name in fields or ours:
             if name not in ours or name not in theirs or _same(name, ours[name], theirs[name]):
                 continue
-            # One that other sections take over by interpolation is the first's.
+            # Report a field once, even if other sections copy it by interpolation.
             key = section if name == "_name" else name
             found.setdefault(key, f"{section}.{name}={theirs[name]} there and {ours[name]} here")
     return ", ".join(found.values())
 
 
-def _same(name, one, other):
+def _same(name: str, one: Any, other: Any) -> bool:
     if name == "save_dir":
-        return True  # where a run lies makes no difference to it
-    if name == "teacher_layers" and isinstance(one, list) and isinstance(other, list):
-        return sorted(one, key=str) == sorted(other, key=str)  # in any order
+        return True  # a run may be moved
     if name == "conv_feature_layers":
         try:
             return parse_conv_layers(one) == parse_conv_layers(other)
         except (ValueError, TypeError, AttributeError):
             return False
+    if name == "teacher_layers" and isinstance(one, list) and isinstance(other, list):
+        return sorted(one, key=str) == sorted(other, key=str)  # in any order
     return one == other
 
 
-def _name_seats(state, config, path):
-    """Add what says which layers are in use to weights and moving average of an older version."""
+def _name_seats(state: dict[str, Any], config: dict[str, Any], path: str) -> None:
+    """Add the layers in use to the weights and the moving average of an older version."""
     for weights in (state["model"], state["extra_state"].get("ema") or {}):
         if "stage" in weights:
             uses = seats_in_use(config, weights, path)
             weights[SEATS] = torch.tensor([float(seat in uses) for seat in range(config["encoder_layers"])])
-    # The copy in single precision shares memory with the average, whose stage is to count in the plan of this run.
+    # The fp32 copy shares memory with the average, whose stage must count in the growth plan of this run.
     for name in ("stage", SEATS, "plateau"):
         state["extra_state"].get("ema_fp32_params", {}).pop(name, None)
 
 
-def _check_plan(weights, path, field, saved, cfg, model):
+def _check_plan(
+    weights: dict[str, Tensor],
+    path: str,
+    field: str,
+    saved: dict[str, Any],
+    cfg: dict[str, Any],
+    model: StackedHubert,
+) -> None:
     seats = seats_in_use(saved, weights, path)
     if model.plan.stage_that_uses(weights[SEATS].tolist()) is None:
         theirs, ours = (plan_text(SimpleNamespace(**config)) for config in (saved, cfg))
@@ -202,7 +222,14 @@ def _check_plan(weights, path, field, saved, cfg, model):
         )
 
 
-def _check_weights(weights, path, keep, saved, cfg, model):
+def _check_weights(
+    weights: dict[str, Any],
+    path: str,
+    keep: str,
+    saved: dict[str, Any],
+    cfg: dict[str, Any],
+    model: StackedHubert,
+) -> None:
     expected = model.state_dict()
     for name in {**expected, **weights}:
         if name in ("plateau", SEATS):
@@ -217,28 +244,35 @@ def _check_weights(weights, path, keep, saved, cfg, model):
             )
     if cfg["model"].get("share_teacher_cnn"):
         for name, value in expected.items():
-            if name.startswith("feature_extractor.") and not _rounded_alike(value.cpu(), weights[name]):
+            if name.startswith("feature_extractor.") and not _same_up_to_rounding(value.cpu(), weights[name]):
                 raise InputError(
                     f"{path} has another CNN than task.teacher={cfg['task']['teacher']}, which computes the features"
                     " with model.share_teacher_cnn=true; set it to false"
                 )
 
 
-def _shape(value):
+def _shape(value: Any) -> tuple[int, ...] | str:
     return tuple(value.shape) if torch.is_tensor(value) else "missing" if value is None else type(value).__name__
 
 
-def _rounded_alike(one, other):
-    """Whether two tensors are the same but for the rounding of half precision."""
+def _same_up_to_rounding(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors differ at most by the rounding of half precision."""
     return torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-6)
 
 
-def _check_training(state, path, keep, saved, cfg, teacher):
+def _check_training(
+    state: dict[str, Any],
+    path: str,
+    keep: str,
+    saved: dict[str, Any],
+    cfg: dict[str, Any],
+    teacher: str | None,
+) -> None:
     advice = (
         f"{keep}; checkpoint.finetune_from_model={path} with a new checkpoint.save_dir starts a new run from its"
         " weights"
     )
-    sections = TRAINING
+    sections: dict[str, tuple[str, ...]] = TRAINING
     if saved["task"].get("normalize"):
         sections = {**TRAINING, "task": (*TRAINING["task"], "normalize_epsilon")}
     different = differences(saved, cfg, sections)
@@ -255,16 +289,16 @@ def _check_training(state, path, keep, saved, cfg, teacher):
         raise InputError(f"{path} cannot resume with other parameters to train: {different}; {advice}")
 
 
-def _forget_the_run(state):
-    """Take out what a new run must not take over: updates done, the wait for a plateau, the average, the time."""
+def _forget_the_run(state: dict[str, Any]) -> None:
+    """Remove what a new run must not keep: updates done, the wait for a plateau, the moving average, the time."""
     state["optimizer_history"] = []
     state["model"].pop("plateau", None)
     for name in ("ema", "ema_fp32_params", "previous_training_time"):
         state["extra_state"].pop(name, None)
 
 
-def _forget_the_best(state):
-    """Take out what later validation losses would be compared with; when the stage began stays known."""
+def _forget_the_best(state: dict[str, Any]) -> None:
+    """Remove the best validation loss, but keep the beginning of the stage."""
     state["extra_state"].pop("best", None)
     if "plateau" in state["model"]:
         start, _, _, seen = state["model"]["plateau"].tolist()

@@ -1,7 +1,7 @@
-"""What can be known of a configuration before anything is loaded.
+"""Checks a configuration before anything is loaded.
 
-fairseq would answer with a traceback, late, or not at all. Every check looks at the whole configuration, as fairseq
-composes it for any task; fields that a version of fairseq does not have are left out.
+For these mistakes fairseq would show a traceback, fail late, or not fail at all. Every check works on the whole
+configuration that fairseq composes for any task. Checks of fields that the installed fairseq lacks are skipped.
 """
 
 import ast
@@ -9,8 +9,9 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
@@ -23,7 +24,7 @@ from fairseq_stack.errors import InputError
 
 # The smallest and the largest value of each number.
 _RANGES = {
-    "common.seed": (0, 2**31),  # fairseq adds updates and epochs, and numpy takes 32 bits
+    "common.seed": (0, 2**31),  # fairseq adds updates and epochs to it, and numpy's seeds have 32 bits
     "common.log_interval": (1, math.inf),
     "common.fp16_init_scale": (1, math.inf),
     "common.amp_init_scale": (1, math.inf),
@@ -46,15 +47,15 @@ _RANGES = {
     "ema.ema_decay": (0, 1),
     "ema.ema_update_freq": (1, math.inf),
 }
-# Lists, of numbers of at least this.
+# Lists of numbers, and the smallest value of each number.
 _LISTS = {"optimization.lr": 0, "optimization.update_freq": 1}
-# Fields that need a package which is not installed with this one.
+# Values of fields that need a package, which this package does not install.
 _NEEDS = {
     ("checkpoint.write_checkpoints_asynchronously", True): "iopath",
     ("distributed_training.ddp_backend", "slowmo"): "fairscale",
     ("common.tpu", True): "torch_xla",
 }
-# What growth does not know of, and what of each field it does.
+# Fields that can shard the parameters, which growth does not support, and the supported values.
 _UNSHARDED = {
     "distributed_training.ddp_backend": ("c10d", "pytorch_ddp", "legacy_ddp", "no_c10d", "slowmo"),
     "distributed_training.zero_sharding": ("none",),
@@ -64,10 +65,10 @@ _UNSHARDED = {
 _PRECISIONS = ("common.fp16", "common.bf16", "common.amp")
 
 
-def check_names(cfg):
-    """Raise an InputError where a group of the configuration has no `_name`, or one that fairseq does not know.
+def check_names(cfg: DictConfig) -> None:
+    """Raise an InputError if a group of the configuration has no `_name`, or one that fairseq does not know.
 
-    To be called before fairseq fills the groups with the defaults of what they name.
+    Call it before fairseq adds the defaults to the groups.
     """
     known = {
         "task": TASK_REGISTRY,
@@ -77,25 +78,25 @@ def check_names(cfg):
     for group, names in known.items():
         chosen = cfg.get(group)
         if chosen is not None and not isinstance(chosen, DictConfig):
-            continue  # of the older command line, which has checked it
+            continue  # from the older command line, which has checked it
         name = chosen and chosen.get("_name")
         if name not in names:
-            alike = ", ".join(difflib.get_close_matches(str(name), names, n=5, cutoff=0))
-            raise InputError(f"{group}._name={name} is unknown; the most similar names are {alike}")
+            similar = ", ".join(difflib.get_close_matches(str(name), names, n=5, cutoff=0))
+            raise InputError(f"{group}._name={name} is unknown; the most similar names are {similar}")
 
 
-def check_configuration(cfg):
-    """Raise an InputError for a configuration with which no training can start, or none that ends well."""
+def check_configuration(cfg: DictConfig) -> None:
+    """Raise an InputError for a configuration with which a training cannot start, or cannot succeed."""
 
-    def value(field):
+    def value(field: str) -> Any:
         return OmegaConf.select(cfg, field)
 
     for group, typed in FairseqConfig.__dataclass_fields__.items():
-        known = getattr(typed.type, "__dataclass_fields__", None)
+        known = getattr(typed.type, "__dataclass_fields__", {})
         for name in cfg.get(group) or () if known else ():
             if name not in known:
-                alike = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0))
-                raise InputError(f"{group}.{name} is no field of fairseq; the most similar ones are {alike}")
+                similar = ", ".join(difflib.get_close_matches(str(name), known, n=5, cutoff=0))
+                raise InputError(f"{group}.{name} is no field of fairseq; the most similar ones are {similar}")
     for field, (least, most) in _RANGES.items():
         number = value(field)
         if number is not None and not least <= number <= most:
@@ -107,7 +108,8 @@ def check_configuration(cfg):
     for (field, needing), package in _NEEDS.items():
         if value(field) == needing and importlib.util.find_spec(package) is None:
             raise InputError(
-                f"{field}={str(needing).lower()} needs {package}, which is not installed; install it or change the field"
+                f"{field}={str(needing).lower()} needs {package}, which is not installed; install it or change the"
+                " field"
             )
     for field, choices in _UNSHARDED.items() if value("model._name") == "stacked_hubert" else ():
         if value(field) is not None and value(field) not in choices:
@@ -123,13 +125,13 @@ def check_configuration(cfg):
     _check_files(value)
 
 
-def _between(least, most):
+def _between(least: float, most: float) -> str:
     if least == most:
         return f"be {least}"
     return f"be {least} or more" if most == math.inf else f"lie between {least} and {most}"
 
 
-def _check_devices(value):
+def _check_devices(value: Callable[[str], Any]) -> None:
     chosen = [field for field in _PRECISIONS if value(field)]
     if len(chosen) > 1:
         raise InputError(f"{chosen[0]}=true and {chosen[1]}=true exclude each other; set one to false")
@@ -152,7 +154,7 @@ def _check_devices(value):
         )
 
 
-def _check_files(value):
+def _check_files(value: Callable[[str], Any]) -> None:
     for field in ("checkpoint.save_dir", "common.tensorboard_logdir"):
         if value(field) is not None:
             check_folder(field, value(field))
@@ -171,8 +173,8 @@ def _check_files(value):
         raise InputError(f"checkpoint.optimizer_overrides={overrides} must be a dict, such as {{'weight_decay': 0.1}}")
 
 
-def check_folder(field, folder):
-    """Raise an InputError unless a configuration field names a folder that one can write to, or make."""
+def check_folder(field: str, folder: str) -> None:
+    """Raise an InputError unless a configuration field names a folder that can be written to or created."""
     if not folder:
         raise InputError(f"{field} is empty; name a folder")
     there = Path(folder).absolute()

@@ -1,16 +1,20 @@
-"""fairseq's Trainer for a student that grows: it saves and restores the whole state of a run, or says why it cannot."""
+"""fairseq's Trainer for a student that grows. It saves and restores the whole state of a run, or says why it cannot."""
 
 import logging
 import os
 import sys
+from argparse import Namespace
+from typing import Any
 
 import torch
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.logging import metrics
 from fairseq.registry import REGISTRIES
 from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError
+from torch import Tensor
 
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.data.dataset import SpeechDataset
@@ -31,21 +35,24 @@ class StudentTrainer(Trainer):
     - The optimizer and the moving average save all that a resumed run needs (optimizers.py, moving_average.py).
     - A checkpoint that does not fit the configuration ends the run with one line (resume.py, resume_state.py).
     - A gradient that is not finite ends the run with one line. fairseq would save the state as crash.pt, compute the
-      update again in search of the place, and show a traceback.
-    - Validation on a subset that is trained on too reads it as validation does. fairseq keeps one dataset for a name,
-      and would set its epoch back in the middle of the training's.
-    - A run that ends before full depth says so.
+      update again to find the layer, and show a traceback.
+    - Validation on the training subset reads the recordings as validation does. fairseq keeps one dataset for a name,
+      and would reset its epoch in the middle of the training's epoch.
+    - A run that ends before full depth logs this.
     """
 
-    loading = None  # the trainer that is loading a checkpoint, for guards.py
-    depth_is_said = False
+    loading: "StudentTrainer | None" = None  # the trainer that is loading a checkpoint, for guards.py
+    depth_logged = False
+    cfg: Any  # fairseq declares FairseqConfig and passes a DictConfig
+    optimizer: Any  # a FairseqOptimizer, which fairseq builds when it is first read
+    task: Any  # a SpeechDistillation
 
-    def _build_optimizer(self):
+    def _build_optimizer(self) -> None:
         fields = ", ".join(_chosen(self.cfg[group], group) for group in ("optimizer", "lr_scheduler"))
         with input_errors(f"fairseq cannot build the optimizer and the learning rate schedule from {fields}"):
             try:
                 super()._build_optimizer()
-            except ConfigAttributeError as error:  # of an optimizer or a schedule whose fields fairseq does not declare
+            except ConfigAttributeError as error:  # fairseq does not declare the fields of some optimizers
                 declared = REGISTRIES["optimizer"]["dataclass_registry"]
                 group = "lr_scheduler" if self.cfg.optimizer._name in declared else "optimizer"
                 raise InputError(f"{group}.{error.key} is missing; add +{group}.{error.key}=VALUE") from None
@@ -54,44 +61,43 @@ class StudentTrainer(Trainer):
                 raise InputError(f"optimizer.adam_betas={tuple(betas)} must be from 0 to below 1")
         save_whole_state(self.optimizer, self.cfg)
 
-    def _build_ema(self):
+    def _build_ema(self) -> None:
         if self.cfg.ema.store_ema:
             self._ema = MovingAverage(self._model, self.cfg.ema, self.device)
             logger.info("Exponential Moving Average Shadow Model is initialized.")
 
     # Checkpoints
 
-    def save_checkpoint(self, filename, extra_state):
-        # fairseq saves a crash.pt before an error leaves an update. Bad input and a loss that is not finite need none.
+    def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> None:
+        # fairseq saves a crash.pt after an error in an update. Bad input and a loss that is not finite need none.
         if isinstance(sys.exc_info()[1], (InputError, TrainingStopped)):
             return None
         return super().save_checkpoint(filename, extra_state)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        # What fairseq counts for checkpoint.patience, in the attributes of a function.
+        # fairseq counts for checkpoint.patience in the attributes of a function.
         counted = vars(fairseq_train.should_stop_early)
         state["extra_state"]["patience"] = {name: counted[name] for name in ("best", "num_runs") if name in counted}
         return {**state, "cfg": plain_configuration(state["cfg"])}
 
     def load_checkpoint(
         self,
-        filename,
-        reset_optimizer=False,
-        reset_lr_scheduler=False,
-        optimizer_overrides=None,
-        reset_meters=False,
-    ):
-        """Load what fits this configuration.
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        optimizer_overrides: dict[str, Any] | None = None,
+        reset_meters: bool = False,
+    ) -> dict[str, Any] | None:
+        """Load a checkpoint that fits this configuration, and return its extra state.
 
-        A run that stopped at the end of an epoch is restored too. There, fairseq saves before the learning rate
-        schedule receives the validation loss, and a resumed run forgets the means since the last log entry along with
-        those of the epoch.
+        A run that stopped at the end of an epoch is restored exactly, too. There, fairseq saves before the learning
+        rate schedule gets the validation loss, and a resumed run loses the means since the last log entry.
 
         Raises:
-            InputError: the checkpoint is that of another network, training or optimizer.
+            InputError: the checkpoint is from another network, training or optimizer.
         """
-        # Otherwise rank 0 sends what it has loaded as a pickle that torch's safe loading refuses on the others.
+        # Otherwise rank 0 sends the loaded state as a pickle that torch's safe loading refuses on the other ranks.
         self.cfg.checkpoint.load_checkpoint_on_all_dp_ranks = True
         if os.path.isfile(filename):
             saved = load_checkpoint(filename, header_only=True).get("cfg")
@@ -106,12 +112,13 @@ class StudentTrainer(Trainer):
             raise
         except (AssertionError, KeyError, ValueError) as error:
             raise InputError(
-                f"the state in {filename} does not fit this configuration ({type(error).__name__} {error}); take that"
-                " which it was saved with, or for this start checkpoint.reset_optimizer=true"
+                f"the state in {filename} does not fit this configuration ({type(error).__name__} {error}); use the"
+                " configuration that it was saved with, or for this start set checkpoint.reset_optimizer=true"
             ) from None
         finally:
             StudentTrainer.loading = None
-        # A new run may save beside the checkpoints of the one before, which have more updates: recovery counts starts.
+        # A new run may save to the folder of an earlier run, whose checkpoints have more updates. Recovery compares the
+        # number of starts first.
         self._optim_history = self._starts or self._optim_history
         if state is None or reset_meters:
             return state
@@ -122,31 +129,31 @@ class StudentTrainer(Trainer):
             metrics.load_state_dict({"train_inner": state["metrics"]["train_inner"]})
         return state
 
-    def saved_configuration(self, path, local_path):
-        """The configuration of the run that saved a checkpoint which is about to be loaded.
+    def saved_configuration(self, path: str, local_path: str) -> dict[str, Any]:
+        """Return the configuration in a checkpoint that is about to be loaded.
 
         Args:
-            path: as this configuration gives it.
-            local_path: of a copy on this machine.
+            path: the path in this configuration.
+            local_path: the path of a copy on this machine.
 
         Raises:
-            InputError: it is no training checkpoint of a student.
+            InputError: the file is not a training checkpoint of a student.
         """
         return saved_configuration(load_checkpoint(local_path, header_only=True), path, self._field_of(path))
 
-    def _field_of(self, path):
-        """The field of the configuration that chose a file."""
+    def _field_of(self, path: str) -> str:
+        """Return the field of the configuration that names the file."""
         ways = ("restore_file", "finetune_from_model", "continue_once")
         chosen = (name for name in ways if getattr(self.cfg.checkpoint, name, None) == path)
         return f"checkpoint.{next(chosen, 'save_dir')}"
 
-    def fitted(self, path, saved, state):
-        """The content of a checkpoint that is being loaded, made to fit this run (resume.fit).
+    def fitted(self, path: str, saved: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of a checkpoint that is being loaded, changed to fit this run (resume.fit).
 
         Args:
-            path: as this configuration gives it.
-            saved: what saved_configuration returns.
-            state: what fairseq has read.
+            path: the path in this configuration.
+            saved: the result of saved_configuration.
+            state: the content that fairseq has read. It is changed in place.
 
         Raises:
             InputError: it does not fit.
@@ -156,8 +163,8 @@ class StudentTrainer(Trainer):
         if stateless and not self._reset_optimizer and field == "checkpoint.save_dir":
             raise InputError(
                 f"{path} was saved without the state of its optimizer (checkpoint.no_save_optimizer_state=true), so no"
-                f" run can resume from it; checkpoint.finetune_from_model={path} with a new checkpoint.save_dir starts a"
-                " new run from its weights"
+                f" run can resume from it; checkpoint.finetune_from_model={path} with a new checkpoint.save_dir starts"
+                " a new run from its weights"
             )
         new_run = self._reset_optimizer or stateless
         if new_run and field != "checkpoint.finetune_from_model":
@@ -167,21 +174,21 @@ class StudentTrainer(Trainer):
 
     # Training
 
-    def clip_grad_norm(self, clip_norm):
+    def clip_grad_norm(self, clip_norm: float) -> Tensor:
         where = (self.task.utterances, self.get_num_updates(), self.get_model().stage_number)
         try:
             norm = super().clip_grad_norm(clip_norm)
         except FloatingPointError as error:  # fp16's loss scale has reached its minimum
             raise loss_scale_stop(error, *where) from None
-        # AMP's loss scale takes care of an overflow by itself; FP16Optimizer raises OverflowError for it.
+        # With AMP the loss scaler handles an overflow. FP16Optimizer has raised an OverflowError for it.
         if not self.cfg.common.amp and not bool(torch.isfinite(norm)):
             raise gradient_stop(norm, *where)
         return norm
 
-    def get_valid_iterator(self, subset, *args):
+    def get_valid_iterator(self, subset: str, *args: Any) -> EpochBatchIterator:
         datasets = self.task.datasets
         dataset = datasets.get(subset)
-        if not isinstance(dataset, SpeechDataset):  # which fairseq answers
+        if not isinstance(dataset, SpeechDataset):  # fairseq reports the error
             return super().get_valid_iterator(subset, *args)
         datasets[subset] = dataset.for_validation()
         try:
@@ -189,25 +196,25 @@ class StudentTrainer(Trainer):
         finally:
             datasets[subset] = dataset
 
-    def lr_step(self, epoch, val_loss=None):
+    def lr_step(self, epoch: int, val_loss: float | None = None) -> float:
         lr = super().lr_step(epoch, val_loss)
         if lr <= self.cfg.optimization.stop_min_lr:
-            self.say_depth(next_epoch=1)
+            self.log_depth(next_epoch=1)
         return lr
 
-    def say_depth(self, next_epoch):
-        """Log, once, the depth of a run that ends before full depth."""
+    def log_depth(self, next_epoch: int) -> None:
+        """Log the depth of a run that ends before full depth, once."""
         line = depth_at_end(self.cfg, self, next_epoch)
-        if line and self.is_data_parallel_master and not self.depth_is_said:
-            self.depth_is_said = True
+        if line and self.is_data_parallel_master and not self.depth_logged:
+            self.depth_logged = True
             logger.warning(line)
 
 
-def _chosen(section, group):
-    """The fields of a section of the configuration that have no default value, as text."""
-    if not isinstance(section, DictConfig):  # of the older command line
+def _chosen(section: DictConfig | Namespace, group: str) -> str:
+    """Return the fields of a section of the configuration that differ from their defaults, as text."""
+    if not isinstance(section, DictConfig):  # the older command line gives a namespace
         return f"{group}._name={section._name}"
-    values = OmegaConf.to_container(section)
+    values: Any = OmegaConf.to_container(section)
     registered = REGISTRIES[group]["dataclass_registry"].get(values["_name"])
     known = registered.__dataclass_fields__ if registered else {}
     return ", ".join(

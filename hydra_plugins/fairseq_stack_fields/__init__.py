@@ -1,27 +1,29 @@
-"""Lets `fairseq-hydra-train` import fairseq_stack before it looks at the fields of a configuration.
+"""Makes `fairseq-hydra-train` import fairseq_stack before it reads the fields of a configuration.
 
-fairseq merges the fields of optimizer and schedule with their defaults before it imports common.user_dir, and a field
-that does not exist ends in a traceback. Hydra imports the modules of `hydra_plugins` in every program. Here that
-changes nothing but fairseq's training command, and nothing in that for another user_dir.
+fairseq merges the fields of optimizer and schedule with their defaults before it imports common.user_dir. A field that
+does not exist then ends in a traceback. Hydra imports the modules of `hydra_plugins` in every program. This module
+changes only fairseq's training command, and only if common.user_dir is this package.
 """
 
 import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 
-def _look_for_the_command():
-    for name in ("fairseq_cli.hydra_train", "__main__"):  # the latter with python -m
-        module = sys.modules.get(name)
+def _change_the_command() -> None:
+    for name in ("fairseq_cli.hydra_train", "__main__"):  # __main__ with python -m
+        module: Any = sys.modules.get(name)
         if hasattr(module, "hydra_main") and hasattr(module, "_hydra_main"):
             module._hydra_main = _user_dir_first(module, module._hydra_main)
 
 
-def _user_dir_first(module, train):
+def _user_dir_first(module: Any, train: Callable) -> Callable:
     from fairseq.utils import import_user_module
 
     @functools.wraps(train)
-    def checked(cfg, **kwargs):
+    def checked(cfg: Any, **kwargs: Any) -> Any:
         user_dir = cfg.common.user_dir
         if os.path.basename(os.path.normpath(user_dir or "")) != "fairseq_stack":
             return train(cfg, **kwargs)
@@ -35,10 +37,10 @@ def _user_dir_first(module, train):
 
         from fairseq_stack.errors import one_line_errors
 
-        module.add_defaults = fairseq_train.add_defaults  # which the package has replaced by now
+        module.add_defaults = fairseq_train.add_defaults  # importing the package has replaced it
         return one_line_errors(train)(cfg, **kwargs)
 
     return checked
 
 
-_look_for_the_command()
+_change_the_command()

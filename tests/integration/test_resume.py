@@ -237,4 +237,4 @@ def test_a_changed_batch_size_goes_on_with_the_next_epoch_and_says_so(
     assert run(tmp_path / "stopped", MID_EPOCH + 3, 8).get_num_updates() == MID_EPOCH + 3
     assert [heard[update] for update in (4, 5, 6)] == second_epoch
     assert "epoch 1 had 6 batches (processes: 1) and has 3 batches (processes: 1) now" in caplog.text
-    assert "goes on at the start of epoch 2" in caplog.text
+    assert "resumes at the start of epoch 2" in caplog.text

@@ -66,9 +66,9 @@ def test_a_sigterm_ends_one_program_and_counts_once():
         preemption.listen()
         os.kill(os.getpid(), signal.SIGTERM)
         preemption.listen()  # the next training of a sweep begins
-        assert preemption.told_to_end()
+        assert preemption.requested()
         with pytest.raises(Preempted):
-            preemption.obey()
-        assert not preemption.told_to_end()
+            preemption.stop()
+        assert not preemption.requested()
     finally:
         signal.signal(signal.SIGTERM, before)
