@@ -475,7 +475,7 @@ BARE_WEIGHTS = {"wav2vec2.feature_projection.projection.weight": torch.zeros(1)}
                 torchaudio_large,
                 lambda content: {key: value for key, value in content.items() if "feature_extractor" not in key},
             ),
-            "has torchaudio's names of weights, but is of no bundle",
+            "has torchaudio's names of weights, but no bundle's shapes",
         ),
     ],
 )
