@@ -128,7 +128,7 @@ def _mixed(path: str | Path, file: soundfile.SoundFile) -> Iterator[np.ndarray]:
         )
 
 
-def _check_format(path, file):
+def _check_format(path: str | Path, file: soundfile.SoundFile) -> None:
     if file.samplerate != SAMPLE_RATE or file.channels != 1:
         raise InputError(
             f"{path}: has {file.samplerate} Hz and {file.channels} channel(s) instead of"
@@ -136,7 +136,7 @@ def _check_format(path, file):
         )
 
 
-def _checked(path, samples):
+def _checked(path: str | Path, samples: np.ndarray) -> np.ndarray:
     peak = np.abs(samples).max()
     if not np.isfinite(peak):
         raise InputError(f"{path}: holds samples that are not finite; replace or remove it")

@@ -242,7 +242,7 @@ def check_manifest(path: str | Path, shortest: int = 1) -> list[str]:
 
     manifest = read_manifest(path)
 
-    def problem(index):
+    def problem(index: int) -> str | None:
         try:
             samples = count_samples(manifest.path(index))
         except InputError as error:

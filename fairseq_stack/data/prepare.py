@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -512,7 +512,7 @@ class _Output(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         left = memoryview(data)
         try:
             while left:

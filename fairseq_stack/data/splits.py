@@ -46,7 +46,7 @@ def choose_splits(
     keys = _speakers(recordings) if grouping == "speaker" else _prompts(recordings)
     group: dict[Group, Group] = {}  # a union-find forest over the keys
 
-    def find(key):
+    def find(key: "Group") -> "Group":
         while group.setdefault(key, key) != key:
             group[key] = key = group[group[key]]
         return key

@@ -5,8 +5,14 @@ beginning, the last at its end and the others evenly between. Since their number
 targets for each can be stored (targets/store.py).
 """
 
+from typing import TypeVar
 
-def count_windows(samples, longest):
+import numpy as np
+
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def count_windows(samples: Count, longest: int) -> Count:
     """Return the number of windows of at most `longest` samples in a recording (ints, or integer arrays)."""
     return -(-samples // longest)
 

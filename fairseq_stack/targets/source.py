@@ -49,7 +49,7 @@ def stored_targets(sample: dict, teacher: "Teacher", store: TargetStore) -> dict
     for entry in entries.values():
         if entry.problem:
             logger.warning(f"target store | computed again, because {entry.problem} ({entry.utterance})")
-    layers = [name for name in store.arrays if name != CNN]
+    layers = [layer for layer in store.arrays if isinstance(layer, int)]
     arrays = _computed(sample, teacher, layers, CNN in store.arrays)
     arrays = {name: encode(values, store.form) for name, values in arrays.items()}
     store.write(entries, arrays)
@@ -59,7 +59,7 @@ def stored_targets(sample: dict, teacher: "Teacher", store: TargetStore) -> dict
     return {name: arrays[name] for name in store.wanted}
 
 
-def _computed(sample, teacher: "Teacher", layers, cnn) -> dict[Array, Tensor]:
+def _computed(sample: dict, teacher: "Teacher", layers: Sequence[int], cnn: bool) -> dict[Array, Tensor]:
     waveforms, lengths = sample["waveforms"], sample["lengths"]
     if not cnn:
         return {**teacher.hidden_states(waveforms, lengths, layers)}

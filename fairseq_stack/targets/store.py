@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 CNN = "cnn"
 Array: TypeAlias = int | str  # a layer, or CNN
+Count = TypeVar("Count", int, np.ndarray)
 UNFINISHED = "unfinished"
 ABANDONED_SECONDS = 3600  # no process takes longer to write a file
 OVERHEAD = 2048  # approximate bytes of an entry besides its values
@@ -173,15 +174,15 @@ class TargetStore:
             finally:
                 self._writer = self._writing = None
 
-    def _finish_writing(self):
+    def _finish_writing(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
-    def _write_batch(self, entries, arrays):
+    def _write_batch(self, entries: Mapping[int, Entry], arrays: Mapping[Array, Mapping[str, Tensor]]) -> None:
         batch = {f"{name}.{part}": values.cpu() for name in arrays for part, values in arrays[name].items()}
 
-        def write(row):
+        def write(row: int) -> None:
             entry = entries[row]
             self._write(entry, {name: values[row, : entry.frames].numpy() for name, values in batch.items()})
 
@@ -204,10 +205,10 @@ class TargetStore:
         if names:  # an empty store holds no window
             for index, count in enumerate(dataset.window_counts.tolist()):
                 missing[index] -= sum(dataset.entry(index, number).name in names for number in range(count))
-        frames = frames_from_samples(dataset.sizes, self.conv_layers)
+        frames = frames_from_samples(torch.from_numpy(dataset.sizes), self.conv_layers).numpy()
         return int(dataset.window_counts.sum()), int(missing.sum()), int((missing * self.bytes(frames)).sum())
 
-    def bytes(self, frames):
+    def bytes(self, frames: Count) -> Count:
         """Return the approximate bytes of an entry of `frames` frames (an int, or an integer array)."""
         value, scale = BYTES[self.form]
         return OVERHEAD + frames * sum(self._width(name) * value + scale for name in self.arrays)
@@ -226,19 +227,19 @@ class TargetStore:
             )
         return free
 
-    def _width(self, name):
+    def _width(self, name: Array) -> int:
         return self.conv_layers[-1][0] if name == CNN else self.width
 
-    def _path(self, entry):
+    def _path(self, entry: Entry) -> str:
         return os.path.join(self.folder, entry.name[:2], f"{entry.name[2:]}.npz")
 
-    def _parts(self, archive, name, frames):
+    def _parts(self, archive: zipfile.ZipFile, name: Array, frames: int) -> dict[str, Tensor]:
         parts = {part: _array(archive, f"{name}.{part}") for part in PARTS[self.form]}
         if parts["values"].shape != (frames, self._width(name)):
             raise ValueError(f"{name} has the shape {parts['values'].shape}")
         return {part: torch.from_numpy(values) for part, values in parts.items()}
 
-    def _write(self, entry, values):
+    def _write(self, entry: Entry, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise InputError(
@@ -257,13 +258,13 @@ class TargetStore:
                 os.remove(beside)
             raise self._failure(error) from None
 
-    def _failure(self, error):
+    def _failure(self, error: OSError) -> InputError:
         return InputError(
             f"task.target_store={self.folder} cannot be written ({error.strerror}); what it holds stays good:"
             " make room or choose another folder, and start again"
         )
 
-    def _remove_abandoned(self):
+    def _remove_abandoned(self) -> None:
         for file in os.scandir(os.path.join(self.folder, UNFINISHED)):
             with suppress(FileNotFoundError):  # another process has renamed or removed it
                 if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
@@ -294,7 +295,7 @@ def size_text(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def _supersets(folder, wanted, form):
+def _supersets(folder: str | Path, wanted: Sequence[Array], form: str) -> Iterator[list[Array]]:
     """Yield the arrays of each store in a teacher's folder that has this format and holds all that are wanted."""
     for name in _names(folder):
         arrays, _, ending = name.rpartition(".")
@@ -303,18 +304,18 @@ def _supersets(folder, wanted, form):
             yield arrays
 
 
-def _title(name):
+def _title(name: str) -> str:
     array = name.split(".")[0]
     return "CNN" if array == CNN else f"layer {array}"
 
 
-def _names(folder):
+def _names(folder: str | Path) -> list[str]:
     try:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
 
 
-def _array(archive, name):
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     # ZipFile.read verifies the checksum of the whole array; numpy.load would parse a damaged header before it.
     return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)

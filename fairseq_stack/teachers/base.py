@@ -60,8 +60,8 @@ class Teacher(ABC):
         """
 
     @abstractmethod
-    def frames(self, samples):
-        """Return the number of frames that the teacher makes of `samples` samples (an int).
+    def frames(self, samples: int) -> int:
+        """Return the number of frames that the teacher makes of `samples` samples.
 
         Raises:
             InputError: the teacher cannot take that many.

@@ -122,11 +122,11 @@ class FairseqTeacher(CnnTeacher):
         hidden_states, _ = self.model.encode(features, lengths, range(self.depth), upto=max(layers))
         return {layer: hidden_states[layer] for layer in layers}
 
-    def frames(self, samples):
+    def frames(self, samples: int) -> int:
         return frames_from_samples(samples, self.conv_layers)
 
 
-def _layers_from(first, weights):
+def _layers_from(first: int, weights: Mapping[str, Tensor]) -> list[str]:
     """Return the prefixes of the weights of layer number `first` and of all later ones."""
     numbers = {int(match[1]) for match in (re.match(r"encoder\.layers\.(\d+)\.", str(key)) for key in weights) if match}
     return [f"encoder.layers.{number}." for number in numbers if number >= first]

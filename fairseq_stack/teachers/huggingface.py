@@ -1,7 +1,7 @@
 """Teachers from folders in Hugging Face's format, through transformers' own models."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class HuggingFaceTeacher(Teacher):
             )
         self.conv_layers = list(zip(shape.conv_dim, shape.conv_kernel, shape.conv_stride))
 
-    def frames(self, samples):
+    def frames(self, samples: int) -> int:
         return frames_from_samples(samples, self.conv_layers)
 
     @torch.no_grad()
@@ -100,7 +100,8 @@ class HuggingFaceTeacher(Teacher):
         features = self._features(waveforms, lengths).transpose(1, 2)
         x = self.model.feature_projection(features)
         x = x[0] if isinstance(x, tuple) else x
-        valid = torch.arange(x.size(1), device=x.device) < self.frames(lengths)[:, None]
+        frames = frames_from_samples(lengths, self.conv_layers)
+        valid = torch.arange(x.size(1), device=x.device) < frames[:, None]
         valid = None if bool(valid.all()) else valid
 
         outputs = {}
@@ -135,21 +136,21 @@ class HuggingFaceTeacher(Teacher):
         return x
 
 
-def _keep(outputs, number):
+def _keep(outputs: dict[int, Tensor], number: int) -> Callable:
     def hook(module, inputs, output):
         outputs[number] = output[0] if isinstance(output, tuple) else output
 
     return hook
 
 
-def _keep_input(outputs):
+def _keep_input(outputs: dict[int, Tensor]) -> Callable:
     def hook(module, inputs):
         outputs[0] = inputs[0]
 
     return hook
 
 
-def _zero_padding(valid):
+def _zero_padding(valid: Tensor) -> Callable:
     def hook(module, inputs):
         return (inputs[0] * valid[:, None],)
 

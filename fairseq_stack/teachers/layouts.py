@@ -76,7 +76,7 @@ def _has(part: str) -> Callable[[dict], bool]:
 
 
 @LAYOUTS.register("torchaudio", recognizes=lambda content: any(str(key).endswith(TORCHAUDIO) for key in content))
-def _torchaudio(content, name):
+def _torchaudio(content: dict, name: str) -> Teacher:
     """Load the state dict of torchaudio's Wav2Vec2Model."""
     from fairseq_stack.teachers.torchaudio import torchaudio_teacher
 
@@ -84,14 +84,14 @@ def _torchaudio(content, name):
 
 
 @LAYOUTS.register("fairseq", recognizes=_has("model"))
-def _fairseq(content, name):
+def _fairseq(content: dict, name: str) -> Encoder:
     """Load fairseq's own files, and Microsoft's of WavLM and UniSpeech-SAT, whose `cfg` holds the model alone."""
     cfg, weights = plain(content.get("cfg")), content["model"]
     if isinstance(cfg, dict) and "extractor_mode" in cfg:
         family = "wavlm" if cfg.get("relative_position_embedding") else "unispeech_sat"
         return Encoder({**cfg, "_name": family}, cfg.get("normalize", False), weights)
     config, task = configurations(content)
-    if config is None:
+    if config is None or task is None:
         raise InputError(
             f"task.teacher={name} has neither a cfg nor the args of a fairseq model, which give its shape; get the file"
             " from its authors again"
@@ -108,7 +108,7 @@ def _fairseq(content, name):
         if config is None and isinstance(path, str) and Path(path).is_file():
             # fairseq's main branch saves no w2v_args, and reads the pre-trained checkpoint each time.
             config, task = configurations(load_checkpoint(path, header_only=True))
-        if config is None:
+        if config is None or task is None:
             raise InputError(
                 f"task.teacher={name} is fine-tuned, and the shape of its encoder is neither in its w2v_args nor in"
                 f" w2v_path={path}; put the pre-trained checkpoint there, or give it as the teacher"
@@ -117,7 +117,7 @@ def _fairseq(content, name):
 
 
 @LAYOUTS.register("s3prl", recognizes=_has("model_weight"))
-def _s3prl(content, name):
+def _s3prl(content: dict, name: str) -> Encoder:
     """Load what s3prl converts from fairseq's checkpoints, and exports of this package for s3prl."""
     config, task = _parts(name, content.get("model_cfg"), content.get("task_cfg"))
     family = "hubert" if "dictionaries_symbols" in content else "wav2vec2"
@@ -125,7 +125,7 @@ def _s3prl(content, name):
 
 
 @LAYOUTS.register("s3prl-distiller", recognizes=_has("Distiller"))
-def _s3prl_distiller(content, name):
+def _s3prl_distiller(content: dict, name: str) -> Encoder:
     """Load DistilHuBERT as s3prl trains it, and exports of this package for s3prl's distiller."""
     (config,) = _parts(name, content.get("Config"))
     (config,) = _parts(name, config.get("distiller"))

@@ -56,7 +56,7 @@ class DescribedTeacher(Teacher):
     ) -> dict[int, Tensor]:
         return self.loaded.hidden_states(waveforms, lengths, layers, *features)
 
-    def frames(self, samples):
+    def frames(self, samples: int) -> int:
         if self.longest is not None and samples > self.longest:
             return self.loaded.frames(samples)  # raises the error
         return frames_from_samples(samples, self.conv_layers)
@@ -113,7 +113,7 @@ def weights_digest(path: str | Path) -> str:
     return _digest(path, sorted(_weights(path)) if path.is_dir() else [path])
 
 
-def _weights(folder):
+def _weights(folder: Path) -> list[Path]:
     return [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
 
 
@@ -129,7 +129,7 @@ def _digest(path: Path, files: Iterable[Path], options: Any = None) -> str:
 
 
 @cache
-def _digest_of_file(path, changed):
+def _digest_of_file(path: Path, changed: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -137,5 +137,5 @@ def _digest_of_file(path, changed):
     return digest.hexdigest()
 
 
-def _sum(fields):
+def _sum(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

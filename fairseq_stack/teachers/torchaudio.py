@@ -72,10 +72,10 @@ def _separated(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _fields(weights: Mapping[str, Tensor]) -> dict:
     """Return the fields of transformers' configuration of the model."""
 
-    def shape(key):
+    def shape(key: str) -> tuple[int, ...]:
         return tuple(weights[key].shape)
 
-    def count(pattern):
+    def count(pattern: str) -> int:
         return 1 + max(int(match[1]) for match in (re.match(pattern, key) for key in weights) if match)
 
     convolutions = range(count(r"feature_extractor\.conv_layers\.(\d+)\."))

@@ -54,7 +54,7 @@ class WhisperTeacher(Teacher):
         head_mask = "layer_head_mask" in inspect.signature(model.layers[0].forward).parameters
         self.layer_options = {"layer_head_mask": None} if head_mask else {}
 
-    def frames(self, samples):
+    def frames(self, samples: int) -> int:
         if samples > self.longest:
             raise InputError(
                 f"task.teacher={self.name} takes at most {self.longest} samples, but got"

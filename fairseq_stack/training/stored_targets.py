@@ -63,6 +63,6 @@ def set_up(cfg: DictConfig, splits: Sequence[str]) -> "SpeechDistillation":
     return task
 
 
-def _set_up_and_fill(cfg, splits, rank, processes):
+def _set_up_and_fill(cfg: DictConfig, splits: Sequence[str], rank: int, processes: int) -> None:
     logging.disable(logging.INFO)  # the first set-up has logged it
     fill(set_up(cfg, splits), splits, cfg.dataset, rank, processes)
