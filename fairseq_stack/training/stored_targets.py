@@ -34,7 +34,7 @@ def store_targets(cfg: DictConfig, splits: Sequence[str], processes: int = 1) ->
         raise InputError("task.target_store is not set; give the folder to fill")
     task = set_up(cfg, splits)  # before any process starts: it logs what is stored, or raises what is wrong
     if processes == 1:
-        return fill(task, splits, cfg.dataset, 0, 1)
+        return fill(task, splits, cfg.dataset)
     threads = max(1, torch.get_num_threads() // processes)
     # A forked process could not use the GPU.
     spawning = get_context("spawn")
