@@ -9,8 +9,8 @@ from fairseq.data import iterators
 from fairseq_stack.benchmark.clock import Clock
 from fairseq_stack.benchmark.inputs import TEACHER, student_shape, teacher_shape
 from fairseq_stack.growth.surgery import copy_optimizer_state
-from fairseq_stack.targets.fill import store_targets
 from fairseq_stack.training.recipes import compose_recipe
+from fairseq_stack.training.stored_targets import store_targets
 from fairseq_stack.training.trainer import StudentTrainer
 
 RECIPE = "librispeech_base"

@@ -29,8 +29,8 @@ def run(args):
     import logging
 
     from fairseq_stack.errors import check_positive
-    from fairseq_stack.targets.fill import store_targets
     from fairseq_stack.training.recipes import compose_recipe, find_recipe, subsets
+    from fairseq_stack.training.stored_targets import store_targets
 
     check_positive("--processes", args.processes)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)

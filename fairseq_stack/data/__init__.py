@@ -1,1 +1,1 @@
-"""From recordings to batches: manifests, audio and the dataset."""
+"""Manifests, audio and the dataset, which makes batches of them."""

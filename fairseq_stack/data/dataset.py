@@ -1,41 +1,53 @@
-"""The dataset: recordings of a manifest, cropped and padded into batches."""
+"""The dataset: the recordings of a manifest, cropped and padded into batches."""
 
 import copy
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.util import register_after_fork
 
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset
+from torch import Tensor
 
 from fairseq_stack.data.audio import read_audio
+from fairseq_stack.data.manifest import Manifest
 from fairseq_stack.data.windows import count_windows, window_start
 from fairseq_stack.data.worker_signals import obey_parent_alone
 from fairseq_stack.errors import InputError
-from fairseq_stack.targets.store import CNN, UnusableEntry, file_source, waveform_digest
+from fairseq_stack.targets.store import CNN, Entry, TargetStore, UnusableEntry, file_source, waveform_digest
 
 
 class SpeechDataset(FairseqDataset):
-    """Waveforms for distillation, with what the teacher makes of them where that is stored.
+    """Waveforms for distillation, with the teacher's targets if they are stored.
 
-    A recording that is too long is cut to one of its windows (windows.py). Which one, and the order,
-    depend on (seed, epoch, utterance) alone: a resumed run sees what the uninterrupted one would have
-    seen, with any number of workers.
+    A recording that is too long is cut to one of its windows (windows.py). The window, and the order of
+    the recordings, depend only on (seed, epoch, utterance). So a resumed run sees the same batches as an
+    uninterrupted one, with any number of workers.
 
     Args:
         manifest: a Manifest.
         max_samples: longer recordings are cropped to this many samples.
         seed: the run's seed.
-        random_crop: a window drawn for every epoch (training) or the first (validation).
-        split: what batches are to call the dataset.
-        store: a TargetStore; None: there are no stored targets.
+        random_crop: whether each epoch takes a random window (training), or always the first (validation).
+        split: the dataset's name in its batches.
+        store: a TargetStore; None without stored targets.
         shortest: recordings of fewer samples are left out.
     """
 
-    can_reuse_epoch_itr_across_epochs = False
+    can_reuse_epoch_itr_across_epochs = False  # pyright: ignore[reportAssignmentType] a property in fairseq
 
-    def __init__(self, manifest, max_samples, seed, random_crop, split="", store=None, shortest=1):
+    def __init__(
+        self,
+        manifest: Manifest,
+        max_samples: int,
+        seed: int,
+        random_crop: bool,
+        split: str = "",
+        store: TargetStore | None = None,
+        shortest: int = 1,
+    ) -> None:
         super().__init__()
         self.split = split
         self.manifest = manifest
@@ -44,70 +56,71 @@ class SpeechDataset(FairseqDataset):
         self.random_crop = random_crop
         self.store = store
         self.sizes = np.minimum(manifest.samples, max_samples)
-        # How many windows of each recording can be asked for.
+        # The number of windows that each recording can give.
         counts = np.where(manifest.samples < shortest, 0, count_windows(manifest.samples, max_samples))
         self.window_counts = counts if random_crop else np.minimum(counts, 1)
         self.epoch = 1
-        # At a worker's birth: torch gives it a handler that dies of any SIGTERM before it reads its first recording.
+        # When a worker starts, because torch lets it end on any SIGTERM before it reads its first recording.
         register_after_fork(self, lambda _: obey_parent_alone())
 
-    def for_validation(self):
-        """The same recordings as validation takes them, whatever epoch the training is in."""
+    def for_validation(self) -> "SpeechDataset":
+        """Return a dataset of the same recordings for validation, with the same windows in every epoch."""
         validation = copy.copy(self)
         validation.random_crop = False
         validation.window_counts = np.minimum(self.window_counts, 1)
         return validation
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.sizes)
 
-    def num_tokens(self, index):
-        """Samples of the (cropped) recording: the unit of `dataset.max_tokens`."""
+    def num_tokens(self, index: int) -> int:
+        """Return the samples of the (cropped) recording: the unit of `dataset.max_tokens`."""
         return int(self.sizes[index])
 
-    def num_tokens_vec(self, indices):
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
         return self.sizes[indices]
 
-    def size(self, index):
+    def size(self, index: int) -> int:
         return self.num_tokens(index)
 
-    def ordered_indices(self):
-        """Indices by length, equal lengths in an order drawn for the epoch, so that batches hold little padding."""
+    def ordered_indices(self) -> np.ndarray:
+        """Return indices by length, so that batches hold little padding; equal lengths in random order."""
         order = np.flatnonzero(self.window_counts)
         if self.random_crop:
             order = self._random("order").permutation(order)
         return order[np.argsort(self.sizes[order], kind="stable")]
 
-    def window_number(self, index):
-        """Which window of the recording this epoch takes, counted from 0."""
+    def window_number(self, index: int) -> int:
+        """Return the number, from 0, of the window of the recording in this epoch."""
         count = int(self.window_counts[index])
         return int(self._random(self.manifest.paths[index]).integers(count)) if count > 1 else 0
 
-    def start(self, index, number):
-        """The first sample of a window; it has `sizes[index]` samples."""
+    def start(self, index: int, number: int) -> int:
+        """Return the first sample of a window; it has `sizes[index]` samples."""
         return window_start(int(self.manifest.samples[index]), int(self.sizes[index]), number)
 
-    def entry(self, index, number):
-        """The store's Entry for a window."""
+    def entry(self, index: int, number: int) -> Entry:
+        """Return the store's Entry for a window."""
+        assert self.store is not None
         return self.store.entry(self.manifest.paths[index], self.start(index, number), int(self.sizes[index]))
 
-    def __getitem__(self, index):
-        """The recording's window of this epoch, as `load_window` gives it."""
+    def __getitem__(self, index: int) -> dict:
+        """Return the recording's window of this epoch, as `load_window` does."""
         return self.load_window(index, self.window_number(index))
 
-    def load_window(self, index, number):
-        """One window of a recording, or the reason why there is none.
+    def load_window(self, index: int, number: int) -> dict:
+        """Return one window of a recording, or the problem with it.
 
-        An exception in a worker process would reach the user wrapped in two tracebacks; the reason
-        travels with the batch instead and the task reports it.
+        An exception in a worker process would reach the user with two tracebacks. Instead, the problem is part of
+        the batch, and the task reports it.
         """
         sample = {"index": index, "window": number, "utterance": self.manifest.paths[index]}
-        return {**sample, **(self._stored(index, number) if self.store else self._waveform(index, number))}
+        return {**sample, **(self._stored(index, number, self.store) if self.store else self._waveform(index, number))}
 
-    def _waveform(self, index, number):
+    def _waveform(self, index: int, number: int) -> dict:
         start, size = self.start(index, number), int(self.sizes[index])
         try:
             waveform = read_audio(self.manifest.path(index), start, start + size)
@@ -120,39 +133,39 @@ class SpeechDataset(FairseqDataset):
             return {"problem": str(error)}
         return {"waveform": torch.from_numpy(waveform)}
 
-    def _stored(self, index, number):
-        """The stored targets or the Entry that is to hold them, and the waveform where somebody needs it."""
+    def _stored(self, index: int, number: int, store: TargetStore) -> dict:
+        """Return the stored targets, or the Entry to store them in; also the waveform, if it is needed."""
         entry = self.entry(index, number)
         try:
             entry = replace(entry, source=file_source(self.manifest.path(index)))
-            if CNN in self.store.wanted and (stored := self.store.read(entry)):
+            if CNN in store.wanted and (stored := store.read(entry)):
                 return {"stored": stored}
         except (OSError, UnusableEntry):
-            pass  # whoever reads the audio tells more
+            pass  # reading the audio gives a clearer reason
         loaded = self._waveform(index, number)
         if "problem" in loaded:
             return loaded
         entry = replace(entry, digest=waveform_digest(loaded["waveform"]))
         try:
-            if stored := self.store.read(entry):
+            if stored := store.read(entry):
                 return {**loaded, "stored": stored}
         except UnusableEntry as error:
             entry = replace(entry, problem=str(error))
         return {**loaded, "entry": entry}
 
-    def collater(self, samples):
-        """Pad to the longest.
+    def collater(self, samples: Sequence[dict]) -> dict:
+        """Return a batch of samples, padded to the longest.
 
         Returns:
             `split`, `id` [B], `utterances` (B names), `waveforms` [B, S], `lengths` [B] in samples,
-            `padded_samples` and `audio_samples`, how many samples that is with and without padding, and
-            `problems`, {name: line} of the recordings that could not be read. Where none could,
-            `utterances` is empty and the waveform is silence, because processes that train together
-            must each run the model on something.
+            `padded_samples` and `audio_samples`, the number of samples with and without padding, and
+            `problems`, {name: line} of the recordings that cannot be read. If no recording can be read,
+            `utterances` is empty and the waveform is silence, because every process of a distributed
+            training must run the model.
 
             With a store also `stored`, {array: {part: [B', T, ...]}} of the B' utterances in
-            `stored_rows`, and `entries`, {row: Entry} of those that are to be stored. Where the CNN's
-            features are all there, nobody needs waveforms, and they are None.
+            `stored_rows`, and `entries`, {row: Entry} of those that must still be stored. If the CNN's
+            features are stored for all, `waveforms` is None, because neither model needs them.
         """
         if not samples:
             return {}
@@ -191,10 +204,10 @@ class SpeechDataset(FairseqDataset):
             }
         return batch
 
-    def _random(self, name):
+    def _random(self, name: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.epoch, zlib.crc32(name.encode())])
 
 
-def _padded(sequences):
-    """Tensors [T, ...] of several lengths to one [B, T, ...], zeros behind."""
+def _padded(sequences: list[Tensor]) -> Tensor:
+    """Return tensors [T, ...] of several lengths as one [B, T, ...], padded with zeros at the end."""
     return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)

@@ -1,15 +1,16 @@
-"""fairseq's manifests: which audio files make a split, and how long they are.
+"""fairseq's manifests, which list the audio files of a split and their lengths.
 
 A manifest is a text file. Its first line is the root folder; every other line is the path of an
-audio file below the root and its length in samples, separated by a tab. An utterance is known by
+audio file below the root and its length in samples, separated by a tab. The id of an utterance is
 its path without the suffix.
 """
 
 import codecs
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -29,64 +30,64 @@ class Manifest:
     """
 
     root: str
-    paths: Sequence
+    paths: Sequence[str]
     samples: np.ndarray
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def path(self, index):
-        """Where the file of utterance `index` is."""
+    def path(self, index: int) -> str:
+        """Return the path of the file of utterance `index`."""
         return os.path.join(self.root, self.paths[index])
 
-    def utterance(self, index):
-        """The id of utterance `index`."""
+    def utterance(self, index: int) -> str:
+        """Return the id of utterance `index`."""
         return utterance_id(self.paths[index])
 
 
-class Names(Sequence):
+class Names(Sequence[str]):
     """File names, packed into one piece of memory.
 
-    A million Python strings take three times as much. And every data worker would come to own a copy of them,
-    because the memory that it shares with the training is copied where a string's reference count changes.
+    A million Python strings take three times as much memory. And every data worker would copy them: a worker
+    shares the training's memory until it is written, and reading a string writes its reference count.
 
     Args:
-        names: strings; surrogateescape where a name is not UTF-8.
+        names: strings, with surrogateescape for names that are not UTF-8.
     """
 
-    def __init__(self, names):
+    def __init__(self, names: Iterable[str]) -> None:
         encoded = [name.encode(errors="surrogateescape") for name in names]
         self.ends = np.cumsum([0, *map(len, encoded)])
         self.text = b"".join(encoded)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride] no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.text[self.ends[index] : self.ends[index + 1]].decode(errors="surrogateescape")
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         ends = self.ends.tolist()
         for start, stop in zip(ends, ends[1:]):
             yield self.text[start:stop].decode(errors="surrogateescape")
 
 
-def utterance_id(path):
-    """The id of the utterance in a listed file: its path below the root, without the suffix."""
+def utterance_id(path: str) -> str:
+    """Return the id of the utterance in a listed file: its path below the root, without the suffix."""
     return os.path.splitext(path)[0]
 
 
-def read_manifest(path):
-    """Read a manifest. The listed files are not touched: see `missing_files` and `check_manifest`.
+def read_manifest(path: str | Path) -> Manifest:
+    """Read a manifest, but not the listed files: see `missing_files` and `check_manifest` for these.
 
-    What editors and other programs leave is understood: byte order marks, any line ends, blank lines at
-    the end. Names that are absolute or spelled with "./", ".." or "//" become plain paths below the root.
+    A manifest may have a byte order mark, any kind of line ends and blank lines at the end. Names that are
+    absolute or contain "./", ".." or "//" become plain paths below the root.
 
     Raises:
         InputError: the manifest or its root is missing, it lists nothing, or a line is malformed
-            or lists an utterance for the second time.
+            or repeats an utterance.
     """
     root, *lines = _lines(path)
     if not os.path.isdir(root):
@@ -120,8 +121,8 @@ def read_manifest(path):
     return Manifest(root=root, paths=Names(paths), samples=samples)
 
 
-def read_manifests(paths):
-    """Read several manifests as one, whose root is the folder that their roots have in common.
+def read_manifests(paths: Sequence[str | Path]) -> Manifest:
+    """Read several manifests as one, whose root is the common folder of their roots.
 
     Raises:
         InputError: as read_manifest, or two of them list the same utterance.
@@ -130,7 +131,8 @@ def read_manifests(paths):
     if len(manifests) == 1:
         return manifests[0]
     root = os.path.commonpath([os.path.abspath(manifest.root) for manifest in manifests])
-    names, listed = [], {}
+    names: list[str] = []
+    listed: dict[str, str | Path] = {}  # the manifest of each utterance
     for path, manifest in zip(paths, manifests):
         folder = os.path.relpath(manifest.root, root)
         for name in manifest.paths:
@@ -144,8 +146,8 @@ def read_manifests(paths):
     return Manifest(root, Names(names), np.concatenate([manifest.samples for manifest in manifests]))
 
 
-def _lines(path):
-    """The lines of a text file, without blank ones at its end."""
+def _lines(path: str | Path) -> list[str]:
+    """Return the lines of a text file, without blank lines at its end."""
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -155,7 +157,7 @@ def _lines(path):
         ) from error
     # File names need not be UTF-8; surrogateescape keeps their bytes.
     encoding, errors = "utf-8-sig", "surrogateescape"
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as Windows' shell redirects
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # from a redirection in Windows' shell
         encoding, errors = "utf-16", "replace"
     text = content.decode(encoding, errors).replace("\r\n", "\n").replace("\r", "\n")
     if not text or "\0" in text:
@@ -167,23 +169,24 @@ def _lines(path):
     return lines
 
 
-def _below(root, name):
-    """A listed name as a plain path below the root; None where it is not below."""
+def _below(root: str, name: str) -> str | None:
+    """Return a listed name as a plain path below the root; None if it is not below the root."""
     if not (name.startswith(("/", "./", "../")) or "//" in name or "/." in name):
-        return name  # as nearly all are, and there can be millions
+        return name  # quickly, because there can be millions of plain names
     if not os.path.isabs(name):
         names = [os.path.normpath(name)]
-    else:  # the root may be a link to where the files are
+    else:  # the root may be a link to the folder of the files
         names = (os.path.relpath(name, folder) for folder in (root, os.path.realpath(root)))
     return next((name for name in names if name != ".." and not name.startswith("../")), None)
 
 
-def missing_files(manifest):
+def missing_files(manifest: Manifest) -> list[str]:
     """Return the listed paths that do not exist, in the manifest's order.
 
-    Every folder is listed once, because asking file by file takes minutes on a network disk.
+    The function lists every folder once, because a request for each file would take minutes on a network disk.
     """
-    folders, missing = {}, []
+    folders: dict[str, set[str]] = {}
+    missing = []
     for path in manifest.paths:
         folder, _, name = path.rpartition("/")
         if folder not in folders:
@@ -197,11 +200,11 @@ def missing_files(manifest):
     return missing
 
 
-def write_manifest(path, root, entries):
-    """Write the manifest of `entries`, pairs (path below the root, samples), in their order.
+def write_manifest(path: str | Path, root: str | Path, entries: Iterable[tuple[str, int]]) -> None:
+    """Write a manifest of `entries`, pairs (path below the root, samples), in their order.
 
     Raises:
-        InputError: there are no entries, or a name cannot be written in a line.
+        InputError: there are no entries, or a name holds a tab or a line break.
     """
     lines = [os.path.abspath(root)]
     check_name(lines[0])
@@ -213,18 +216,18 @@ def write_manifest(path, root, entries):
     write_lines(path, lines)
 
 
-def check_name(name):
-    """Raise InputError if a path holds what ends a field or a line."""
+def check_name(name: str) -> None:
+    """Raise an InputError if a path holds a tab or a line break, which end a field or a line of a manifest."""
     if any(mark in name for mark in "\t\n\r"):
         raise InputError(f"{name!r}: a manifest cannot list names with tabs or line breaks; rename the file")
 
 
-def write_lines(path, lines):
-    """Write a text file as a whole or not at all."""
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write a text file, whole or not at all."""
     write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
-def check_manifest(path, shortest=1):
+def check_manifest(path: str | Path, shortest: int = 1) -> list[str]:
     """Read every listed file to its end and return the problems, one line each.
 
     Args:
@@ -234,12 +237,12 @@ def check_manifest(path, shortest=1):
     Raises:
         InputError: the manifest itself cannot be read.
     """
-    from fairseq_stack.data.audio import count_samples  # here, because reading a manifest needs no libsndfile
+    from fairseq_stack.data.audio import count_samples  # not at the top: to read a manifest takes no libsndfile
     from fairseq_stack.data.bad_audio import too_short
 
     manifest = read_manifest(path)
 
-    def problem(index):
+    def problem(index: int) -> str | None:
         try:
             samples = count_samples(manifest.path(index))
         except InputError as error:
@@ -248,7 +251,7 @@ def check_manifest(path, shortest=1):
             return f"{manifest.path(index)}: has {samples} samples, {path} says {manifest.samples[index]}"
         return too_short(manifest.path(index), samples, shortest)
 
-    # Threads are enough: libsndfile decodes outside of Python's global lock.
+    # Threads suffice, because libsndfile decodes without Python's global lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checks = pool.map(problem, range(len(manifest)))
         bar = tqdm(checks, total=len(manifest), desc=os.path.basename(path), unit=" files", mininterval=1)

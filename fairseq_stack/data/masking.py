@@ -1,11 +1,14 @@
-"""Which frames of the student's input are masked."""
+"""The mask of the student's input."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def span_mask(frames, probability, length, seeds):
-    """Choose spans of frames to mask, as wav2vec 2.0 and HuBERT do.
+def span_mask(frames: Tensor, probability: float, length: int, seeds: Sequence[Sequence[int]]) -> Tensor:
+    """Return a mask of randomly chosen spans of frames, as in wav2vec 2.0 and HuBERT.
 
     An utterance of n frames gets `probability` * n / `length` spans (rounded up or down at random),
     which start at different frames and may overlap. No span covers a whole utterance.
@@ -14,10 +17,10 @@ def span_mask(frames, probability, length, seeds):
         frames: [B], the frames of each utterance.
         probability: the share of frames that would be masked if spans did not overlap.
         length: frames of a span.
-        seeds: B sequences of ints; nothing else is random, so that the same seeds give the same mask.
+        seeds: B sequences of ints. The same seeds give the same mask.
 
     Returns:
-        [B, T] bool on the device of `frames`, true on masked frames, T = the most frames.
+        [B, T] bool on the device of `frames`, true on masked frames. T is the largest of `frames`.
     """
     counts = frames.tolist()
     mask = torch.zeros(len(counts), max(counts), dtype=torch.bool)

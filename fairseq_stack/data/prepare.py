@@ -1,7 +1,7 @@
-"""Speech preparation: audio of any kind becomes 16 kHz mono files, manifests and labels.
+"""Speech preparation: converts audio of any kind to 16 kHz mono files, and writes manifests and labels.
 
 The output folder holds `train.tsv`, `valid.tsv` and `test.tsv` (see manifest.py), `labels.tsv` with
-the columns LABELS (empty where unknown), and in `audio/` what had to be converted.
+the columns LABELS (empty where unknown), and the converted recordings in `audio/`.
 """
 
 import gzip
@@ -13,12 +13,13 @@ import re
 import shutil
 import subprocess
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -42,19 +43,19 @@ from fairseq_stack.files import CannotWrite, written_beside
 logger = logging.getLogger(__name__)
 
 LABELS = ("utterance", "speaker", "language", "text", "keyword")
-# What libsndfile opens, by its names for the formats and by what files are called.
+# Suffixes of files that libsndfile opens: its own names of the formats, and other usual suffixes.
 SUFFIXES = frozenset(f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW") | frozenset(
     ".aif .aifc .aff .wave .bwf .oga .opus .mp1 .mp2 .mpga .snd .sph .sf .8svx .iff .mat .gsm".split()
 )
-# Audio, but of a kind that libsndfile does not open.
+# Suffixes of audio that libsndfile does not open.
 _OTHER_AUDIO = frozenset(
     ".m4a .m4b .aac .mp4 .mov .wma .webm .mka .mkv .avi .amr .awb .3gp .ac3 .ape .wv .tta .spx .shn .dss .ra .mid"
     " .raw .pcm .vox .ul .al .ulaw .alaw .g722 .g729 .adpcm .lpc .sil".split()
 )
-_OFTEN_DATA = frozenset((".mat", ".mat4", ".mat5", ".htk", ".iff", ".xi", ".sds", ".sf"))  # and audio at times
+_OFTEN_DATA = frozenset((".mat", ".mat4", ".mat5", ".htk", ".iff", ".xi", ".sds", ".sf"))  # but sometimes audio
 QUIET = 2**-8  # of full scale: with a lower peak, 16 bits hold less than 8 of the waveform
 
-# Debian's recordings of telephone prompts; the first package has the English texts and no audio.
+# Debian's packages with recordings of telephone prompts. The first has the English texts and no audio.
 PACKAGES = (
     "asterisk-core-sounds-en",
     "asterisk-core-sounds-en-wav",
@@ -66,8 +67,8 @@ PACKAGES = (
     "asterisk-prompt-fr-armelle",
     "asterisk-prompt-it-menardi-wav",
 )
-# The packages' folders: speaker and language. Allison Smith recorded two languages; July Jiménez
-# (es) and Armelle Desjardins (fr) are named in their packages' documents only.
+# {the packages' folder: (speaker, language)}. Allison Smith recorded two languages. The names of July Jiménez
+# (es) and Armelle Desjardins (fr) are only in their packages' documents.
 VOICES = {
     "en_US_f_Allison": ("Allison", "en"),
     "es_MX_f_Allison": ("Allison", "es"),
@@ -85,15 +86,14 @@ LIBRISPEECH = {"train": "train-*", "valid": "dev-*", "test": "test-*"}
 
 @dataclass(frozen=True)
 class Recording:
-    """An audio file as it is found, and what is known about it.
+    """An audio file of the source, and its labels.
 
     Attributes:
         source: the file.
         utterance: its id, which is its path below the manifest's root without the suffix.
-        speaker, language, text: empty where unknown.
-        keyword: the digit or letter that is said, if it is one alone.
-        prompt: what is to be said, by a name that other speakers' recordings of it have too; empty where
-            unknown.
+        speaker, language, text: empty if unknown.
+        keyword: the digit or letter, if the speaker says nothing else; empty otherwise.
+        prompt: the name of the prompt, the same for all speakers; empty if unknown.
     """
 
     source: Path
@@ -105,20 +105,23 @@ class Recording:
     prompt: str = ""
 
 
-def prepare(source, output, grouping="prompt", bad_audio_limit=BAD_AUDIO_LIMIT):
-    """Prepare `source`, a folder or the word "asterisk", in the folder `output`.
+def prepare(
+    source: str | Path, output: str | Path, grouping: str = "prompt", bad_audio_limit: float = BAD_AUDIO_LIMIT
+) -> None:
+    """Prepare speech in the folder `output`.
 
-    Runs again where it was stopped: packages and audio that are there are reused, the manifests are
-    written last.
+    After an interruption, call it again: it reuses fetched packages and converted audio. It writes the
+    manifests last.
 
     Args:
-        source, output: see above.
-        grouping: what is to be in one split only: "prompt" or "speaker" (see choose_splits).
-        bad_audio_limit: the share of the recordings that may be unusable; they are logged and left out.
+        source: a folder of audio, or the word "asterisk" for Debian's recordings.
+        output: the folder to write.
+        grouping: no prompt ("prompt") or no speaker ("speaker") is in two splits (see choose_splits).
+        bad_audio_limit: the share of recordings that may be unusable; they are logged and left out.
 
     Raises:
-        InputError: the source is missing or has no audio, more of it than that is unusable, its prompts do
-            not suffice for three splits, or a package cannot be fetched.
+        InputError: the source is missing or has no audio, more recordings than the limit are unusable, there
+            are too few prompts for three splits, or a package cannot be fetched.
     """
     output = Path(os.path.abspath(output))
     if source == "asterisk":
@@ -141,7 +144,7 @@ def prepare(source, output, grouping="prompt", bad_audio_limit=BAD_AUDIO_LIMIT):
 # Debian's recordings
 
 
-def prepare_asterisk(output, grouping, bad_audio_limit):
+def prepare_asterisk(output: Path, grouping: str, bad_audio_limit: float) -> None:
     """Fetch and unpack Debian's recordings below `output`, and prepare them."""
     packages = output / "packages"
     unpacked = packages / "unpacked"
@@ -156,13 +159,13 @@ def prepare_asterisk(output, grouping, bad_audio_limit):
         shutil.rmtree(unpacked)
 
 
-def fetch_packages(packages, folder):
+def fetch_packages(packages: Sequence[str], folder: Path) -> list[Path]:
     """Fetch the Debian packages that `folder` does not hold yet; return the paths of all of them.
 
-    Needs no root: apt's lists of packages are made afresh in a folder of their own.
+    This needs no root, because apt writes its lists of packages to a folder inside `folder`.
     """
-    archives = {package: next(folder.glob(f"{package}_*.deb"), None) for package in packages}
-    missing = [package for package, archive in archives.items() if archive is None]
+    archives = {package: archive for package in packages for archive in folder.glob(f"{package}_*.deb")}
+    missing = [package for package in packages if package not in archives]
     if missing:
         unfinished = folder / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -170,7 +173,7 @@ def fetch_packages(packages, folder):
         (lists / "partial").mkdir(parents=True)
         apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}"]
         complaint = f"cannot be fetched; if its .deb file is elsewhere, copy it into {folder}"
-        # Without a network `update` warns and succeeds, and only `download` fails, for lack of lists.
+        # Without a network, `update` only warns; `download` fails then, because there are no lists.
         warnings = _run([*apt, "update"], f"{missing[0]}: {complaint}").splitlines()
         complaint = "; ".join([complaint, *warnings[:1]])
         for package in tqdm(missing, desc="fetching", unit=" packages", mininterval=1):
@@ -179,11 +182,11 @@ def fetch_packages(packages, folder):
             archives[package] = folder / fetched.name
             os.replace(fetched, archives[package])
         shutil.rmtree(unfinished)
-    return list(archives.values())
+    return [archives[package] for package in packages]
 
 
-def _run(command, complaint, cwd=None):
-    """Run a command and return what it warns of; if it fails, raise the complaint with the reason."""
+def _run(command: Sequence[str | Path], complaint: str, cwd: Path | None = None) -> str:
+    """Run a command and return its stderr; if it fails, raise an InputError with the complaint and the reason."""
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace")
     except OSError as error:
@@ -194,8 +197,8 @@ def _run(command, complaint, cwd=None):
     return done.stderr
 
 
-def asterisk_recordings(unpacked):
-    """Return the recordings in the unpacked packages, without silence and tones."""
+def asterisk_recordings(unpacked: Path) -> list[Recording]:
+    """Return the recordings in the unpacked packages, except silence and tones."""
     texts = {}
     for document in Path(unpacked, "usr/share/doc/asterisk-core-sounds-en").glob("core-sounds-en.txt*"):
         with (gzip.open if document.suffix == ".gz" else open)(document, "rt", encoding="utf-8") as file:
@@ -209,7 +212,7 @@ def asterisk_recordings(unpacked):
         for path in _files(root, (".wav", ".gsm")):
             name = utterance_id(path.relative_to(root).as_posix())
             text = texts.get(name, "")
-            # "[ascending tones]" and "(1 second of silence)" tell what is heard instead of speech.
+            # "[ascending tones]" and "(1 second of silence)" describe recordings without speech.
             if text.startswith(("[", "(")) or f"{folder}/{name}" == WITHOUT_SAMPLES:
                 continue
             recordings.append(
@@ -218,7 +221,7 @@ def asterisk_recordings(unpacked):
                     utterance=f"{folder}/{name}",
                     speaker=speaker,
                     language=language,
-                    # "at [@]" is said as "at".
+                    # The speaker says "at [@]" as "at".
                     text=re.sub(r" \[.*\]", "", text) if language == "en" else "",
                     keyword=name[-1] if re.fullmatch("digits/[0-9]|letters/[a-z]", name) else "",
                     prompt=os.path.basename(name),
@@ -230,11 +233,11 @@ def asterisk_recordings(unpacked):
 # Other sources
 
 
-def folder_recordings(source, output):
-    """Return the audio files below `source`, apart from those in `output`; log what is left aside and why."""
+def folder_recordings(source: Path, output: Path) -> list[Recording]:
+    """Return the audio files below `source`, except those in `output`; log the number of other files, and why."""
     if source == output or output / "audio" in (source, *source.parents):
         raise InputError(f"--output {output}: would mix with the audio of --source; choose another folder")
-    recordings, aside = [], defaultdict(Counter)
+    recordings, aside = [], defaultdict(Counter)  # aside: {reason: {suffix: number of files}}
     for path in _files(source):
         if output in path.parents:
             continue
@@ -254,8 +257,8 @@ def folder_recordings(source, output):
     return recordings
 
 
-def _reason_to_leave(path):
-    """Why a file is no recording; None if it is one."""
+def _reason_to_leave(path: Path) -> str | None:
+    """Return why a file is no recording; None if it is one."""
     suffix = path.suffix.lower()
     if path.name.startswith("."):
         return "their names begin with a dot"
@@ -265,20 +268,20 @@ def _reason_to_leave(path):
         return "no audio by their suffix"
     if suffix in _OFTEN_DATA:
         try:
-            soundfile.info(os.fsencode(path))
+            soundfile.info(os.fsencode(path))  # pyright: ignore[reportArgumentType] soundfile takes bytes, too
         except soundfile.SoundFileError:
             return "no audio in them"
     return None
 
 
-def _named_after_folder(recording):
-    """The recording with its first folder below the source as the speaker."""
+def _named_after_folder(recording: Recording) -> Recording:
+    """Return the recording with its first folder below the source as the speaker."""
     folder, slash, _ = recording.utterance.partition("/")
     return replace(recording, speaker=folder if slash else "")
 
 
-def _files(root, suffixes=""):
-    """List the files below `root` in a fixed order; a folder with two names is visited once."""
+def _files(root: Path, suffixes: str | tuple[str, ...] = "") -> list[Path]:
+    """Return the files below `root` in a fixed order; a folder that links reach twice counts once."""
     found, visited = [], set()
     for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -290,8 +293,8 @@ def _files(root, suffixes=""):
     return found
 
 
-def prepare_librispeech(source, output, bad_audio_limit):
-    """Write manifests and labels of LibriSpeech, whose FLAC files and splits are used as they are."""
+def prepare_librispeech(source: Path, output: Path, bad_audio_limit: float) -> None:
+    """Write manifests and labels of LibriSpeech; its FLAC files and splits stay as they are."""
     recordings, split = [], {}
     for name, folders in LIBRISPEECH.items():
         chapters = sorted(source.glob(f"{folders}/*/*"))
@@ -299,7 +302,8 @@ def prepare_librispeech(source, output, bad_audio_limit):
             texts = {}
             for document in chapter.glob("[!.]*.trans.txt"):
                 lines = document.read_text(encoding="utf-8").splitlines()
-                texts.update(line.split(" ", 1) for line in lines if " " in line)
+                pairs = (line.partition(" ") for line in lines)
+                texts.update((name, text) for name, space, text in pairs if space)
             for path in sorted(chapter.glob("[!.]*.flac")):
                 utterance = utterance_id(path.relative_to(source).as_posix())
                 speaker = chapter.parent.name
@@ -313,8 +317,8 @@ def prepare_librispeech(source, output, bad_audio_limit):
     _write(output, source, recordings, split, results)
 
 
-def _librispeech_length(recording):
-    """The Result of a file that is used as it is."""
+def _librispeech_length(recording: Recording) -> "Result":
+    """Return the Result of a file that needs no conversion."""
     try:
         info = soundfile.info(recording.source)
     except soundfile.SoundFileError:
@@ -333,13 +337,13 @@ def _librispeech_length(recording):
 
 
 class Result(NamedTuple):
-    """What became of a recording.
+    """The result of preparing one recording.
 
     Attributes:
-        samples: of the audio to train on.
-        problem: a line that names the file and says why it cannot be used.
-        peak: of the waveform, if it was converted just now; full scale is 1.
-        digest: of the samples.
+        samples: number of samples of the audio to train on.
+        problem: a line that names the file and says why it cannot be used; None if it can be.
+        peak: of the waveform, if this run converted it; full scale is 1.
+        digest: hash of the samples.
     """
 
     samples: int = 0
@@ -348,8 +352,13 @@ class Result(NamedTuple):
     digest: bytes = b""
 
 
-def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BAD_AUDIO_LIMIT):
-    """Convert recordings to FLAC in output/audio, split them, write manifests and labels."""
+def prepare_recordings(
+    recordings: Sequence[Recording],
+    output: Path,
+    grouping: str = "prompt",
+    bad_audio_limit: float = BAD_AUDIO_LIMIT,
+) -> None:
+    """Convert recordings to FLAC in output/audio, split them, and write manifests and labels."""
     counts = Counter(recording.utterance for recording in recordings)
     several = [utterance for utterance, count in counts.items() if count > 1]
     if several:
@@ -359,11 +368,11 @@ def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BA
             + "; keep one of each"
         )
     copies = find_copies(recordings)
-    choose_splits(recordings, copies, grouping)  # before the work: is there enough to split?
+    choose_splits(recordings, copies, grouping)  # raises the error of too few groups before the long work
 
     audio = output / "audio"
     results = _convert_all([recording for recording in recordings if recording.utterance not in copies], audio)
-    # What has the same bytes as an unusable file is as unusable, and is to be named too.
+    # A file with the same bytes as an unusable file is also unusable, and must be reported too.
     lost = [
         recording
         for recording in recordings
@@ -372,9 +381,9 @@ def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BA
     results.update(_convert_all(lost, audio))
     loud = {utterance: result.peak for utterance, result in results.items() if result.peak > 1}
     if loud:
-        loudest = max(loud, key=loud.get)
+        loudest = max(loud, key=loud.__getitem__)
         logger.warning(
-            f"{len(loud)} recordings overshoot full scale; each was scaled down to it as a whole, most"
+            f"{len(loud)} recordings overshoot full scale and were scaled down; the loudest is"
             f" {loudest} with a peak of {loud[loudest]:.3f}"
         )
     _check_bad_audio(results, recordings, bad_audio_limit)
@@ -382,7 +391,7 @@ def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BA
         logger.warning(f"{len(copies)} files left aside: the same as another (such as {next(iter(copies))})")
 
     good = [recording for recording in recordings if not results.get(recording.utterance, Result()).problem]
-    first = {}  # by what they sound like, whatever the format
+    first: dict[bytes, str] = {}  # {digest: the first utterance with these samples}, in any format
     same = {
         utterance: first.setdefault(result.digest, utterance)
         for utterance, result in results.items()
@@ -392,7 +401,7 @@ def prepare_recordings(recordings, output, grouping="prompt", bad_audio_limit=BA
     _write(output, audio, [recording for recording in good if recording.utterance not in copies], split, results)
 
 
-def find_copies(recordings):
+def find_copies(recordings: Iterable[Recording]) -> dict[str, str]:
     """Return {utterance: earlier utterance whose file has the same bytes}."""
     by_size = defaultdict(list)
     for recording in recordings:
@@ -400,7 +409,7 @@ def find_copies(recordings):
             by_size[recording.source.stat().st_size].append(recording)
     copies = {}
     for same_size in by_size.values():
-        first = {}
+        first: dict[bytes, str] = {}
         for recording in same_size if len(same_size) > 1 else ():
             original = first.setdefault(_digest(recording.source), recording.utterance)
             if original != recording.utterance:
@@ -408,7 +417,7 @@ def find_copies(recordings):
     return copies
 
 
-def _digest(path):
+def _digest(path: Path) -> bytes:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(2**20):
@@ -416,28 +425,28 @@ def _digest(path):
     return digest.digest()
 
 
-def _convert_all(recordings, audio):
-    """{utterance: Result} of recordings, converted to FLAC in the folder `audio` on all cores."""
+def _convert_all(recordings: Sequence[Recording], audio: Path) -> dict[str, Result]:
+    """Convert recordings to FLAC in the folder `audio` on all cores; return {utterance: Result}."""
     jobs = [(recording.source, audio / f"{recording.utterance}.flac") for recording in recordings]
     for folder in {target.parent for _, target in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     if not jobs:
         return {}
-    # Workers are forked from a server that has imported everything once and has no threads.
+    # Workers are forked from a server process that imports everything once and has no threads.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(mp_context=context)
     try:
         return _finished(pool.map(_convert, jobs, chunksize=16), recordings, "converting")
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
+        pool.shutdown(cancel_futures=True)  # so that an interrupt does not wait for the rest
 
 
-def _convert(job):
-    """Convert (source, target), unless that was done before; returns a Result.
+def _convert(job: tuple[Path, Path]) -> Result:
+    """Convert (source, target), unless an earlier run has done so; return a Result.
 
     Raises:
-        CannotWrite: the target.
+        CannotWrite: the target cannot be written.
     """
     source, target = job
     try:
@@ -453,7 +462,7 @@ def _convert(job):
         try:
             with written_beside(target) as beside:
                 samples, peak = _write_flac(source, beside, version)
-                # 16 bits would clip what is louder, and would lose what is much quieter.
+                # 16 bits would clip samples above full scale, and would lose much of a very quiet waveform.
                 if peak > 1:
                     _write_flac(source, beside, version, gain=1 / peak)
                 elif 0 < peak < QUIET:
@@ -467,19 +476,22 @@ def _convert(job):
     return Result(samples, too_short(source, samples, SHORTEST), peak, digest)
 
 
-def _converted_before(target, version):
-    """The samples of a converted file; None if there is none, or one of another version of its source."""
+def _converted_before(target: Path, version: str) -> int | None:
+    """Return the number of samples of a converted file; None if it is missing or its source has changed."""
     with suppress(soundfile.LibsndfileError, OSError):
-        with soundfile.SoundFile(os.fsencode(target)) as file:
+        name = os.fsencode(target)
+        with soundfile.SoundFile(name) as file:  # pyright: ignore[reportArgumentType] soundfile takes bytes, too
             if file.comment == version:
                 return file.frames
     return None
 
 
-def _write_flac(source, target, comment, gain=1.0, subtype="PCM_16"):
-    """Write any audio as 16 kHz mono FLAC; returns its samples, and its peak without the gain.
+def _write_flac(
+    source: Path, target: Path, comment: str, gain: float = 1.0, subtype: str = "PCM_16"
+) -> tuple[int, float]:
+    """Write any audio as 16 kHz mono FLAC; return the number of samples, and the peak without the gain.
 
-    FLAC has checksums, so that later damage does not go unnoticed.
+    FLAC has checksums, so that later damage is noticed.
     """
     samples, peak = 0, 0.0
     rate, blocks = any_audio(source)
@@ -496,11 +508,11 @@ def _write_flac(source, target, comment, gain=1.0, subtype="PCM_16"):
 
 
 class _Output(io.FileIO):
-    """A file that keeps the OSError of a write that failed, such as on a full disk: libsndfile does not tell of it."""
+    """A file that keeps the OSError of a failed write, such as on a full disk, which libsndfile does not report."""
 
-    failure = None
+    failure: OSError | None = None
 
-    def write(self, data):
+    def write(self, data: Any) -> int:
         left = memoryview(data)
         try:
             while left:
@@ -510,15 +522,15 @@ class _Output(io.FileIO):
         return len(data)
 
 
-def _finished(results, recordings, doing):
-    """Collect the Result of each recording into {utterance: Result}."""
+def _finished(results: Iterator[Result], recordings: Sequence[Recording], doing: str) -> dict[str, Result]:
+    """Return {utterance: Result}, from the results in the order of the recordings, with a progress bar."""
     bar = tqdm(results, total=len(recordings), desc=doing, unit=" files", mininterval=1)
-    # The bar first, so that it sees its end.
+    # zip asks the bar first, so that the bar gets to its end.
     return {recording.utterance: result for result, recording in zip(bar, recordings)}
 
 
-def _check_bad_audio(results, recordings, limit):
-    """Log each recording that cannot be used; raise InputError if there are too many."""
+def _check_bad_audio(results: Mapping[str, Result], recordings: Sequence[Recording], limit: float) -> None:
+    """Log each recording that cannot be used; raise an InputError if there are too many."""
     problems = {utterance: result.problem for utterance, result in results.items() if result.problem}
     try:
         BadAudio("--source", len(recordings), "skip", limit, "--bad-audio-limit").report(problems)
@@ -529,8 +541,10 @@ def _check_bad_audio(results, recordings, limit):
 # Results
 
 
-def _write(output, root, recordings, split, results):
-    """Write the labels, then the manifests of FLAC files below `root`; train.tsv comes last."""
+def _write(
+    output: Path, root: Path, recordings: Sequence[Recording], split: Mapping[str, str], results: Mapping[str, Result]
+) -> None:
+    """Write the labels, then the manifests of FLAC files below `root`, train.tsv last."""
     output.mkdir(parents=True, exist_ok=True)
     recordings = [recording for recording in recordings if not results[recording.utterance].problem]
     rows = (tuple(getattr(recording, label) for label in LABELS) for recording in recordings)
@@ -544,19 +558,19 @@ def _write(output, root, recordings, split, results):
             (output / f"{name}.tsv").unlink(missing_ok=True)
 
 
-def _manifests(output):
-    """The manifests in `output`; only test.tsv may be missing."""
+def _manifests(output: str | Path) -> list[Path]:
+    """Return the paths of the manifests in `output`; only test.tsv may be missing."""
     paths = [Path(output, f"{name}.tsv") for name in SPLITS]
     return [path for path in paths if path.exists() or path.stem != "test"]
 
 
-def check_speech(output):
-    """Compare the manifests in `output` with their files; return the problems, one line each."""
+def check_speech(output: str | Path) -> list[str]:
+    """Return the problems of the files in the manifests of `output`, one line each."""
     return [problem for path in _manifests(output) for problem in check_manifest(path, SHORTEST)]
 
 
-def summary(output):
-    """One line: files and hours of every split."""
+def summary(output: str | Path) -> str:
+    """Return one line with the files and hours of every split."""
     parts = []
     for path in _manifests(output):
         manifest = read_manifest(path)

@@ -1,15 +1,22 @@
-"""Which recordings train, which validate and which test: what is the same is never in two splits."""
+"""The split of recordings into train, valid and test, in which no content is in two splits."""
 
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from fairseq_stack.errors import InputError
 
+if TYPE_CHECKING:
+    from fairseq_stack.data.prepare import Recording
+
+    Group = tuple[str, str]  # the kind of the name (prompt, speaker or text), and the name
+
 SPLITS = ("train", "valid", "test")
-HELD_OUT = 0.05  # the share that valid and test get each
+HELD_OUT = 0.05  # the share of each of valid and test
 GROUPINGS = ("prompt", "speaker")
-# Names that tell of a file what it is, and not what is said in it.
+# Words in files' names that do not tell what is said in the recording.
 _GENERIC = frozenset(
     "audio sound sounds recording recordings record rec file sample clip clips track wav wave wavs flac mp3 utt"
     " utterance utterances speech voice mic microphone channel ch session take part chapter segment seg chunk output"
@@ -19,24 +26,27 @@ _GENERIC = frozenset(
 _ONE_OF_SEVERAL = re.compile(r"[\W_]+(mic|microphone|channel)[\W_]*\d+$")  # such as p225_001_mic2
 
 
-def choose_splits(recordings, copies, grouping="prompt"):
+def choose_splits(
+    recordings: Sequence["Recording"], copies: Mapping[str, str], grouping: str = "prompt"
+) -> dict[str, str]:
     """Return {utterance: split} such that no prompt, text or audio is in two splits.
 
-    A recording whose `prompt` is unknown is known by its file's name, whoever says it. Names that say nothing
-    (numbers, "audio", or one that more files have than there are names) count with the folders before them.
+    If the `prompt` of a recording is unknown, its file's name counts as its prompt, for any speaker. Some names do not
+    tell what is said: numbers, "audio", or a name that more files have than there are names. With these names the
+    folders before them count, too.
 
     Args:
         recordings: Recordings (prepare.py), copies included.
         copies: {utterance: utterance with the same audio}.
-        grouping: "prompt"; or "speaker", for no speaker in two splits, while prompts and texts may be in several.
+        grouping: "prompt", or "speaker". With "speaker" no speaker is in two splits, but prompts and texts may be.
 
     Raises:
         InputError: there are fewer than three groups.
     """
     keys = _speakers(recordings) if grouping == "speaker" else _prompts(recordings)
-    group = {}  # a union-find forest over the keys
+    group: dict[Group, Group] = {}  # a union-find forest over the keys
 
-    def find(key):
+    def find(key: "Group") -> "Group":
         while group.setdefault(key, key) != key:
             group[key] = key = group[group[key]]
         return key
@@ -48,7 +58,7 @@ def choose_splits(recordings, copies, grouping="prompt"):
             same.append(("text", " ".join(words)))
         roots = sorted(find(key) for key in same)
         for root in roots:
-            group[root] = roots[0]  # the first by name, a prompt, whatever the order of the recordings
+            group[root] = roots[0]  # the first by name: a prompt, whatever the order of the recordings
 
     sizes = Counter(find(key) for key in keys.values())
     if len(sizes) < len(SPLITS):
@@ -64,8 +74,8 @@ def choose_splits(recordings, copies, grouping="prompt"):
     return {utterance: split[find(key)] for utterance, key in keys.items()}
 
 
-def _prompts(recordings):
-    """{utterance: ("prompt", what is said)}."""
+def _prompts(recordings: Sequence["Recording"]) -> dict[str, "Group"]:
+    """Return {utterance: ("prompt", what is said)}."""
     prompts = {recording.utterance: recording.prompt.casefold() for recording in recordings}
     names = {utterance: _telling_name(utterance) for utterance, prompt in prompts.items() if not prompt}
     counts = Counter(names.values())
@@ -74,10 +84,10 @@ def _prompts(recordings):
     return {utterance: ("prompt", prompt) for utterance, prompt in prompts.items()}
 
 
-def _telling_name(utterance):
-    """The shortest end of a path that says something: the file's name, or that with some of its folders.
+def _telling_name(utterance: str) -> str:
+    """Return the shortest end of a path that can tell what is said: the file's name, or some folders and the name.
 
-    What several microphones recorded at once has one name.
+    Recordings that several microphones made at once get the same name.
     """
     utterance = _ONE_OF_SEVERAL.sub("", utterance.casefold())
     parts = utterance.split("/")
@@ -87,8 +97,8 @@ def _telling_name(utterance):
     return utterance
 
 
-def _speakers(recordings):
-    """{utterance: ("speaker", name)}."""
+def _speakers(recordings: Sequence["Recording"]) -> dict[str, "Group"]:
+    """Return {utterance: ("speaker", name)}."""
     for recording in recordings:
         if not recording.speaker:
             raise InputError(
@@ -98,26 +108,26 @@ def _speakers(recordings):
     return {recording.utterance: ("speaker", recording.speaker) for recording in recordings}
 
 
-def _deal(sizes):
-    """{group: split} for {group: recordings}; the hash shuffles the groups, always in the same way."""
+def _deal(sizes: Mapping["Group", int]) -> dict["Group", str]:
+    """Return {group: split} for {group: number of recordings}. A hash shuffles the groups, always in the same way."""
     groups = sorted(sizes, key=lambda key: hashlib.sha256(key[1].encode("utf-8", "surrogateescape")).digest())
     share = HELD_OUT * sum(sizes.values())
-    # By their number, so that a further speaker of all prompts moves nothing.
+    # By the number of groups, so that one more speaker of all prompts moves no group.
     count = max(1, round(HELD_OUT * len(groups)))
     test, valid = set(groups[:count]), set(groups[count : 2 * count])
-    if not all(share / 2 <= sum(map(sizes.get, held_out)) <= 1.5 * share for held_out in (test, valid)):
-        # Groups of very different size: by what they hold.
+    if not all(share / 2 <= sum(sizes[group] for group in held_out) <= 1.5 * share for held_out in (test, valid)):
+        # By the number of recordings, because the groups differ too much in size.
         test = _filled(groups, sizes, share, len(groups) - 2)
         rest = [group for group in groups if group not in test]
         valid = _filled(rest, sizes, share, len(rest) - 1)
     return {group: "test" if group in test else "valid" if group in valid else "train" for group in groups}
 
 
-def _filled(groups, sizes, share, most):
-    """The first groups, at most so many, that together have at most `share` recordings; or else the smallest."""
+def _filled(groups: Sequence["Group"], sizes: Mapping["Group", int], share: float, most: int) -> set["Group"]:
+    """Return the first groups, at most `most`, that together have at most `share` recordings; or else the smallest."""
     chosen, left = set(), share
     for group in groups:
         if sizes[group] <= left and len(chosen) < most:
             chosen.add(group)
             left -= sizes[group]
-    return chosen or {min(groups, key=sizes.get)}
+    return chosen or {min(groups, key=sizes.__getitem__)}

@@ -1,17 +1,23 @@
 """Windows: the pieces into which long recordings are cut.
 
-A recording is cut into as few windows as cover it, all of the same length, the first at its beginning,
-the last at its end and the others evenly between. There are finitely many of them, so that what the
-teacher makes of each can be kept (target_store.py).
+The windows of a recording all have the same length, and there are as few as cover it. The first is at its
+beginning, the last at its end and the others evenly between. Since their number is finite, the teacher's
+targets for each can be stored (targets/store.py).
 """
 
+from typing import TypeVar
 
-def count_windows(samples, longest):
-    """How many windows of at most `longest` samples a recording has (ints, or integer arrays)."""
+import numpy as np
+
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def count_windows(samples: Count, longest: int) -> Count:
+    """Return the number of windows of at most `longest` samples in a recording (ints, or integer arrays)."""
     return -(-samples // longest)
 
 
-def window_start(samples, longest, number):
-    """The sample at which window `number` (from 0) of a recording begins."""
+def window_start(samples: int, longest: int, number: int) -> int:
+    """Return the sample at which window `number` (from 0) of a recording begins."""
     last = count_windows(samples, longest) - 1
     return number * (samples - longest) // last if last else 0

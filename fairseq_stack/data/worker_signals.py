@@ -1,21 +1,20 @@
-"""SIGTERM in the processes that load data."""
+"""How processes that load data handle SIGTERM."""
 
 import os
 import signal
 import threading
 
 
-def obey_parent_alone():
-    """In a worker that loads data: die of a SIGTERM from the training, and of no one else's.
+def obey_parent_alone() -> None:
+    """Make a worker that loads data end on a SIGTERM from the training, and ignore any other SIGTERM.
 
-    A cluster sends it to every process of a job, and the training needs its batches up to the
-    checkpoint.
+    A cluster sends SIGTERM to every process of a job, but the training needs batches until its checkpoint.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
-def _wait_for_parent():
+def _wait_for_parent() -> None:
     while True:
         if signal.sigwaitinfo({signal.SIGTERM}).si_pid == os.getppid():
             os._exit(0)

@@ -12,9 +12,9 @@ from fairseq_stack.experiment.measures import cannot_measure, collect, is_measur
 from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
 from fairseq_stack.experiment.training import Terminated, train_all, trainings
 from fairseq_stack.files import write_whole
-from fairseq_stack.targets.fill import store_targets
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.training.recipes import compose_recipe, subsets
+from fairseq_stack.training.stored_targets import store_targets
 
 
 class Comparison:

@@ -1,1 +1,1 @@
-"""The teacher's targets, stored once and read again."""
+"""The teacher's targets: computed live, or stored once and read again."""

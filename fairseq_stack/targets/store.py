@@ -1,13 +1,13 @@
-"""Targets on disk: what a frozen teacher makes of a recording is computed once.
+"""Targets on disk, so that a frozen teacher processes each recording only once.
 
-    DIR/<teacher>/teacher.json                      what has to be known of the teacher without loading it
+    DIR/<teacher>/teacher.json                      the teacher's shape, to be known without loading it
     DIR/<teacher>/<arrays>.<format>/ab/cdef...npz   the targets of one window of one recording
-    DIR/<teacher>/<arrays>.<format>/unfinished/     what is being written
+    DIR/<teacher>/<arrays>.<format>/unfinished/     entries that are being written
 
-<teacher> is made from the content of the teacher's files; <arrays> are its layers, and `cnn` for the
-features of its CNN. An entry is a plain npz file, which numpy.load opens and which holds a CRC-32 of
-every array, and it says what audio it was made from. It is written beside and renamed: any number of
-processes on any number of machines fill a store together, and a kill leaves no half entry.
+<teacher> is a hash of the teacher's files. <arrays> are numbers of layers, and `cnn` for the features of
+the teacher's CNN. An entry is a plain npz file for numpy.load. It holds a CRC-32 of every array and
+says which audio it was made from. Each entry is written under another name and then renamed. So any
+number of processes on any number of machines fill a store together, and a kill leaves no half entry.
 """
 
 import hashlib
@@ -18,75 +18,93 @@ import shutil
 import time
 import uuid
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.targets.formats import BYTES, PARTS
 
+if TYPE_CHECKING:
+    from fairseq_stack.data.dataset import SpeechDataset
+
 logger = logging.getLogger(__name__)
 
 CNN = "cnn"
+Array: TypeAlias = int | str  # a layer, or CNN
+Count = TypeVar("Count", int, np.ndarray)
 UNFINISHED = "unfinished"
-ABANDONED_SECONDS = 3600  # after which nobody is writing an unfinished file any more
-OVERHEAD = 2048  # bytes of an entry besides its values, about
+ABANDONED_SECONDS = 3600  # no process takes longer to write a file
+OVERHEAD = 2048  # approximate bytes of an entry besides its values
 WRITERS = 4  # threads; writing and checksums release Python's global lock
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One window of a recording, whose targets are or will be in the store.
+    """The store's entry for one window of a recording, stored or still to be stored.
 
     Attributes:
         name: of the entry, from the recording's path in the manifest and the window.
         utterance: the recording's path in the manifest, for messages.
-        frames: how many the teacher makes of the window.
-        digest: of the window's samples; None as long as they have not been read.
-        source: size and time of the last change of the audio file.
-        problem: why a stored entry could not be used; None where there was none.
+        frames: the teacher's frames of the window.
+        digest: hash of the window's samples; None before they are read.
+        source: size and time of the last change of the audio file; None before it is read.
+        problem: why the stored entry cannot be used; None if it can be, or if nothing is stored.
     """
 
     name: str
     utterance: str
     frames: int
-    digest: str = None
-    source: str = None
-    problem: str = None
+    digest: str | None = None
+    source: str | None = None
+    problem: str | None = None
 
 
 class TargetStore:
     """The entries for one teacher, one choice of arrays and one format.
 
-    A store that is there already and holds more arrays than are asked for is used.
+    If a store in the folder already holds these arrays and more, that store is used.
 
     Args:
         folder: the teacher's folder; made if missing.
         layers: numbers of the teacher's layers.
         cnn: whether the CNN's features are stored too.
-        form: one of target_formats.FORMATS.
+        form: one of FORMATS (formats.py).
         width: features of a layer.
         conv_layers: [(channels, kernel, stride)], by which the teacher counts frames.
 
     Attributes:
         wanted: the arrays to read, a list of layers (ints) and CNN.
-        arrays: the arrays to write, all that entries of this store hold.
+        arrays: the arrays to write: all that entries of this store hold.
 
     Raises:
         InputError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder, layers, cnn, form, width, conv_layers):
-        self.wanted = [*layers, CNN] if cnn else list(layers)
+    def __init__(
+        self,
+        folder: str | Path,
+        layers: Sequence[int],
+        cnn: bool,
+        form: str,
+        width: int,
+        conv_layers: Sequence[tuple[int, int, int]],
+    ) -> None:
+        self.wanted: list[Array] = [*layers, CNN] if cnn else list(layers)
         self.form = form
         self.conv_layers = conv_layers
         self.width = width
-        self._beside = self._writing = None  # a thread that writes, and the batch that it is writing
-        self.arrays = min(_supersets(folder, self.wanted, form), key=len, default=self.wanted)
+        self._writer: ThreadPoolExecutor | None = None  # a thread inside `writing_beside`
+        self._writing: Future | None = None  # the batch that the thread is writing
+        self.arrays: list[Array] = min(_supersets(folder, self.wanted, form), key=len, default=self.wanted)
         self.folder = os.path.join(folder, f"{'+'.join(map(str, self.arrays))}.{form}")
         try:
             os.makedirs(os.path.join(self.folder, UNFINISHED), exist_ok=True)
@@ -94,23 +112,23 @@ class TargetStore:
         except OSError as error:
             raise self._failure(error) from None
 
-    def entry(self, utterance, start, samples):
-        """The Entry of `samples` samples from `start` on of the recording listed as `utterance`."""
+    def entry(self, utterance: str, start: int, samples: int) -> Entry:
+        """Return the Entry for `samples` samples, from the sample `start`, of the recording listed as `utterance`."""
         key = f"{utterance}\0{start}\0{samples}".encode(errors="surrogateescape")
         name = hashlib.blake2b(key, digest_size=16).hexdigest()
         return Entry(name, utterance, frames_from_samples(samples, self.conv_layers))
 
-    def read(self, entry):
-        """Read the arrays of `wanted`.
+    def read(self, entry: Entry) -> dict[Array, dict[str, Tensor]] | None:
+        """Return the arrays of `wanted` in an entry.
 
         Args:
-            entry: with the `digest` of its samples, or else the `source`.
+            entry: with the `digest` of its samples or, without that, with the `source`.
 
         Returns:
             {array: {part: tensor [T, D] or [T, 1]}}, or None where nothing is stored.
 
         Raises:
-            UnusableEntry: what is stored is damaged or about other audio.
+            UnusableEntry: the stored entry is damaged or about other audio.
         """
         path = self._path(entry)
         try:
@@ -127,75 +145,80 @@ class TargetStore:
             raise UnusableEntry(f"{path} is damaged ({type(error).__name__}: {error})") from None
         return stored
 
-    def write(self, entries, arrays):
+    def write(self, entries: Mapping[int, Entry], arrays: Mapping[Array, Mapping[str, Tensor]]) -> None:
         """Store the targets of some utterances of a batch.
 
         Args:
             entries: {row in the batch: Entry with digest and source}.
-            arrays: {array: {part: [B, T, D] or [B, T, 1]}}, all those of `arrays`.
+            arrays: {array: {part: [B, T, D] or [B, T, 1]}} of all the store's `arrays`.
 
         Raises:
             InputError: the disk is full, nothing can be written, or a value is not finite in this format.
         """
-        if self._beside is None:
+        if self._writer is None:
             return self._write_batch(entries, arrays)
         self._finish_writing()
-        self._writing = self._beside.submit(self._write_batch, entries, arrays)
+        self._writing = self._writer.submit(self._write_batch, entries, arrays)
 
     @contextmanager
-    def writing_beside(self):
+    def writing_beside(self) -> Iterator[None]:
         """Inside a `with` block, `write` returns at once: a batch is written while the next one is computed.
 
-        What could not be written is raised by the next `write`, or at the end of the block, where all is written.
+        The next `write` raises the error if a batch cannot be written; for the last batch, the end of the block does.
+        At the end of the block everything is written.
         """
-        with ThreadPoolExecutor(1) as self._beside:
+        with ThreadPoolExecutor(1) as self._writer:
             try:
                 yield
                 self._finish_writing()
             finally:
-                self._beside = self._writing = None
+                self._writer = self._writing = None
 
-    def _finish_writing(self):
+    def _finish_writing(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
-    def _write_batch(self, entries, arrays):
+    def _write_batch(self, entries: Mapping[int, Entry], arrays: Mapping[Array, Mapping[str, Tensor]]) -> None:
         batch = {f"{name}.{part}": values.cpu() for name in arrays for part, values in arrays[name].items()}
 
-        def write(row):
+        def write(row: int) -> None:
             entry = entries[row]
             self._write(entry, {name: values[row, : entry.frames].numpy() for name, values in batch.items()})
 
         with ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(write, entries))
 
-    def names(self):
-        """The names of all entries that are there, whole or damaged."""
+    def names(self) -> set[str]:
+        """Return the names of all stored entries, whole or damaged."""
         starts = [name for name in _names(self.folder) if name != UNFINISHED]
         paths = {start: os.path.join(self.folder, start) for start in starts}
         return {start + rest.removesuffix(".npz") for start in starts for rest in _names(paths[start])}
 
-    def plan(self, dataset):
-        """What storing all that a SpeechDataset may ask for takes.
+    def plan(self, dataset: "SpeechDataset") -> tuple[int, int, int]:
+        """Return what it takes to store all windows of a SpeechDataset.
 
         Returns:
-            the number of windows; how many of them have no entry yet; and the bytes of those.
+            the number of windows, the number of windows without an entry, and the bytes that these will take.
         """
         missing, names = dataset.window_counts.copy(), self.names()
-        if names:  # an empty store need not be searched
+        if names:  # an empty store holds no window
             for index, count in enumerate(dataset.window_counts.tolist()):
                 missing[index] -= sum(dataset.entry(index, number).name in names for number in range(count))
-        frames = frames_from_samples(dataset.sizes, self.conv_layers)
+        frames = frames_from_samples(torch.from_numpy(dataset.sizes), self.conv_layers).numpy()
         return int(dataset.window_counts.sum()), int(missing.sum()), int((missing * self.bytes(frames)).sum())
 
-    def bytes(self, frames):
-        """Bytes of an entry of so many frames (an int, or an integer array), about."""
+    def bytes(self, frames: Count) -> Count:
+        """Return the approximate bytes of an entry of `frames` frames (an int, or an integer array)."""
         value, scale = BYTES[self.form]
         return OVERHEAD + frames * sum(self._width(name) * value + scale for name in self.arrays)
 
-    def check_space(self, missing_bytes, what):
-        """Raise an InputError if the disk has no room for so many more bytes, which `what` takes."""
+    def check_space(self, missing_bytes: int, what: str) -> int:
+        """Return the free bytes of the disk.
+
+        Raises:
+            InputError: they are fewer than `missing_bytes`, which the store needs for `what`.
+        """
         free = shutil.disk_usage(self.folder).free
         if missing_bytes > free:
             raise InputError(
@@ -204,19 +227,19 @@ class TargetStore:
             )
         return free
 
-    def _width(self, name):
+    def _width(self, name: Array) -> int:
         return self.conv_layers[-1][0] if name == CNN else self.width
 
-    def _path(self, entry):
+    def _path(self, entry: Entry) -> str:
         return os.path.join(self.folder, entry.name[:2], f"{entry.name[2:]}.npz")
 
-    def _parts(self, archive, name, frames):
+    def _parts(self, archive: zipfile.ZipFile, name: Array, frames: int) -> dict[str, Tensor]:
         parts = {part: _array(archive, f"{name}.{part}") for part in PARTS[self.form]}
         if parts["values"].shape != (frames, self._width(name)):
             raise ValueError(f"{name} has the shape {parts['values'].shape}")
         return {part: torch.from_numpy(values) for part, values in parts.items()}
 
-    def _write(self, entry, values):
+    def _write(self, entry: Entry, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise InputError(
@@ -235,36 +258,36 @@ class TargetStore:
                 os.remove(beside)
             raise self._failure(error) from None
 
-    def _failure(self, error):
+    def _failure(self, error: OSError) -> InputError:
         return InputError(
             f"task.target_store={self.folder} cannot be written ({error.strerror}); what it holds stays good:"
             " make room or choose another folder, and start again"
         )
 
-    def _remove_abandoned(self):
+    def _remove_abandoned(self) -> None:
         for file in os.scandir(os.path.join(self.folder, UNFINISHED)):
-            with suppress(FileNotFoundError):  # another process has finished it, or removed it
+            with suppress(FileNotFoundError):  # another process has renamed or removed it
                 if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
                     os.remove(file.path)
 
 
 class UnusableEntry(Exception):
-    """An entry that has to be computed again; the message is one line."""
+    """An entry that must be computed again. The message is one line."""
 
 
-def waveform_digest(waveform):
-    """What tells one piece of audio from another: the SHA-256 of float32 samples [S]."""
-    return hashlib.sha256(np.ascontiguousarray(waveform)).hexdigest()
+def waveform_digest(waveform: Tensor) -> str:
+    """Return the SHA-256 of float32 samples [S], which identifies a piece of audio."""
+    return hashlib.sha256(np.ascontiguousarray(waveform).data).hexdigest()
 
 
-def file_source(path):
-    """Size and time of the last change of a file, which change when it does; raises OSError."""
+def file_source(path: str | Path) -> str:
+    """Return a file's size and time of its last change, by which a change is noticed; raises OSError."""
     status = os.stat(path)
     return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
 
 
-def size_text(count):
-    """Bytes for people: 812 MB, 1.4 TB."""
+def size_text(count: float) -> str:
+    """Return a number of bytes as text, such as 812 MB or 1.4 TB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -272,8 +295,8 @@ def size_text(count):
     return f"{count:.3g} TB"
 
 
-def _supersets(folder, wanted, form):
-    """The arrays of those stores in a teacher's folder that hold all that are wanted, in this format."""
+def _supersets(folder: str | Path, wanted: Sequence[Array], form: str) -> Iterator[list[Array]]:
+    """Yield the arrays of each store in a teacher's folder that has this format and holds all that are wanted."""
     for name in _names(folder):
         arrays, _, ending = name.rpartition(".")
         arrays = [int(array) if array.isdigit() else array for array in arrays.split("+")]
@@ -281,18 +304,18 @@ def _supersets(folder, wanted, form):
             yield arrays
 
 
-def _title(name):
+def _title(name: str) -> str:
     array = name.split(".")[0]
     return "CNN" if array == CNN else f"layer {array}"
 
 
-def _names(folder):
+def _names(folder: str | Path) -> list[str]:
     try:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
 
 
-def _array(archive, name):
-    # ZipFile.read checks the sum over the whole; numpy.load would parse a damaged header before.
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    # ZipFile.read verifies the checksum of the whole array; numpy.load would parse a damaged header before it.
     return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)

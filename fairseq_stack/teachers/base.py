@@ -1,9 +1,11 @@
-"""What the rest of the package knows of a teacher."""
+"""The interface of a teacher, and what its implementations share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from fairseq_stack.errors import InputError
 
@@ -13,65 +15,79 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 class Teacher(ABC):
     """A frozen speech foundation model in eval mode that gives hidden states without gradient.
 
-    It takes waveforms as they are recorded and normalises them itself where its training did. What it
-    gives for an utterance does not depend on the batch.
+    It takes recorded waveforms and normalises them itself if its training did. The hidden states of an utterance do
+    not depend on the rest of the batch.
 
     Attributes:
-        name: what to call it in messages: the file or folder it was loaded from.
-        family: what people call the model, such as HuBERT.
+        name: the file or folder that it was loaded from, for messages.
+        family: the model's usual name, such as HuBERT.
         depth: number of transformer layers.
         width: features of a hidden state.
-        conv_layers: [(channels, kernel, stride)], the convolutions by which frames are counted.
-        longest: the most samples that it can take; None where there is no limit.
-        normalize: whether its training normalised the waveforms; None where it computes a spectrogram.
-        epsilon: what that added to the variance of a waveform.
-        model: the network; a student can start from it where it is a HubertEncoder.
+        conv_layers: [(channels, kernel, stride)], the convolutions that determine the number of frames.
+        longest: the most samples that it can take; None without a limit.
+        normalize: whether its training normalised the waveforms; None if it computes a spectrogram.
+        epsilon: the number that this normalisation adds to the variance of a waveform.
+        model: the network. A student can start from it if it is a HubertEncoder.
     """
 
     name: str
     family: str
     depth: int
     width: int
-    conv_layers: list
-    longest: int = None
-    normalize: bool = None
-    epsilon: float = None
+    conv_layers: list[tuple[int, int, int]]
+    longest: int | None = None
+    normalize: bool | None = None
+    epsilon: float | None = None
     model: torch.nn.Module
 
     @property
-    def dtype(self):
-        """The precision it computes in."""
+    def dtype(self) -> torch.dtype:
+        """The precision in which it computes."""
         return next(self.model.parameters()).dtype
 
     @abstractmethod
-    def hidden_states(self, waveforms, lengths, layers):
-        """Outputs of chosen layers; the last one of a pre-norm encoder has passed its final layer norm.
+    def hidden_states(self, waveforms: Tensor, lengths: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return the outputs of chosen layers. The last layer's output includes a pre-norm encoder's final layer norm.
 
         Args:
-            waveforms: [B, S], samples at 16 kHz, zeros behind the end of an utterance.
+            waveforms: [B, S], samples at 16 kHz, zeros after the end of an utterance.
             lengths: [B], samples.
             layers: numbers from 0 to depth; 0 is the input of the first layer.
 
         Returns:
-            {layer: [B, T, width]}, on the waveforms' device. T is the frames of the longest
-            utterance; what lies behind the frames of an utterance has no meaning.
+            {layer: [B, T, width]}, on the waveforms' device. T is the number of frames of the longest
+            utterance. Values after the last frame of an utterance have no meaning.
         """
 
     @abstractmethod
-    def frames(self, samples):
-        """Frames that the teacher makes of `samples` samples (an int).
+    def frames(self, samples: int) -> int:
+        """Return the number of frames that the teacher makes of `samples` samples.
 
         Raises:
             InputError: the teacher cannot take that many.
         """
 
 
-@contextmanager
-def exact_fp32():
-    """Compute fp32 on a GPU in fp32, inside a `with` block or a decorated function.
+class CnnTeacher(Teacher):
+    """A Teacher whose CNN a student can share."""
 
-    torch's own choice is TF32 for convolutions, which keeps 10 bits of the mantissa's 23, and fp32 for matrix products.
-    A teacher that is to be faster than fp32 has task.teacher_precision=bf16 or fp16.
+    @abstractmethod
+    def cnn_features(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        """Return the CNN's features [B, C, T] of waveforms [B, S] of `lengths` [B] samples."""
+
+    @abstractmethod
+    def hidden_states(
+        self, waveforms: Tensor, lengths: Tensor, layers: Sequence[int], features: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """See Teacher. `features` are those of `cnn_features`, if they are computed already."""
+
+
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Make a GPU compute fp32 with full precision, inside a `with` block or a decorated function.
+
+    By default, torch computes convolutions in TF32, with 10 of the mantissa's 23 bits, and matrix products in fp32.
+    To run a teacher faster than fp32, set task.teacher_precision=bf16 or fp16.
     """
     switches = fp32_switches()
     before = [getattr(owner, name) for owner, name, _ in switches]
@@ -84,10 +100,13 @@ def exact_fp32():
             setattr(owner, name, value)
 
 
-def fp32_switches():
-    """Where torch is told how a GPU computes fp32: (owner, name, the value for fp32) of convolutions and of products.
+def fp32_switches() -> tuple[tuple, tuple]:
+    """Return torch's settings for fp32 on a GPU, for convolutions and for matrix products.
 
-    torch 2.9 has new switches, and refuses to read the old ones where somebody has set the new.
+    torch 2.9 has new settings. It refuses to read the old ones after a program has set the new ones.
+
+    Returns:
+        two tuples (owner, name of its attribute, value for full precision).
     """
     convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
     if hasattr(convolutions, "conv"):
@@ -95,13 +114,13 @@ def fp32_switches():
     return (convolutions, "allow_tf32", False), (products, "allow_tf32", False)
 
 
-def load_weights(model, weights, name):
-    """Load a state dict that must fit exactly, in fp32, and freeze the model in eval mode.
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    """Load a state dict that must fit exactly, convert the model to fp32 and freeze it in eval mode.
 
     Args:
         model: a torch module.
-        weights: its state dict; the precision may differ.
-        name: what an error calls the teacher.
+        weights: its state dict, in any precision.
+        name: the teacher's name in errors.
 
     Raises:
         InputError: a weight is missing, left over, no tensor or of another shape.
@@ -119,5 +138,6 @@ def load_weights(model, weights, name):
                 f"task.teacher={name}: {key} has the shape {tuple(weights[key].shape)}, but its configuration"
                 f" asks for {tuple(expected[key].shape)}"
             )
-    torch.nn.Module.load_state_dict(model, weights, assign=True)  # a model may have no memory for them yet
+    # `assign`, because the model may still be on the meta device, without memory.
+    torch.nn.Module.load_state_dict(model, weights, assign=True)
     model.float().eval().requires_grad_(False)

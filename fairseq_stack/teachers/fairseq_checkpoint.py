@@ -1,18 +1,21 @@
-"""Teachers with HuBERT's encoder: HuBERT, its relatives that share it, and our students."""
+"""Teachers with HuBERT's encoder: HuBERT, related models with the same encoder, and students of this package."""
 
 import re
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.models.pos_conv import with_batch_norm
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON, normalize_waveforms
-from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
+from fairseq_stack.teachers.base import CnnTeacher, exact_fp32, load_weights
 
-# For each name of a model in fairseq, what people call it, and what its training needs and feature extraction does not.
+# For each model's name in fairseq: its usual name, and the weights that only its training needs.
 HUBERTS = ("mask_emb", "final_proj.", "label_embs_concat", "target_glu.")
 FAMILIES = {
     "hubert": ("HuBERT", HUBERTS),
@@ -23,7 +26,7 @@ FAMILIES = {
     "distiller": ("DistilHuBERT", ("output_layer.",)),
     "stacked_hubert": ("student of fairseq_stack", ()),
 }
-# The base models' shape, for the fields that an older checkpoint leaves to their defaults.
+# The base models' shape: the defaults of fields that older checkpoints lack.
 BASE_SHAPE = {
     "extractor_mode": "default",
     "conv_feature_layers": "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2",
@@ -48,21 +51,31 @@ NO_TRAINING = {
 }
 
 
-class FairseqTeacher(Teacher):
+class FairseqTeacher(CnnTeacher):
     """A model of FAMILIES: post-norm (base) or pre-norm (large).
 
     Args:
-        name: where it comes from.
+        name: the file that it comes from.
         config: fairseq's configuration of the model, with `_name` and the fields of BASE_SHAPE.
         normalize: whether its training normalised the waveforms.
         weights: state dict of fairseq's model.
         epsilon: see normalize_waveforms.
 
     Raises:
-        InputError: another kind of model, or weights are missing, left over or of another shape.
+        InputError: the model is of another kind, or weights are missing, left over or of another shape.
     """
 
-    def __init__(self, name, config, normalize, weights, epsilon=FAIRSEQ_EPSILON):
+    model: HubertEncoder
+    epsilon: float
+
+    def __init__(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        normalize: bool,
+        weights: Mapping[str, Tensor],
+        epsilon: float = FAIRSEQ_EPSILON,
+    ) -> None:
         self.name = name
         self.normalize = normalize
         self.epsilon = epsilon
@@ -83,7 +96,7 @@ class FairseqTeacher(Teacher):
         if config.get("conv_pos_batch_norm", False):  # mHuBERT at 25 Hz of fairseq's textless NLP
             self.model.encoder.pos_conv = with_batch_norm(self.model.encoder.pos_conv)
         if config["_name"] == "contentvec":
-            # Behind the layers that are its representation come some that only its training uses.
+            # Its last layers, after those that give its representation, are used in its training only.
             unused = (*unused, *_layers_from(shape["encoder_layers"], weights))
         load_weights(self.model, {key: weights[key] for key in weights if not str(key).startswith(unused)}, name)
         self.depth = len(self.model.encoder.layers)
@@ -92,8 +105,7 @@ class FairseqTeacher(Teacher):
 
     @torch.no_grad()
     @exact_fp32()
-    def cnn_features(self, waveforms, lengths):
-        """[B, S] samples and [B] lengths to the CNN's features [B, C, T], for a student that shares the CNN."""
+    def cnn_features(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         self.model.to(waveforms.device)
         waveforms = waveforms.float()
         if self.normalize:
@@ -102,18 +114,19 @@ class FairseqTeacher(Teacher):
 
     @torch.no_grad()
     @exact_fp32()
-    def hidden_states(self, waveforms, lengths, layers, features=None):
-        """See Teacher; `features` are those of `cnn_features`, if they are at hand."""
+    def hidden_states(
+        self, waveforms: Tensor, lengths: Tensor, layers: Sequence[int], features: Tensor | None = None
+    ) -> dict[int, Tensor]:
         if features is None:
             features = self.cnn_features(waveforms, lengths)
         hidden_states, _ = self.model.encode(features, lengths, range(self.depth), upto=max(layers))
         return {layer: hidden_states[layer] for layer in layers}
 
-    def frames(self, samples):
+    def frames(self, samples: int) -> int:
         return frames_from_samples(samples, self.conv_layers)
 
 
-def _layers_from(first, weights):
-    """The beginnings of the names of layers from the number `first` on."""
+def _layers_from(first: int, weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the prefixes of the weights of layer number `first` and of all later ones."""
     numbers = {int(match[1]) for match in (re.match(r"encoder\.layers\.(\d+)\.", str(key)) for key in weights) if match}
     return [f"encoder.layers.{number}." for number in numbers if number >= first]

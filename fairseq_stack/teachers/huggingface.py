@@ -1,15 +1,19 @@
 """Teachers from folders in Hugging Face's format, through transformers' own models."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     Data2VecAudioModel,
     HubertModel,
+    PreTrainedModel,
     UniSpeechModel,
     UniSpeechSatModel,
     Wav2Vec2Model,
@@ -28,8 +32,8 @@ from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
 from fairseq_stack.teachers.families import FAMILIES
 from fairseq_stack.teachers.whisper import WhisperTeacher
 
-MASK_EMBEDDING = "masked_spec_embed"  # of masked frames: a teacher masks nothing
-# transformers' models of today name torch's second weight norm, older files its first.
+MASK_EMBEDDING = "masked_spec_embed"  # of masked frames; a teacher masks none
+# Older files have the names of torch's first weight norm, today's models of transformers those of the second.
 WEIGHT_NORM = {
     "pos_conv_embed.conv.weight_g": "pos_conv_embed.conv.parametrizations.weight.original0",
     "pos_conv_embed.conv.weight_v": "pos_conv_embed.conv.parametrizations.weight.original1",
@@ -39,43 +43,55 @@ WEIGHT_NORM = {
 class HuggingFaceTeacher(Teacher):
     """HuBERT and its relatives, as models of transformers.
 
-    A padded batch is where this differs from transformers' own forward pass: a group norm takes its
-    statistics over each utterance's own frames, and each block of data2vec's positional convolution, and one behind a
-    batch norm, sees zeros behind the end. So an utterance gives what transformers gives for it alone, and
-    attention may be masked for every model (transformers advises against it for those with a group
-    norm, which were trained on batches whose padding went into the norm).
+    For an utterance in a padded batch, this gives what transformers gives for the utterance alone. A padded batch
+    is therefore processed in another way than by transformers' own forward pass:
+    - A group norm computes its statistics over each utterance's own frames.
+    - Each block of data2vec's positional convolution, and a positional convolution after a batch norm, sees zeros
+      after the end of an utterance.
+    - Attention is masked for every model. transformers advises against this for models with a group norm, which
+      were trained on batches whose padding entered the norm.
 
     Args:
-        name: where it comes from.
+        name: the file or folder that it comes from.
         family: see Teacher.
         model: one of transformers' models, loaded.
-        normalize: whether it wants waveforms of zero mean and unit variance.
+        normalize: whether it takes waveforms of zero mean and unit variance.
         epsilon: see normalize_waveforms.
     """
 
-    def __init__(self, name, family, model, normalize, epsilon=TRANSFORMERS_EPSILON):
+    epsilon: float
+    model: Any  # transformers' models, whose attributes torch declares as Tensor | Module
+
+    def __init__(
+        self,
+        name: str,
+        family: str,
+        model: PreTrainedModel,
+        normalize: bool | None,
+        epsilon: float = TRANSFORMERS_EPSILON,
+    ) -> None:
         self.name = name
         self.family = family
         self.model = model
         self.normalize = normalize
         self.epsilon = epsilon
-        self.layers = model.encoder.layers
+        self.layers = self.model.encoder.layers
         self.depth = len(self.layers)
-        self.width = model.config.hidden_size
-        shape = model.config
+        self.width = self.model.config.hidden_size
+        shape = self.model.config
         if shape.feat_extract_activation != "gelu":
             raise InputError(
                 f"{name}/config.json has feat_extract_activation={shape.feat_extract_activation}, which no known model"
-                " has; give one with gelu"
+                " has; give a model with gelu"
             )
         self.conv_layers = list(zip(shape.conv_dim, shape.conv_kernel, shape.conv_stride))
 
-    def frames(self, samples):
+    def frames(self, samples: int) -> int:
         return frames_from_samples(samples, self.conv_layers)
 
     @torch.no_grad()
     @exact_fp32()
-    def hidden_states(self, waveforms, lengths, layers):
+    def hidden_states(self, waveforms: Tensor, lengths: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
         self.model.encoder.layers = self.layers[: max(layers)]
         self.model.to(waveforms.device)
         waveforms = waveforms.float()
@@ -84,7 +100,8 @@ class HuggingFaceTeacher(Teacher):
         features = self._features(waveforms, lengths).transpose(1, 2)
         x = self.model.feature_projection(features)
         x = x[0] if isinstance(x, tuple) else x
-        valid = torch.arange(x.size(1), device=x.device) < self.frames(lengths)[:, None]
+        frames = frames_from_samples(lengths, self.conv_layers)
+        valid = torch.arange(x.size(1), device=x.device) < frames[:, None]
         valid = None if bool(valid.all()) else valid
 
         outputs = {}
@@ -96,17 +113,17 @@ class HuggingFaceTeacher(Teacher):
                     hooks.enter_context(layer.register_forward_hook(_keep(outputs, number)))
             if valid is not None:
                 positions = self.model.encoder.pos_conv_embed
-                # The inputs that are not zero behind the end: of data2vec's blocks, and behind a batch norm.
-                behind_a_norm = [positions.conv] if getattr(positions, "batch_norm", None) is not None else []
-                for block in getattr(positions, "layers", behind_a_norm):
+                # Inputs that are not zero after the end: those of data2vec's blocks, and the output of a batch norm.
+                after_batch_norm = [positions.conv] if getattr(positions, "batch_norm", None) is not None else []
+                for block in getattr(positions, "layers", after_batch_norm):
                     hooks.enter_context(block.register_forward_pre_hook(_zero_padding(valid)))
             final = self.model.encoder(x, attention_mask=valid)[0]
         if self.depth in layers:
-            outputs[self.depth] = final  # in a pre-norm encoder it has passed the final layer norm
+            outputs[self.depth] = final  # a pre-norm encoder has applied its final layer norm
         return outputs
 
-    def _features(self, waveforms, lengths):
-        """[B, S] samples to [B, C, T], with a group norm that knows where utterances end."""
+    def _features(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        """Return the CNN's features [B, C, T] of samples [B, S]; a group norm ignores the padding."""
         x = waveforms[:, None].to(self.dtype)
         blocks = list(self.model.feature_extractor.conv_layers)
         norm = getattr(blocks[0], "layer_norm", None)
@@ -119,40 +136,41 @@ class HuggingFaceTeacher(Teacher):
         return x
 
 
-def _keep(outputs, number):
+def _keep(outputs: dict[int, Tensor], number: int) -> Callable:
     def hook(module, inputs, output):
         outputs[number] = output[0] if isinstance(output, tuple) else output
 
     return hook
 
 
-def _keep_input(outputs):
+def _keep_input(outputs: dict[int, Tensor]) -> Callable:
     def hook(module, inputs):
         outputs[0] = inputs[0]
 
     return hook
 
 
-def _zero_padding(valid):
+def _zero_padding(valid: Tensor) -> Callable:
     def hook(module, inputs):
         return (inputs[0] * valid[:, None],)
 
     return hook
 
 
-def load_huggingface_teacher(folder, whisper_pad=False):
-    """Load a folder that `save_pretrained` of transformers 4 or 5 wrote of a model and its feature extractor.
+def load_huggingface_teacher(folder: str | Path, whisper_pad: bool = False) -> Teacher:
+    """Load a model and its feature extractor from a folder that `save_pretrained` of transformers 4 or 5 wrote.
 
-    Read are config.json, the weights (safetensors, or else what torch.save wrote, in one file or several), and
-    preprocessor_config.json or processor_config.json. No code of the folder runs, and nothing is downloaded: the model
-    is of one of FAMILIES, with those fields of config.json that transformers' own configuration has.
+    The function reads config.json, the weights, and preprocessor_config.json or processor_config.json. The weights are
+    safetensors, or else torch.save's files; one file or several. No code of the folder runs, and nothing is
+    downloaded: the model is of one of FAMILIES, and config.json's fields count only if transformers' own
+    configuration has them.
 
     Args:
         folder: its path.
         whisper_pad: see WhisperTeacher.
 
     Raises:
-        InputError: a file is missing or damaged, another kind of model, or weights do not fit.
+        InputError: a file is missing or damaged, the model is of another kind, or weights do not fit.
     """
     folder = Path(folder)
     name = str(folder)
@@ -170,8 +188,8 @@ def load_huggingface_teacher(folder, whisper_pad=False):
     return family.load(name, config, _read_weights(folder, family.prefixes), normalize, **options)
 
 
-def _like_hubert(kind, called, architecture):
-    """Register the models of a `model_type` that HuggingFaceTeacher can run."""
+def _like_hubert(kind: str, called: str, architecture: type[PreTrainedModel]) -> None:
+    """Register a `model_type` whose models HuggingFaceTeacher can run."""
 
     @FAMILIES.register(kind, prefixes=(f"{kind.replace('-', '_')}.",))
     def load(name, config, weights, normalize):
@@ -191,12 +209,12 @@ def _whisper(name, config, weights, normalize, pad=False):
     return WhisperTeacher(name, loaded(WhisperEncoder, config, weights, name), pad)
 
 
-def _normalizes(folder, optional):
-    """Whether the model wants waveforms of zero mean and unit variance, after a look at the sampling rate.
+def _normalizes(folder: Path, optional: bool) -> bool | None:
+    """Check the sampling rate, and return whether the model takes waveforms of zero mean and unit variance.
 
     Args:
         folder: of the model.
-        optional: whether the model can do without, since it computes a spectrogram.
+        optional: whether the folder may leave it open, because the model computes a spectrogram.
     """
     file, extractor = "preprocessor_config.json", None
     if (folder / file).is_file():
@@ -209,13 +227,13 @@ def _normalizes(folder, optional):
             return None
         raise InputError(
             f"task.teacher={folder} has no preprocessor_config.json, and no processor_config.json with a"
-            ' feature_extractor; write the first: {"do_normalize": true} if the model was trained on waveforms of zero mean'
-            ' and unit variance, as those with "feat_extract_norm": "layer" in config.json are, else'
+            ' feature_extractor; write the first: {"do_normalize": true} if the model was trained on waveforms of zero'
+            ' mean and unit variance, as those with "feat_extract_norm": "layer" in config.json are, else'
             ' {"do_normalize": false}'
         )
     if extractor.get("sampling_rate", SAMPLE_RATE) != SAMPLE_RATE:
         raise InputError(
-            f"task.teacher={folder} takes sampling_rate={extractor['sampling_rate']} in its {file}; give one of"
+            f"task.teacher={folder} takes sampling_rate={extractor['sampling_rate']} in its {file}; give a model for"
             f" {SAMPLE_RATE}"
         )
     normalize = extractor.get("do_normalize")
@@ -227,7 +245,7 @@ def _normalizes(folder, optional):
     return normalize
 
 
-def _read_json(folder, file):
+def _read_json(folder: Path, file: str) -> dict:
     path = folder / file
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -240,8 +258,8 @@ def _read_json(folder, file):
     return content
 
 
-def _instead_of(folder):
-    """What to do about a folder without config.json, by what else is in it."""
+def _instead_of(folder: Path) -> str:
+    """Return advice for a folder without config.json, which depends on its other files."""
     if (folder / "adapter_config.json").is_file():
         return (
             "the folder has an adapter without its model; load both with peft, and save what merge_and_unload() returns"
@@ -249,24 +267,27 @@ def _instead_of(folder):
     inside = [path.parent for pattern in ("*/config.json", "snapshots/*/config.json") for path in folder.glob(pattern)]
     inside += folder.glob("*.pt")  # such as fairseq's
     if inside:
-        return f"give one of what is in the folder: {', '.join(sorted(map(str, inside))[:5])}"
+        return f"give one of these in the folder: {', '.join(sorted(map(str, inside))[:5])}"
     return "task.teacher takes a folder that transformers' save_pretrained wrote, or a file"
 
 
-def loaded(architecture, fields, weights, name):
-    """One of transformers' models with its weights, frozen, in eval mode; see `build` and `load_weights`."""
+def loaded(
+    architecture: type[PreTrainedModel], fields: Mapping[str, Any], weights: Mapping[str, Tensor], name: str
+) -> Any:
+    """Return one of transformers' models with its weights, frozen, in eval mode; see `build` and `load_weights`."""
     with input_errors(f"{name}/config.json describes no {architecture.__name__}"):
         model = build(architecture, fields)
     load_weights(model, weights, name)
     return model
 
 
-def build(architecture, fields):
-    """The model without weights, which takes no memory, whatever sizes the fields ask for.
+def build(architecture: Any, fields: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a model without weights, which takes no memory whatever its size.
 
     Args:
-        architecture: one of transformers' models.
-        fields: of its configuration. Those that could load something else, such as auto_map, stay out.
+        architecture: the class of one of transformers' models.
+        fields: of its configuration. Unknown fields are left out, also those that could load something else, such
+            as auto_map.
 
     Raises:
         Exception: whatever transformers raises for fields that describe no such model.
@@ -283,8 +304,8 @@ def build(architecture, fields):
     return model
 
 
-def _read_weights(folder, prefixes):
-    """The encoder's tensors, from one file or from several and their index."""
+def _read_weights(folder: Path, prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """Return the encoder's tensors, from one file or from several with their index."""
     for form in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{form}.index.json"
         if index.is_file() or (folder / form).is_file():
@@ -309,9 +330,9 @@ def _read_weights(folder, prefixes):
     return todays_names(weights)
 
 
-def _read_tensors(path):
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise InputError(f"{path} is missing; copy it from where the rest of the folder is from")
+        raise InputError(f"{path} is missing; copy it from the source of the folder")
     check_fetched(path)
     if path.suffix == ".safetensors":
         try:
@@ -327,8 +348,8 @@ def _read_tensors(path):
     return {str(key): tensor for key, tensor in tensors.items()}
 
 
-def todays_names(weights):
-    """A state dict with the names of today for the two parts of a weight norm."""
+def todays_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with today's names for the two parts of a weight norm."""
     weights = dict(weights)
     for old, new in WEIGHT_NORM.items():
         if f"encoder.{old}" in weights:

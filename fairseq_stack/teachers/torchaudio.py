@@ -1,11 +1,13 @@
 """Teachers from the state dicts of torchaudio's bundles, through transformers' models.
 
-A state dict says no more of a model than the shapes of its weights. The rest is what torchaudio.pipelines says of the
-bundles of HuBERT, wav2vec 2.0 and WavLM, in which it depends on the shapes.
+A state dict gives only the shapes of a model's weights. torchaudio.pipelines gives the rest: in its bundles of HuBERT,
+wav2vec 2.0 and WavLM, all other fields depend on these shapes.
 """
 
 import re
+from collections.abc import Mapping
 
+from torch import Tensor
 from transformers import HubertModel, WavLMModel
 
 from fairseq_stack.errors import InputError, input_errors
@@ -14,49 +16,49 @@ from fairseq_stack.teachers.base import load_weights
 from fairseq_stack.teachers.huggingface import HuggingFaceTeacher, build, todays_names
 
 HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # by width
-STRIDES = {(10, 3, 3, 3, 3, 2, 2): (5, 2, 2, 2, 2, 2, 2)}  # by kernels
+STRIDES: dict[tuple[int, ...], tuple[int, ...]] = {(10, 3, 3, 3, 3, 2, 2): (5, 2, 2, 2, 2, 2, 2)}  # by kernels
 BUCKET_DISTANCE = 800  # WavLM's
-# In torchaudio's names around its Wav2Vec2Model: training in several processes, normalisation, and pre-training.
-AROUND = re.compile(r"^(module\.)?(model\.)?(wav2vec2\.)?")
-# What recognition and pre-training add.
+# Prefixes that torchaudio's wrappers of its Wav2Vec2Model add: distributed training, normalisation, pre-training.
+WRAPPERS = re.compile(r"^(module\.)?(model\.)?(wav2vec2\.)?")
+# The modules that recognition and pre-training add.
 HEAD = ("aux.", "mask_generator.", "logit_generator.")
 
 
-def torchaudio_teacher(name, weights):
-    """A teacher from the state dict of a bundle's model, with the head of recognition or not.
+def torchaudio_teacher(name: str, weights: Mapping[str, Tensor]) -> HuggingFaceTeacher:
+    """Return a teacher from the state dict of a bundle's model, with or without the head for recognition.
 
     Args:
-        name: where it comes from.
+        name: the file that it comes from.
         weights: {torchaudio's name: tensor}.
 
     Raises:
-        InputError: the shapes are of no bundle, or a weight is missing or left over.
+        InputError: no bundle has these shapes, or a weight is missing or left over.
     """
-    weights = {AROUND.sub("", str(key)): tensor for key, tensor in weights.items()}
+    weights = {WRAPPERS.sub("", str(key)): tensor for key, tensor in weights.items()}
     weights = {_renamed(key): tensor for key, tensor in weights.items() if not key.startswith(HEAD)}
-    with input_errors(f"task.teacher={name} has torchaudio's names of weights, but is of no bundle"):
+    with input_errors(f"task.teacher={name} has torchaudio's names of weights, but no bundle's shapes"):
         weights = todays_names(_separated(weights))
         fields = _fields(weights)
         is_wavlm = "num_buckets" in fields
         model = build(WavLMModel if is_wavlm else HubertModel, fields)
     load_weights(model, weights, name)
-    # All that were trained on normalised waveforms have layer norms in the CNN, and no others.
+    # Exactly the models that were trained on normalised waveforms have layer norms in the CNN.
     normalize = fields["feat_extract_norm"] == "layer"
     family = "WavLM" if is_wavlm else "HuBERT or wav2vec 2.0"
     return HuggingFaceTeacher(name, family, model, normalize, FAIRSEQ_EPSILON)
 
 
-def _renamed(key):
-    """transformers' name: the modules are called as there, and nested in another way."""
+def _renamed(key: str) -> str:
+    """Return transformers' name of a weight. Modules have the same names there, but another nesting."""
     for theirs, ours in (("encoder.feature_projection.", "feature_projection."), ("encoder.transformer.", "encoder.")):
         if key.startswith(theirs):
             key = ours + key[len(theirs) :]
-    # In WavLM, torch's attention is in torchaudio's.
+    # WavLM's attention wraps torch's attention.
     return key.replace(".attention.attention.", ".attention.")
 
 
-def _separated(weights):
-    """WavLM's queries, keys and values, which torch's attention keeps in one matrix."""
+def _separated(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Split WavLM's matrix of queries, keys and values, which torch's attention keeps as one, into three."""
     separated = {}
     for key, tensor in weights.items():
         if ".attention.in_proj_" in key:
@@ -67,13 +69,13 @@ def _separated(weights):
     return separated
 
 
-def _fields(weights):
-    """transformers' configuration of the model."""
+def _fields(weights: Mapping[str, Tensor]) -> dict:
+    """Return the fields of transformers' configuration of the model."""
 
-    def shape(key):
+    def shape(key: str) -> tuple[int, ...]:
         return tuple(weights[key].shape)
 
-    def count(pattern):
+    def count(pattern: str) -> int:
         return 1 + max(int(match[1]) for match in (re.match(pattern, key) for key in weights) if match)
 
     convolutions = range(count(r"feature_extractor\.conv_layers\.(\d+)\."))

@@ -1,7 +1,10 @@
 """WavLM from Microsoft's own files, through transformers' model."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
+from torch import Tensor
 from transformers import WavLMModel
 
 from fairseq_stack.errors import input_errors
@@ -9,7 +12,7 @@ from fairseq_stack.models.conv_geometry import parse_conv_layers
 from fairseq_stack.teachers.base import load_weights
 from fairseq_stack.teachers.huggingface import HuggingFaceTeacher, build, todays_names
 
-# Microsoft's names, which are fairseq's and three of its own, and transformers'; # is a number.
+# Pairs of Microsoft's name (fairseq's, and three of its own) and transformers' name; # stands for a number.
 NAMES = (
     ("feature_extractor.conv_layers.#.0.", "feature_extractor.conv_layers.#.conv."),
     ("feature_extractor.conv_layers.#.2.1.", "feature_extractor.conv_layers.#.layer_norm."),
@@ -27,12 +30,14 @@ NAMES = (
 )
 
 
-def wavlm_teacher(name, config, normalize, weights, epsilon):
-    """A teacher from the configuration and the weights in a file of Microsoft's.
+def wavlm_teacher(
+    name: str, config: Mapping[str, Any], normalize: bool, weights: Mapping[str, Tensor], epsilon: float
+) -> HuggingFaceTeacher:
+    """Return a teacher from the configuration and the weights in one of Microsoft's files.
 
     Args:
-        name: where it comes from.
-        config: Microsoft's fields of the model, which have fairseq's names.
+        name: the file that it comes from.
+        config: Microsoft's fields of the model, with fairseq's names.
         normalize: whether its training normalised the waveforms.
         weights: state dict of Microsoft's model.
         epsilon: see normalize_waveforms.
@@ -65,7 +70,7 @@ def wavlm_teacher(name, config, normalize, weights, epsilon):
     return HuggingFaceTeacher(name, "WavLM", model, normalize, epsilon)
 
 
-def _renamed(key):
+def _renamed(key: str) -> str:
     for theirs, ours in NAMES:
         pattern = re.escape(theirs).replace(re.escape("#"), r"(\d+)")
         if re.match(pattern, key):

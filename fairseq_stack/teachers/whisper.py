@@ -1,30 +1,34 @@
-"""Whisper's encoder as a teacher: log-mel from the waveform, at the recording's true length."""
+"""Whisper's encoder as a teacher, with log-mel spectrograms of the recordings' true lengths."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.conv_geometry import frames_from_samples, parse_conv_layers
 from fairseq_stack.teachers.base import Teacher, exact_fp32
 
 WINDOW, HOP = 400, 160  # samples, of every Whisper
-# Frames are counted as HuBERT counts them, so that a student of the usual strides fits.
+# Frames are counted as HuBERT counts them, so that a student with the usual strides makes as many.
 FRAMES = parse_conv_layers("[(1,10,5)] + [(1,3,2)] * 4 + [(1,2,2)] * 2")
 
 
 class WhisperTeacher(Teacher):
     """transformers' WhisperEncoder on recordings of up to 30 s.
 
-    Whisper was trained on recordings padded with silence to 30 s. By default only the true length
-    runs: for the 12 s of an average LibriSpeech utterance that is 2.5 times less work, and the
-    positions are those that the same frames have in the padded input. `pad` gives it its 30 s.
+    Whisper was trained on recordings that were padded with silence to 30 s. By default the teacher
+    computes only the true length: 2.5 times less for the 12 s of an average LibriSpeech utterance. Each
+    frame has the same position as in the padded input. With `pad` the teacher pads to 30 s.
 
-    Whisper makes 50 frames a second, as HuBERT does, and up to one more at the end, which is cut.
-    Its frame i is centred on sample 320 i, HuBERT's on sample 320 i + 200: a student of HuBERT's
-    shape sees 12.5 ms, a bit more than half a frame, further.
+    Whisper makes 50 frames a second, like HuBERT, and up to one more at the end, which is cut off.
+    Its frame i is centred on sample 320 i, and HuBERT's on sample 320 i + 200. So a frame of a student
+    with HuBERT's shape sees 12.5 ms further, a bit more than half a frame.
 
     Args:
         name: the folder.
@@ -33,8 +37,10 @@ class WhisperTeacher(Teacher):
     """
 
     family = "Whisper's encoder"
+    longest: int
+    model: Any  # transformers' WhisperEncoder, whose attributes torch declares as Tensor | Module
 
-    def __init__(self, name, model, pad=False):
+    def __init__(self, name: str, model: WhisperEncoder, pad: bool = False) -> None:
         self.name = name
         self.model = model
         self.pad = pad
@@ -48,17 +54,17 @@ class WhisperTeacher(Teacher):
         head_mask = "layer_head_mask" in inspect.signature(model.layers[0].forward).parameters
         self.layer_options = {"layer_head_mask": None} if head_mask else {}
 
-    def frames(self, samples):
+    def frames(self, samples: int) -> int:
         if samples > self.longest:
             raise InputError(
-                f"task.teacher={self.name} takes at most {self.longest} samples, but was to take"
+                f"task.teacher={self.name} takes at most {self.longest} samples, but got"
                 f" {samples}; set task.max_sample_size to {self.longest} or less"
             )
         return frames_from_samples(samples, self.conv_layers)
 
     @torch.no_grad()
     @exact_fp32()
-    def hidden_states(self, waveforms, lengths, layers):
+    def hidden_states(self, waveforms: Tensor, lengths: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
         count = self.frames(waveforms.size(1))
         self.model.to(waveforms.device)
         self.filters = self.filters.to(waveforms.device)
@@ -67,7 +73,7 @@ class WhisperTeacher(Teacher):
             waveforms = F.pad(waveforms, (0, self.longest - waveforms.size(1)))
             lengths = torch.full_like(lengths, self.longest)
 
-        # As if each utterance were alone: zeros behind its end in front of every convolution.
+        # Before every convolution, what follows the end of an utterance is zero, as if the utterance were alone.
         mel_frames = lengths // HOP
         x = log_mel(waveforms, lengths, self.filters).to(self.dtype)
         x = F.gelu(self.model.conv1(x))
@@ -89,11 +95,11 @@ class WhisperTeacher(Teacher):
         return outputs
 
 
-def log_mel(waveforms, lengths, filters):
-    """Whisper's log-mel of each utterance alone, as transformers' WhisperFeatureExtractor makes it.
+def log_mel(waveforms: Tensor, lengths: Tensor, filters: Tensor) -> Tensor:
+    """Return the log-mel spectrogram that transformers' WhisperFeatureExtractor makes of each utterance alone.
 
-    The spectrogram mirrors the waveform at its ends, and the dynamic range is cut to 80 dB below the
-    utterance's own maximum.
+    The waveform is mirrored at its ends. Values more than 80 dB below the utterance's own maximum are raised to
+    that level.
 
     Args:
         waveforms: [B, S], samples at 16 kHz.
@@ -101,7 +107,7 @@ def log_mel(waveforms, lengths, filters):
         filters: [mel bands, 201].
 
     Returns:
-        [B, mel bands, S // 160]; zeros behind the lengths // 160 frames of an utterance.
+        [B, mel bands, S // 160]; zeros after the lengths // 160 frames of an utterance.
     """
     ahead = torch.arange(WINDOW // 2, device=waveforms.device)
     end = lengths[:, None]
@@ -116,6 +122,6 @@ def log_mel(waveforms, lengths, filters):
     return (torch.maximum(x, loudest - 8.0) + 4.0) / 4.0 * valid
 
 
-def _valid(x, frames):
-    """[B, T], true on the first frames[b] frames of [B, C, T]."""
+def _valid(x: Tensor, frames: Tensor) -> Tensor:
+    """Return a mask [B, T] for [B, C, T], true on the first frames[b] frames of each row."""
     return torch.arange(x.size(2), device=x.device) < frames[:, None]

@@ -10,8 +10,8 @@ from fairseq_stack.analysis.runs import read_run
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.windows import count_windows
 from fairseq_stack.doctor import speech as look_at_speech
-from fairseq_stack.targets.fill import store_targets
 from fairseq_stack.training.recipes import subsets
+from fairseq_stack.training.stored_targets import store_targets
 
 # Every recording has several windows, and there are six updates in an epoch.
 FIELDS = {"task.max_sample_size": 1600, "optimization.max_update": 9, "dataset.disable_validation": True}

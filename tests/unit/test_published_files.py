@@ -453,9 +453,9 @@ BARE_WEIGHTS = {"wav2vec2.feature_projection.projection.weight": torch.zeros(1)}
     "build, message",
     [
         (of(WHISPER_FILE), "OpenAI's own format of Whisper; give the folder .* Hugging Face's format"),
-        (of(BARE_WEIGHTS, "pytorch_model.bin"), "nothing that says what model they belong to; give the folder"),
-        (of({}, "model.safetensors"), "nothing that says what model they belong to; give the folder"),
-        (of({}, "student.onnx"), "nothing that says what model they belong to; give the folder"),
+        (of(BARE_WEIGHTS, "pytorch_model.bin"), "no configuration of their model; give the folder"),
+        (of({}, "model.safetensors"), "no configuration of their model; give the folder"),
+        (of({}, "student.onnx"), "no configuration of their model; give the folder"),
         (of([1]), "holds no model that is known here; give"),
         (of({"model": {}, "cfg": None, "args": None}), "neither a cfg nor the args of a fairseq model"),
         (of({"model": {}, "cfg": {"model": {"_name": "data2vec_multi"}, "task": {}}}), "kind data2vec_multi; give one"),
@@ -475,7 +475,7 @@ BARE_WEIGHTS = {"wav2vec2.feature_projection.projection.weight": torch.zeros(1)}
                 torchaudio_large,
                 lambda content: {key: value for key, value in content.items() if "feature_extractor" not in key},
             ),
-            "has torchaudio's names of weights, but is of no bundle",
+            "has torchaudio's names of weights, but no bundle's shapes",
         ),
     ],
 )

@@ -571,9 +571,9 @@ def test_what_whisper_cannot_take_gets_one_line(whisper, teacher_file, tmp_path)
 @pytest.mark.parametrize(
     "inside, message",
     [
-        ("snapshots/abc/config.json", "give one of what is in the folder: .*/snapshots/abc$"),
-        ("checkpoint-500/config.json", "give one of what is in the folder: .*/checkpoint-500$"),
-        ("hubert_base_ls960.pt", "give one of what is in the folder: .*/hubert_base_ls960.pt$"),
+        ("snapshots/abc/config.json", "give one of these in the folder: .*/snapshots/abc$"),
+        ("checkpoint-500/config.json", "give one of these in the folder: .*/checkpoint-500$"),
+        ("hubert_base_ls960.pt", "give one of these in the folder: .*/hubert_base_ls960.pt$"),
         ("adapter_config.json", "an adapter without its model; load both with peft"),
         ("README.md", "a folder that transformers' save_pretrained wrote, or a file$"),
     ],
