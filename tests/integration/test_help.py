@@ -68,7 +68,7 @@ def test_the_entry_point_is_this_command():
 def test_choices_and_defaults_that_help_states_are_those_of_the_package(capsys):
     """They are written out, because help does not import what knows them."""
     from fairseq_stack.benchmark.inputs import SIZES
-    from fairseq_stack.benchmark.peers import PEERS
+    from fairseq_stack.benchmark.baselines import BASELINES
     from fairseq_stack.benchmark.roofline import GPUS
     from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT
     from fairseq_stack.export.student import FORMATS
@@ -82,7 +82,7 @@ def test_choices_and_defaults_that_help_states_are_those_of_the_package(capsys):
     export, benchmark = help_of("export"), help_of("benchmark")
     for name, format in FORMATS.items():
         assert f" {name} {format.help}" in export
-    assert f"{{{','.join(SIZES)}}}" in benchmark and f"{{{','.join(PEERS)}}}" in benchmark
+    assert f"{{{','.join(SIZES)}}}" in benchmark and f"{{{','.join(BASELINES)}}}" in benchmark
     assert all(f" {gpu}," in benchmark for gpu in GPUS)
 
 
