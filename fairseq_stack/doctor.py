@@ -1,4 +1,4 @@
-"""Whether an installation, prepared speech and a teacher are fit for a training, and what to do where they are not."""
+"""Examine an installation, prepared speech and a teacher before a training, and say what to fix."""
 
 import importlib
 import io
@@ -7,11 +7,12 @@ import platform
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-# Versions that the tests pass with, by Python; as in constraints.txt and constraints-3.10.txt.
+# The versions that the tests pass with, for each Python; as in constraints.txt and constraints-3.10.txt.
 _LATEST = {
     "torch": "2.14.1",
     "torchaudio": "2.11.0",
@@ -36,53 +37,54 @@ TESTED = {
     "3.11": _LATEST,
     "3.12": _LATEST,
 }
-_MODULES = {"hydra-core": "hydra", "ve-fairseq": "fairseq"}  # others go by the name of their package
+_MODULES = {"hydra-core": "hydra", "ve-fairseq": "fairseq"}  # other modules have the name of their package
 FAIRSEQS = ("fairseq", "ve-fairseq")
 
 
 class Finding(NamedTuple):
-    """One line of the doctor's.
+    """One line of the doctor's output.
 
     Attributes:
-        what: was looked at.
-        verdict: "ok"; "note", for what may be in order; or "fix".
-        text: what was found, and what to do.
+        what: the thing examined.
+        verdict: "ok"; "note", if it may be fine; or "fix".
+        text: the result, and what to do.
     """
 
     what: str
     verdict: str
     text: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.verdict:4}  {self.what}: {self.text}"
 
 
-def examine(data=None, teacher=None):
-    """Look at everything; a generator of Findings, in the order of what needs what.
+def examine(data: str | None = None, teacher: str | None = None) -> Iterator[Finding]:
+    """Yield a Finding for each thing examined. Things that others need come first.
 
     Args:
         data: folder of manifests, or None.
         teacher: path of a teacher, or None.
     """
-    # What fairseq and hydra say while they are imported is not about the installation.
+    # fairseq and hydra warn while they are imported, but not about the installation.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    yield python()
+    yield examine_python()
     fit = True
-    for finding in packages():
+    for finding in examine_packages():
         fit = fit and finding.verdict != "fix"
         yield finding
     if fit:
-        yield gpu()
-        yield libsndfile()
-    for name, path, look in (("data", data, speech), ("teacher", teacher, foundation_model)):
+        yield examine_gpu()
+        yield examine_libsndfile()
+    for name, path, examiner in (("data", data, examine_speech), ("teacher", teacher, examine_teacher)):
         if path is not None and fit:
-            yield from look(path)
+            yield from examiner(path)
         elif path is not None:
-            yield Finding(name, "note", "not looked at; first fix the installation")
+            yield Finding(name, "note", "not examined; first fix the installation")
 
 
-def python():
+def examine_python() -> Finding:
+    """Whether this Python is tested."""
     version = ".".join(map(str, sys.version_info[:2]))
     found = f"{platform.python_version()} ({sys.executable})"
     if version in TESTED:
@@ -90,28 +92,28 @@ def python():
     return Finding("Python", "note", f"{found} is not tested; {', '.join(TESTED)} are")
 
 
-def packages():
-    """One Finding for each package that training needs: is it there, does it import, is it a tested version."""
+def examine_packages() -> Iterator[Finding]:
+    """One Finding for each package that training needs: whether it is installed, imports and has a tested version."""
     version = ".".join(map(str, sys.version_info[:2]))
     tested = TESTED.get(version, TESTED["3.10"] if sys.version_info < (3, 11) else _LATEST)
     constraints = "constraints-3.10.txt" if tested is TESTED["3.10"] else "constraints.txt"
     install = f"pip install -c {constraints} -e .[train]"
     yield _this_package(install)
-    there = [name for name in FAIRSEQS if _version(name)]
+    installed = [name for name in FAIRSEQS if _version(name)]
     wanted = next(name for name in FAIRSEQS if name in tested)
     for name, pinned in tested.items():
-        if name in FAIRSEQS and len(there) == 2:
-            yield Finding("fairseq", "fix", f"both {' and '.join(there)} are installed, in one folder;"
-                          f" pip uninstall -y {' '.join(there)}, then {install}")  # fmt: skip
+        if name in FAIRSEQS and len(installed) == 2:
+            yield Finding("fairseq", "fix", f"both {' and '.join(installed)} are installed, in one folder;"
+                          f" pip uninstall -y {' '.join(installed)}, then {install}")  # fmt: skip
             continue
-        name = there[0] if name in FAIRSEQS and there else name
+        name = installed[0] if name in FAIRSEQS and installed else name
         found = _version(name)
         if found is None:
             yield Finding(name, "fix", f"is not installed; {install}")
             continue
         try:
             importlib.import_module(_MODULES.get(name, name))
-        except Exception as error:  # whatever a broken package does
+        except Exception as error:  # a broken package can raise anything
             reason = " ".join(str(error).split())[:200]
             yield Finding(name, "fix", f"{found} cannot be imported ({type(error).__name__}: {reason}); {install}")
             continue
@@ -123,34 +125,34 @@ def packages():
             yield Finding(name, "note", f"{found}; {pinned} is tested ({install})")
 
 
-def _this_package(install):
+def _this_package(install: str) -> Finding:
     found, command = _version("fairseq_stack"), shutil.which("fairseq-hydra-train")
     if found is None:
-        return Finding("fairseq_stack", "note", f"is not installed, only found in a folder; {install}")
+        return Finding("fairseq_stack", "note", f"is imported from a folder and not installed; {install}")
     if command is None:
         return Finding(
             "fairseq_stack", "note", f"{found}; fairseq-hydra-train is not on the PATH: activate its environment"
         )
-    return Finding("fairseq_stack", "ok", f"{found}, trains by {command}")
+    return Finding("fairseq_stack", "ok", f"{found}, trains with {command}")
 
 
-def _version(name):
+def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-def gpu():
-    """Which GPUs torch sees, and the precision to train in."""
+def examine_gpu() -> Finding:
+    """The GPUs that torch sees, and the precision to train in."""
     import torch
 
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        return Finding("GPU", "note", f"none that torch can use ({built}); training on the CPU needs common.fp16=false")
+        return Finding("GPU", "note", f"torch can use none ({built}); training on the CPU needs common.fp16=false")
     devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     names = "; ".join(f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices)
-    # bf16 arithmetic came with compute capability 8, fast fp16 with 7.
+    # bf16 arithmetic needs compute capability 8, fast fp16 needs 7.
     oldest = min((device.major, device.minor) for device in devices)
     if oldest >= (8, 0):
         precision = "common.bf16=true or common.fp16=true"
@@ -159,8 +161,8 @@ def gpu():
     return Finding("GPU", "ok", f"{names}; train in {precision}")
 
 
-def libsndfile():
-    """Whether audio can be read: FLAC, as the prepared speech is."""
+def examine_libsndfile() -> Finding:
+    """Whether libsndfile reads FLAC, the format of the prepared speech."""
     import numpy as np
     import soundfile
 
@@ -176,10 +178,10 @@ def libsndfile():
     return Finding("libsndfile", "ok", f"{soundfile.__libsndfile_version__}, reads FLAC")
 
 
-def speech(folder):
-    """One Finding for each manifest: it is well-formed, and at most a few of its recordings are of no use.
+def examine_speech(folder: str | Path) -> Iterator[Finding]:
+    """One Finding for each manifest: whether it is well-formed and how many of its recordings are usable.
 
-    Only the first, the shortest and the longest are read: reading all is the job of fairseq-stack prepare --check.
+    Only the first, the shortest and the longest recordings are read; fairseq-stack prepare --check reads all.
     """
     from fairseq_stack.errors import InputError
 
@@ -190,26 +192,30 @@ def speech(folder):
     for name, field in defaults.items():
         if name not in found and named:
             other = named[0].removesuffix(".tsv")
-            yield Finding(name, "note", f"is not there; name another with {field}, such as {other}")
+            yield Finding(name, "note", f"does not exist; name another with {field}, such as {other}")
     wanted = [name for name in defaults if name in found or not named]
     for name in dict.fromkeys([*wanted, *found]):
         try:
-            yield _manifest(folder / name)
+            yield _examine_manifest(folder / name)
         except InputError as error:
             yield Finding(name, "fix", str(error))
 
 
-def _is_manifest(path):
-    """Whether a TSV file can be one: a table's first line has several columns, a manifest's has the root folder."""
+def _is_manifest(path: Path) -> bool:
+    """Whether a TSV file can be a manifest: its first line, the root folder, has no tab, unlike that of a table."""
     try:
         with open(path, "rb") as file:
             return b"\t" not in file.readline()
     except OSError:
-        return True  # whoever reads it tells more
+        return True  # reading the manifest gives a full error message
 
 
-def _manifest(path):
-    """The Finding on a manifest that can be trained with; raises InputError for another."""
+def _examine_manifest(path: Path) -> Finding:
+    """The Finding on a manifest that training can use.
+
+    Raises:
+        InputError: training cannot use the manifest.
+    """
     import numpy as np
 
     from fairseq_stack.data.audio import SAMPLE_RATE, SHORTEST, read_audio
@@ -236,12 +242,12 @@ def _manifest(path):
     )
     if problems:
         first = next(iter(problems.values()))
-        return Finding(path.name, "note", f"{found}; training skips {len(problems)} more, first {first}")
+        return Finding(path.name, "note", f"{found}; training skips {len(problems)} others, first {first}")
     return Finding(path.name, "ok", found)
 
 
-def foundation_model(path):
-    """One Finding: the teacher loads and computes, and what it is."""
+def examine_teacher(path: str | Path) -> Iterator[Finding]:
+    """One Finding: whether the teacher loads and computes finite numbers, and its shape."""
     import torch
 
     from fairseq_stack.data.audio import SAMPLE_RATE
@@ -254,7 +260,7 @@ def foundation_model(path):
         second = torch.randn(1, SAMPLE_RATE), torch.tensor([SAMPLE_RATE])
         states = teacher.hidden_states(*second, [teacher.depth])[teacher.depth]
         if not bool(torch.isfinite(states).all()):
-            raise InputError(f"task.teacher={path} computes numbers that are not finite; get the file again")
+            raise InputError(f"task.teacher={path} computes numbers that are not finite; download or copy it again")
     except InputError as error:
         yield Finding("teacher", "fix", str(error))
         return

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # scripts/demo.sh
-# Distil real speech from end to end: speech, teacher, growing student, exports, report.
-# Everything lands in outputs/demo. Run it again after an interruption and it goes on where it was.
+# Run a distillation on real speech from end to end: speech, teacher, growing student, exports, report.
+# Everything is written to outputs/demo. After an interruption, run it again to resume.
 set -euo pipefail
 if [ "${1:-}" = --help ]; then sed -n '2,/^set/s/^# \?//p' "$0"; exit; fi
 source "$(dirname "$0")/environment.sh"
@@ -10,7 +10,7 @@ speech=$run/speech
 teacher=$run/teacher/teacher.pt
 checkpoint=$run/checkpoints/checkpoint_last.pt
 mkdir -p "$run"
-# What fairseq and hydra use is deprecated here and there; none of it is for whoever runs this.
+# fairseq and hydra cause deprecation warnings, which do not concern users of the demo.
 export PYTHONWARNINGS=ignore HF_HUB_DISABLE_PROGRESS_BARS=1
 
 step() { echo; echo "== $*"; }

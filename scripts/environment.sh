@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: makes .venv beside this folder from constraints.txt, once, and uses it.
+# The other scripts source this file. It makes .venv from constraints.txt once, and puts it on the PATH.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # scripts/test_matrix.sh [PYTHON...]
-# Run the tests on several Pythons, and load the exports that each of them makes on all the others.
-# PYTHON is an interpreter (default: python3.10 python3.11 python3.12); each gets a fresh environment in
-# outputs/matrix with the versions of its constraints file. The python of a virtual environment is taken as
-# it is. PYTEST_ADDOPTS reaches pytest. Ends with a table, and with exit code 1 where something failed.
+# Run the tests on several Pythons, and load the exports of each Python on all others.
+# PYTHON is an interpreter (default: python3.10 python3.11 python3.12). Each gets a fresh environment in
+# outputs/matrix with the versions of its constraints file; the python of a virtual environment is used as
+# it is. PYTEST_ADDOPTS reaches pytest. Prints a table at the end, and exits with 1 if something failed.
 set -uo pipefail
 if [ "${1:-}" = --help ]; then sed -n '2,/^set/s/^# \?//p' "$0"; exit; fi
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ for python in "${@:-python3.10 python3.11 python3.12}"; do
     echo "== Python $version: installing into $root/$version"
     rm -rf "${root:?}/$version"
     "$one" -m venv "$root/$version" || exit 1
-    [ "$version" = 3.10 ] && "$root/$version/bin/pip" install --quiet "pip<24.1"  # for what fairseq 0.12.2 declares
+    [ "$version" = 3.10 ] && "$root/$version/bin/pip" install --quiet "pip<24.1"  # newer pip refuses the requirements of fairseq 0.12.2
     "$root/$version/bin/pip" install --quiet --constraint "$constraints" --editable '.[test]' || exit 1
     pythons+=("$root/$version/bin/python")
   done
@@ -42,7 +42,7 @@ for python in "${pythons[@]}"; do
 done
 for python in "${pythons[@]}"; do
   version=$(version_of "$python")
-  echo "== Python $version: the exports of all"
+  echo "== Python $version: the exports of all Pythons"
   "$python" tests/exchange.py compare "$root/exports" > "$root/exports-$version.log" 2>&1 || failed=1
   grep "^$version \|^error" "$root/exports-$version.log"
 done

@@ -1,8 +1,8 @@
-"""Train the demo's teacher: a small HuBERT, by fairseq's own `hubert_pretraining` on MFCC k-means labels.
+"""Train the teacher of the demo: a small HuBERT, by fairseq's own `hubert_pretraining` on MFCC k-means labels.
 
-The first iteration of Hsu et al. 2021 (HuBERT) in small: 39-dimensional MFCC features at 100 frames per
-second, k-means, masked prediction of the cluster numbers. The result is an ordinary fairseq checkpoint, as
-the published HuBERT checkpoints are. A run that was interrupted goes on from its last checkpoint.
+This is a small version of the first iteration of Hsu et al. 2021 (HuBERT): 39-dimensional MFCC features at 100 frames
+per second, k-means, and masked prediction of the cluster numbers. The result is an ordinary fairseq checkpoint, like
+the published HuBERT checkpoints. After an interruption the same command resumes from the last checkpoint.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import logging
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ SPLITS = ("train", "valid")
 
 
 @one_line_errors
-def main():
+def main() -> None:
     args = parse_arguments()
     teacher = args.output.resolve() / "teacher.pt"
     if teacher.exists():
@@ -41,7 +42,7 @@ def main():
     print(f"teacher: trained, {teacher}")
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--speech", type=Path, required=True, help="folder with train.tsv and valid.tsv (16 kHz mono audio)"
@@ -50,25 +51,28 @@ def parse_arguments():
         "--output",
         type=Path,
         required=True,
-        help="folder for teacher.pt, the labels and the training's own files; what is there is reused",
+        help="folder for teacher.pt, the labels and the training's own files; existing files are reused",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="FIELD=VALUE",
-        help="fields of examples/demo_teacher/hubert_demo.yaml to change, as optimization.max_update=2000",
+        help="fields of examples/demo_teacher/hubert_demo.yaml to change, such as optimization.max_update=2000",
     )
     return parser.parse_args()
 
 
-def make_labels(speech, labels):
-    """Cluster the MFCC frames of both splits.
+def make_labels(speech: Path, labels: Path) -> None:
+    """Cluster the MFCC frames of both splits and write the labels to the folder `labels`.
 
-    The folder `labels` gets, beside each split's manifest, train.km and valid.km: a line of cluster numbers
-    per utterance, 100 per second. dict.km.txt comes last; its existence says that the labels are complete.
+    For each split the folder gets the manifest and SPLIT.km, which has a line of cluster numbers for each utterance,
+    100 per second. dict.km.txt is written last, so its existence shows that the labels are complete.
+
+    Raises:
+        InputError: a manifest is missing or empty, the labels belong to other speech, or the speech is too short.
     """
     dictionary = labels / "dict.km.txt"
-    manifests = {split: read_manifest(speech / f"{split}.tsv") for split in SPLITS}
+    manifests = {split: manifest_text(speech / f"{split}.tsv") for split in SPLITS}
     if dictionary.exists():
         for split, manifest in manifests.items():
             if (labels / f"{split}.tsv").read_text(encoding="utf-8") != manifest:
@@ -87,20 +91,20 @@ def make_labels(speech, labels):
         raise InputError(f"{speech / 'train.tsv'}: {len(frames) / 100} s are too few for {CLUSTERS} clusters")
 
     print(f"labels: k-means with {CLUSTERS} clusters on {len(frames)} frames", flush=True)
-    kmeans = MiniBatchKMeans(CLUSTERS, batch_size=10000, n_init=3, reassignment_ratio=0.0, random_state=0)
+    kmeans = MiniBatchKMeans(CLUSTERS, batch_size=10000, n_init=3, reassignment_ratio=0.0, random_state=0)  # pyright: ignore[reportArgumentType]  takes numbers too
     kmeans.fit(frames)
     for split in SPLITS:
         clusters = [kmeans.predict(utterance) for utterance in features[split]]
         write_lines(labels / f"{split}.tsv", manifests[split].splitlines())
         write_lines(labels / f"{split}.km", (" ".join(map(str, row)) for row in clusters))
     counts = np.bincount(np.concatenate(clusters), minlength=CLUSTERS)
-    print(f"labels: guessing the largest cluster scores {counts.max() / counts.sum():.3f} on valid")
-    # fairseq's dictionary format, one symbol and its count a line; the counts are not used.
+    print(f"labels: always guessing the largest cluster has an accuracy of {counts.max() / counts.sum():.3f} on valid")
+    # fairseq's dictionary format: a symbol and its count on each line; the counts are not used.
     write_lines(dictionary, (f"{cluster} 1" for cluster in range(CLUSTERS)))
 
 
-def read_manifest(path):
-    """Return the text of a fairseq manifest: the audio's root, then path TAB samples on each line."""
+def manifest_text(path: Path) -> str:
+    """The text of a fairseq manifest: the root of the audio, then path TAB samples on each line."""
     try:
         manifest = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -110,11 +114,11 @@ def read_manifest(path):
     return manifest
 
 
-def mfcc_features(path):
-    """Return 13 MFCCs with their first and second differences, [T, 39], 100 frames per second.
+def mfcc_features(path: Path) -> np.ndarray:
+    """13 MFCCs with their first and second differences, [T, 39], 100 frames per second.
 
-    The features of fairseq's examples/hubert/simple_kmeans, whose scripts need a package that fairseq does
-    not declare and keep the clusters as a pickle.
+    They are the features of fairseq's examples/hubert/simple_kmeans. Its scripts are not used because they need a
+    package that fairseq does not declare, and store the clusters as a pickle.
     """
     samples = read_audio(path)
     cepstra = torchaudio.compliance.kaldi.mfcc(torch.from_numpy(samples)[None], use_energy=False).T
@@ -122,18 +126,18 @@ def mfcc_features(path):
     return torch.cat([cepstra, slopes, torchaudio.functional.compute_deltas(slopes)]).T.numpy()
 
 
-def train(speech, labels, teacher, overrides):
+def train(speech: Path, labels: Path, teacher: Path, overrides: Sequence[str]) -> None:
     """Run fairseq-hydra-train in this process, then copy its last checkpoint to `teacher`."""
-    warnings.simplefilter("ignore")  # deprecations inside fairseq and hydra, which no user can act upon
+    warnings.simplefilter("ignore")  # deprecations inside fairseq and hydra, which users cannot change
     from fairseq.data import Dictionary
     from fairseq_cli.hydra_train import cli_main
 
-    # hubert_pretraining keeps its Dictionary in every checkpoint; torch's safe loading, through which fairseq
-    # resumes, admits it only by name. Hence no subprocess.
+    # Every checkpoint of hubert_pretraining has a Dictionary. When fairseq resumes, torch's safe loading only accepts
+    # classes that this process has named, so the training cannot run in a subprocess.
     torch.serialization.add_safe_globals([Dictionary])
     checkpoints = teacher.parent / "checkpoints"
-    # Announcements (the whole configuration, each of the model's layers) would bury fairseq's progress lines.
-    # hydra keeps the configuration in the folder of logs.
+    # Announcements (the whole configuration, each layer of the model) would hide fairseq's progress lines. hydra also
+    # writes the configuration to the folder of logs.
     for announcer in ("fairseq", "fairseq_cli", "hydra"):
         logging.getLogger(announcer).setLevel(logging.WARNING)
     logging.getLogger("fairseq.logging.progress_bar").setLevel(logging.INFO)
@@ -153,8 +157,8 @@ def train(speech, labels, teacher, overrides):
         shutil.copyfile(checkpoints / "checkpoint_last.pt", beside)
 
 
-def quoted(path):
-    """Return the path as a quoted string of hydra's override grammar."""
+def quoted(path: Path) -> str:
+    """The path as a quoted string of hydra's override grammar."""
     return "'" + str(path).replace("'", r"\'") + "'"
 
 

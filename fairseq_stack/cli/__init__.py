@@ -1,12 +1,14 @@
-"""The command `fairseq-stack`: a module for each subcommand, which takes arguments, makes a call and prints its result.
+"""The command `fairseq-stack`: each subcommand has a module, which reads arguments, makes a call and prints its result.
 
-A module has `add_arguments(parser)` and `run(args)`; its docstring is the subcommand's description. `run` returns None, or
-what is wrong, for a command that fails by what it finds. What takes long to import is imported in `run`, so that help is quick.
+A module has `add_arguments(parser)` and `run(args)`, and its docstring is the description of the subcommand. `run`
+returns None, or an error message for a command that fails because of what it finds. It imports slow modules itself, so
+that help is quick.
 """
 
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 
 from fairseq_stack.errors import InputError, one_line_errors
@@ -27,15 +29,15 @@ COMMANDS = (
 
 
 @one_line_errors
-def main(arguments=None):
-    """Run a subcommand; errors end the program in one line and with exit code 1.
+def main(arguments: Sequence[object] | None = None) -> None:
+    """Run a subcommand; an error ends the program with one line and exit code 1.
 
     Args:
-        arguments: of the command line (default: the program's).
+        arguments: the arguments of the command line (default: those of the program).
     """
-    arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
-    args = parse(arguments)
-    args.command_line = shlex.join(["fairseq-stack", *arguments])
+    words: list[str] = sys.argv[1:] if arguments is None else [str(argument) for argument in arguments]
+    args = parse(words)
+    args.command_line = shlex.join(["fairseq-stack", *words])
     try:
         load_extensions(args.extensions, "--extensions")
         problem = args.run(args)
@@ -47,31 +49,32 @@ def main(arguments=None):
         raise SystemExit(problem)
 
 
-def parse(arguments):
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The parsed arguments, with the function `run` of their subcommand."""
     parser = argparse.ArgumentParser(
         prog="fairseq-stack",
-        description="Distil speech foundation models: what comes before and after fairseq's training."
-        " fairseq-stack COMMAND --help explains a command.",
+        description="Prepare, evaluate and export distillations of speech foundation models; fairseq-hydra-train trains"
+        " them. fairseq-stack COMMAND --help explains a command.",
     )
     parser.add_argument(
         "--extensions", metavar="FILE", action="append", default=[],
-        help="load a Python file or module with your own parts, see docs/extending.md; before COMMAND, may be repeated",
+        help="Python file or module with your own parts, see docs/extending.md; give it before COMMAND, once for each",
     )  # fmt: skip
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = import_module(f"{__name__}.{name.replace('-', '_')}")
-        summary = module.__doc__.split("\n\n")[0].strip().rstrip(".")
+        description = module.__doc__ or ""
+        summary = description.split("\n\n")[0].strip().rstrip(".")
         command = commands.add_parser(
             name,
             help=summary[0].lower() + summary[1:],
-            description=module.__doc__,
+            description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, error=command.error)
     args, left = parser.parse_known_args(arguments)
-    # argparse takes no more positional arguments once options have followed the first ones.
+    # argparse does not take positional arguments that follow an option, if some came before it.
     if hasattr(args, "overrides") and not any(argument.startswith("-") for argument in left):
         args.overrides, left = args.overrides + left, []
     if left:

@@ -1,34 +1,42 @@
-"""Measure where the time of an update goes and what growing saves of it, beside baselines.
+"""Measure the time of an update, how much of it growing saves, and the baselines.
 
-Every case is a real training by fairseq's trainer, in a process of its own. On a CPU
-they take turns, update by update; on a GPU, which each needs as a whole, they come one
-after another. Medians are compared. A case that does not fit into memory is named, and
-its cells stay empty. Weights and waveforms are random, which does not change the time.
-The teacher runs in bf16, that of the baselines in fp32 as in s3prl's distiller.
+Every case is a real training by fairseq's trainer, in its own process. On a CPU the
+cases take turns, update by update. On a GPU they run one after another, because each
+needs the whole GPU. The table compares medians. If a case does not fit into memory, it
+is named and its cells stay empty. Weights and waveforms are random, which does not
+change the time. The teacher runs in bf16, and in fp32 in the baselines, as in s3prl's
+distiller.
 """
 
+from argparse import ArgumentParser, Namespace
 
-def add_arguments(parser):
+
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--size", choices=("paper", "demo"), default="paper", help="shapes of teacher and student")
-    parser.add_argument("--batch", type=int, help="utterances of an update (default: 4, with --roofline 64)")
+    parser.add_argument("--batch", type=int, help="utterances in an update (default: 4, with --roofline 64)")
     parser.add_argument("--seconds", type=float, help="length of each utterance (default: 8, with --roofline 12)")
     parser.add_argument("--rounds", type=int, default=5, help="updates measured at each depth (default: 5)")
     parser.add_argument(
         "--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"],
-        help="of the student (default: fp32 bf16)",
+        help="precision of the student (default: fp32 bf16)",
     )  # fmt: skip
-    parser.add_argument("--baseline", nargs="*", choices=("s3prl", "fairseq"), default=[], help="what to compare with")
+    parser.add_argument(
+        "--baseline", nargs="*", choices=("s3prl", "fairseq"), default=[], help="baselines to measure too"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: the GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="of each training, on a CPU (default: as torch)")
+    parser.add_argument("--threads", type=int, help="threads of each training on a CPU (default: as torch)")
     parser.add_argument(
         "--roofline", metavar="GPU",
-        help="measure nothing; bound the time of an update on a GPU, without one: h100, a100, rtx4090, or a JSON file"
-             " with the fields of benchmark.roofline.Gpu",
+        help="measure nothing, but compute a lower bound for the time of an update on this GPU, which need not be here:"
+             " h100, a100, rtx4090, or a JSON file with the fields of benchmark.roofline.Gpu",
     )  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="write the figures to this JSON file too")
+    parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file too")
 
 
-def run(args):
+def run(args: Namespace) -> None:
+    from fairseq_stack.cli.quiet import quiet_libraries
+
+    quiet_libraries()
     from fairseq_stack.benchmark.run import run
     from fairseq_stack.training.recipes import find_recipe
 

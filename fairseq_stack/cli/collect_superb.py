@@ -1,16 +1,17 @@
-"""Collect results of s3prl's SUPERB problems into one table, beside published ones."""
+"""Collect results of s3prl's SUPERB problems in one table with published results."""
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 
-def add_arguments(parser):
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "folders", nargs="+", type=Path, metavar="FOLDER",
-        help="one for each model, named like it, with the --target_dir folders of all problems and learning rates",
+        help="folder of a model, with its name, that has the --target_dir folders of all problems and learning rates",
     )  # fmt: skip
 
 
-def run(args):
+def run(args: Namespace) -> None:
     import sys
 
     from fairseq_stack.evaluation.superb import COLUMNS, best_runs, find_runs, scores

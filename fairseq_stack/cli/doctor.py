@@ -1,18 +1,20 @@
 """Check the installation, the speech and the teacher, and say what to fix.
 
-Prints a line for each check: ok, note (may be in order) or fix. Exits with 1 if
-something has to be fixed.
+Prints a line for each check: ok, note (may be fine) or fix. Exits with 1 if something
+has to be fixed.
 """
 
+from argparse import ArgumentParser, Namespace
 
-def add_arguments(parser):
+
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FOLDER", help="folder of manifests, as task.data")
     parser.add_argument(
         "--teacher", metavar="PATH", help="a fairseq checkpoint or Hugging Face folder, as task.teacher"
     )
 
 
-def run(args):
+def run(args: Namespace) -> str | None:
     from fairseq_stack.doctor import examine
 
     broken = 0
@@ -22,3 +24,4 @@ def run(args):
     if broken:
         return f"{broken} to fix"
     print("ready to train")
+    return None

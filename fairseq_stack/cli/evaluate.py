@@ -1,18 +1,19 @@
-"""Probe how good exported students are, by SUPERB's protocol in small, and print a table.
+"""Probe exported students by a small version of SUPERB's protocol and print a table.
 
-A student of the shape of the first export with random weights and log-mel features are
-rows of the table, too.
+The table also has rows for log-mel features and for a student with random weights and
+the shape of the first export.
 """
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fairseq_stack.errors import check_output, check_positive
 
 
-def add_arguments(parser):
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "exports", nargs="+", metavar="EXPORT",
-        help="what fairseq-stack export made: a huggingface folder, or a file for s3prl",
+        help="an export by fairseq-stack: a huggingface folder, or a file for s3prl",
     )  # fmt: skip
     parser.add_argument(
         "--speech", required=True, metavar="FOLDER", help="folder with labels that fairseq-stack prepare made"
@@ -23,27 +24,27 @@ def add_arguments(parser):
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint", metavar="FILE",
-        help="fairseq checkpoint of the student, to tell how much of the held-out teacher variance it explains"
+        help="fairseq checkpoint of the student, to measure how much of the held-out teacher variance it explains"
              " (needs fairseq)",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="probes of each kind (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each probe (default: %(default)s)")
     parser.add_argument(
         "--output", default="outputs/probes.json", metavar="FILE",
-        help="where all numbers go; what it holds already is not computed again (default: %(default)s)",
+        help="file for all numbers; numbers that it already has are not computed again (default: %(default)s)",
     )  # fmt: skip
 
 
-def run(args):
+def run(args: Namespace) -> None:
     import sys
 
-    from fairseq_stack.analysis.held_out import NoHeads, explained_table, read_held_out
     from fairseq_stack.cli.quiet import quiet_libraries
+
+    quiet_libraries()
+    from fairseq_stack.analysis.held_out import NoHeads, explained_table, read_held_out
     from fairseq_stack.evaluation.results import add_held_out, probe_table, run_probes, upstream_rows
 
+    # The probes take long: check all arguments before.
     check_positive("--seeds", args.seeds)
-    quiet_libraries()
-
-    # The probes take long: what is wrong is said before.
     check_output("--output", args.output)
     seeds = range(1, args.seeds + 1)
     rows = upstream_rows(args.exports, args.teacher)

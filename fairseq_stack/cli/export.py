@@ -1,4 +1,4 @@
-"""Export a trained student to other libraries, verified on speech before it gets its name.
+"""Export a trained student to another library and verify the export on speech.
 
 formats:
   huggingface      a folder for transformers.HubertModel and s3prl's hf_hubert_custom
@@ -10,38 +10,37 @@ formats:
   onnx             a file for onnxruntime, for batches of any size and length
 """
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 
-def add_arguments(parser):
-    parser.add_argument("checkpoint", type=Path, help="fairseq checkpoint of a stacked_hubert, at any stage")
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="fairseq checkpoint of a student, at any stage of its growth")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="one of the formats above")
     parser.add_argument("--output", required=True, type=Path, help="folder or file to make")
     parser.add_argument(
         "--speech", type=Path,
-        help="audio file or manifest (.tsv), 16 kHz mono, to compare the export with the training model on (default:"
-             " the student's validation data)",
+        help="audio file or manifest (.tsv), 16 kHz mono, on which to compare the export with the training model"
+             " (default: the student's validation data)",
     )  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="export the moving average of the weights")
     parser.add_argument(
-        "--force", action="store_true", help="replace an export, once the new one is verified (default: refuse)"
+        "--force", action="store_true", help="replace an existing export once the new one is verified (default: refuse)"
     )
 
 
-def run(args):
-    import logging
-
+def run(args: Namespace) -> str | None:
     from fairseq_stack.cli.quiet import quiet_libraries
-    from fairseq_stack.export.student import export
-    from fairseq_stack.export.verify import ExportMismatch, table
 
-    logging.basicConfig(level=logging.WARNING)
     quiet_libraries()
+    from fairseq_stack.export.student import export
+    from fairseq_stack.export.verify import ExportMismatch, difference_table
+
     try:
         proof = export(args.checkpoint, args.to, args.output, args.speech, args.ema, args.force)
     except ExportMismatch as error:
         return f"error: {error}"
-    print(table(proof))
+    print(difference_table(proof))
     print(
         f"{args.to}: {args.output}, largest difference to {proof['compared_with']}"
         f" {proof['largest_difference_alone']:.2g} alone, {proof['largest_difference_padded']:.2g} in a padded batch"
@@ -49,6 +48,7 @@ def run(args):
     print(f"padding: {proof['padding']}")
     if "normalization" in proof:
         print(
-            f"normalisation: {proof['normalization']}; normalised alike, the largest difference is"
+            f"normalisation: {proof['normalization']}; if both normalise in the same way, the largest difference is"
             f" {proof['largest_difference_normalized_alike']:.2g}"
         )
+    return None

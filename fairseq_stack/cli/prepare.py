@@ -4,19 +4,21 @@ Writes into the output folder
   train.tsv, valid.tsv, test.tsv   fairseq's manifests
   labels.tsv                       utterance, speaker, language, text, keyword
   audio/                           16 kHz mono FLAC, if the source has to be converted
-No prompt is in two splits; valid and test get 5 % each. Recordings that cannot be
-used are named and left out. The same command continues after an interruption.
+No prompt is in two splits; valid and test get 5 % each. Unusable recordings are named
+and left out. After an interruption the same command resumes.
 
 examples:
   fairseq-stack prepare --source /corpora/LibriSpeech --output data/librispeech
   fairseq-stack prepare --output data/librispeech --check
 """
 
+from argparse import ArgumentParser, Namespace
+
 from fairseq_stack.data.splits import GROUPINGS
 from fairseq_stack.errors import InputError
 
 
-def add_arguments(parser):
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--source", metavar="asterisk|FOLDER",
         help="asterisk: fetch Debian's telephone prompts, 2.9 hours in five languages (needs apt-get and dpkg, no"
@@ -26,22 +28,22 @@ def add_arguments(parser):
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
     parser.add_argument(
         "--split-by", choices=GROUPINGS, default="prompt",
-        help="what is in one split only: prompt (default), known by text or file name; or speaker, named by the first"
-             " folder below --source (LibriSpeech keeps its own splits)",
+        help="keep each prompt (default; known by text or file name) or each speaker (the first folder below --source)"
+             " in one split only; LibriSpeech keeps its own splits",
     )  # fmt: skip
     parser.add_argument(
         "--bad-audio-limit", metavar="SHARE", type=float,
-        help="share of the recordings that may be unusable, as task.bad_audio_limit in training; more stop the"
-             " preparation (default: 0.01)",
+        help="largest share of unusable recordings before the preparation stops, like task.bad_audio_limit in training"
+             " (default: 0.01)",
     )  # fmt: skip
     parser.add_argument(
         "--check", action="store_true",
-        help="prepare nothing, but read every file of the manifests in --output; print a line for each problem and"
-             " exit with 1 if there are any",
+        help="only read every file of the manifests in --output; print a line for each problem and exit with 1 if"
+             " there is one",
     )  # fmt: skip
 
 
-def run(args):
+def run(args: Namespace) -> str | None:
     import logging
 
     from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT
@@ -60,3 +62,4 @@ def run(args):
     else:
         prepare(args.source, args.output, args.split_by, limit)
     print(summary(args.output))
+    return None

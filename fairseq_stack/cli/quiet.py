@@ -1,11 +1,19 @@
 """Silence for the libraries that a subcommand calls."""
 
+import logging
+import os
 import warnings
 
 
-def quiet_libraries():
-    """Hide warnings and progress bars of loading models: they are not about the user's model."""
+def quiet_libraries() -> None:
+    """Hide warnings, announcements and progress bars of libraries, here and in child processes.
+
+    They do not concern the user. Many appear when a library is imported, so call this first.
+    """
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING)  # otherwise a module of fairseq sets INFO
+
     from transformers.utils.logging import disable_progress_bar
 
-    warnings.filterwarnings("ignore")
     disable_progress_bar()

@@ -1,11 +1,12 @@
-"""Report trainings: losses, time per stage, speed-up, similarity of the layers and weights of the probes."""
+"""Report trainings: losses, time per stage, speed-up, similarity of layers, layer weights of probes."""
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from fairseq_stack.errors import InputError, check_output, check_positive
 
 
-def add_arguments(parser):
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "runs",
         metavar="RUN",
@@ -18,16 +19,19 @@ def add_arguments(parser):
         "--reference", metavar="RUN", type=Path, help="training to compare the time with, such as one at full depth"
     )
     parser.add_argument(
-        "--student", type=Path, help="the first run's student as a Hugging Face folder, for its similarity"
+        "--student", type=Path, help="huggingface export of the first run's student, for the similarity of its layers"
     )
     parser.add_argument("--speech", type=Path, help="manifest (TSV) of the speech to run the student on")
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds of that speech (default: 60)")
     parser.add_argument(
-        "--probes", type=Path, help="JSON that fairseq-stack evaluate wrote, for the probes' layer weights"
+        "--probes", type=Path, help="JSON file of fairseq-stack evaluate, for the layer weights of the probes"
     )
 
 
-def run(args):
+def run(args: Namespace) -> None:
+    from fairseq_stack.cli.quiet import quiet_libraries
+
+    quiet_libraries()
     from fairseq_stack.analysis.hidden_states import hidden_states_of
     from fairseq_stack.analysis.probes import read_layer_weights
     from fairseq_stack.analysis.report import write_report

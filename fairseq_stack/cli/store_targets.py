@@ -1,8 +1,8 @@
-"""Store the teacher's targets ahead of a training.
+"""Store the teacher's targets before a training.
 
-Takes the command line of the training and computes all targets that the training
-will ask for. A training fills its store itself as it goes; this is for machines that
-are idle before it starts. The same command continues after an interruption.
+Takes the command line of the training and computes all targets that the training will
+use. A training also fills its store itself; this command uses machines that are idle
+before it starts. After an interruption the same command resumes.
 
 example:
   fairseq-stack store-targets --config-name librispeech_base --processes 8 \\
@@ -10,22 +10,30 @@ example:
     +task.target_store=/big/disk/targets
 """
 
+from argparse import ArgumentParser, Namespace
 
-def add_arguments(parser):
+
+def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--config-dir", metavar="FOLDER", help="folder of the recipe, as for fairseq-hydra-train")
     parser.add_argument(
         "--config-name", metavar="NAME", required=True,
-        help="the recipe; without --config-dir a path, or a name in the package's examples",
+        help="name of the recipe; without --config-dir its path, or its name in the package's examples",
     )  # fmt: skip
     parser.add_argument(
         "--splits", nargs="+", metavar="SPLIT",
-        help="manifests to store (default: those that the recipe trains and validates on)",
+        help="manifests to store targets for (default: those that the recipe trains and validates on)",
     )  # fmt: skip
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="such as one for each GPU (default: 1)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of processes, such as one for each GPU (default: 1)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="fields of the recipe to change")
 
 
-def run(args):
+def run(args: Namespace) -> None:
     import logging
 
     from fairseq_stack.errors import check_positive

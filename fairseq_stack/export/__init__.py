@@ -1,1 +1,1 @@
-"""Students for other libraries, each export verified. Needs neither fairseq nor hydra, where a format is not theirs."""
+"""Exports of students to other libraries, each verified. Only the fairseq format needs fairseq; none needs hydra."""

@@ -1,7 +1,8 @@
-"""The model card of a student: what it is, how it was made, how to use it."""
+"""The model card of a student: its shape, its training, its verification and how to use it."""
 
 from pathlib import Path
 
+from fairseq_stack.checkpoints.student import Student
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.manifest import read_manifests
 from fairseq_stack.errors import InputError
@@ -69,7 +70,7 @@ Fine-tuning with masks (SpecAugment): {masks}.
 ```
 """
 
-# What to know before masks are used.
+# Texts of the card on fine-tuning with masks.
 _MASKS = (
     "training masks 5 % of the frames (`mask_time_prob`, transformers' default) with the mask embedding of the"
     " distillation, `masked_spec_embed`, and needs utterances of more than 10 frames (`mask_time_length`);"
@@ -77,26 +78,26 @@ _MASKS = (
 )
 _NO_MASKS = (
     "the distillation masked nothing, so there is no mask embedding and training masks nothing; with"
-    " `mask_time_prob=0.05` in `from_pretrained` transformers masks, and starts the embedding at random"
+    " `mask_time_prob=0.05` in `from_pretrained` transformers masks, and initialises the embedding at random"
 )
 
 
-def before_full_depth(student):
-    """One line that says so where a Student has fewer layers than its training was to give it, else an empty one."""
+def before_full_depth(student: Student) -> str:
+    """One line on a Student whose training has not reached full depth; an empty string for any other."""
     layers = student.config["encoder_layers"]
     if student.depth == layers:
         return ""
     return f"its growth has not ended, the student has {student.depth} of {layers} layers"
 
 
-def model_card(student, state, proof, moving_average=False):
-    """The text of README.md.
+def model_card(student: Student, state: dict, proof: dict, moving_average: bool = False) -> str:
+    """The model card as Markdown, for README.md.
 
     Args:
         student: a Student.
-        state: the checkpoint's content. What it does not tell, the card leaves out.
+        state: the content of the checkpoint. The card leaves out facts that it does not have.
         proof: the comparison with the training model, see write_verified.
-        moving_average: whether the weights are the moving average's.
+        moving_average: whether the weights are the moving average.
     """
     cfg, model = state["cfg"], student.config
     task, criterion = cfg.get("task") or {}, cfg.get("criterion") or {}
@@ -113,7 +114,7 @@ def model_card(student, state, proof, moving_average=False):
         "transformer": f"{student.depth} layers x {model['encoder_embed_dim']},"
         f" feed-forward {model['encoder_ffn_embed_dim']}, {model['encoder_attention_heads']} heads",
         "growth": growth,
-        # Names only: a path tells about a machine and not about a model.
+        # Only the name: the rest of the path describes a machine, not a model.
         "teacher": Path(task["teacher"]).name if task.get("teacher") else None,
         "data": _data(task.get("data"), (cfg.get("dataset") or {}).get("train_subset", "train")),
         "input": _input(student),
@@ -128,7 +129,7 @@ def model_card(student, state, proof, moving_average=False):
         "training time": f"{seconds / 3600:.2f} h" if seconds else None,
         f"validation {metric}": f"{extra['val_loss']:g}" if extra.get("val_loss") is not None else None,
         f"best validation {metric}": f"{extra['best']:g}" if extra.get("best") is not None else None,
-        "weights": "exponential moving average" if moving_average else "as the last update left them",
+        "weights": "exponential moving average" if moving_average else "after the last update",
     }
     note = before_full_depth(student)
     return _CARD.format(
@@ -144,36 +145,36 @@ def model_card(student, state, proof, moving_average=False):
     )
 
 
-def _input(student):
+def _input(student: Student) -> str:
     if not student.normalize:
         return "the waveform as it is"
     return f"zero mean and unit variance ({student.normalize_epsilon:g} is added to the variance)"
 
 
-def _agreement(student, proof):
-    """What was compared, and how far the hidden states are from those of the training model."""
+def _agreement(student: Student, proof: dict) -> str:
+    """Which speech was compared, and how much the hidden states differ from those of the training model."""
     alone = proof["alone"]
     ranges = {name: (min(one[name] for one in alone), max(one[name] for one in alone)) for name in ("samples", "level")}
     (shortest, longest), (quietest, loudest) = ranges["samples"], ranges["level"]
     text = (
-        f"Called as below, the hidden states differ from those of {proof['compared_with']} by at most"
-        f" {proof['largest_difference_alone']:.2g}, on {len(alone)} pieces of speech of {shortest / SAMPLE_RATE:.1f} to"
-        f" {longest / SAMPLE_RATE:.1f} s at levels (rms) of {quietest:.3g} to {loudest:.3g} of full scale, one with an"
-        " offset."
+        f"If the student is called as below, its hidden states differ from those of {proof['compared_with']} by at most"
+        f" {proof['largest_difference_alone']:.2g}. That was measured on {len(alone)} excerpts of speech of"
+        f" {shortest / SAMPLE_RATE:.1f} to {longest / SAMPLE_RATE:.1f} s at levels (rms) of {quietest:.3g} to"
+        f" {loudest:.3g} of full scale, one with an offset."
     )
     if "normalization" not in proof:
         return text
     epsilon = student.normalize_epsilon
     return (
-        f"{text} {proof['normalization']}. With both normalised alike it is"
+        f"{text} {proof['normalization']}. If both models normalise in the same way, the largest difference is"
         f" {proof['largest_difference_normalized_alike']:.2g}. To normalise as the training did, give the student"
-        f" `torch.nn.functional.layer_norm(torch.from_numpy(waveform), waveform.shape, eps={epsilon:g})[None]` in the"
-        " place of `preprocess`'s `inputs.input_values`."
+        f" `torch.nn.functional.layer_norm(torch.from_numpy(waveform), waveform.shape, eps={epsilon:g})[None]` instead"
+        " of the `inputs.input_values` of `preprocess`."
     )
 
 
-def _data(folder, subset):
-    """The name of the folder of manifests, and what the training's lists where it still is there."""
+def _data(folder: str | None, subset: str) -> str | None:
+    """The name of the folder of manifests and, if the training manifests are still there, the size of the data."""
     if not folder:
         return None
     try:
@@ -184,7 +185,7 @@ def _data(folder, subset):
     return f"{Path(folder).name}: {len(manifest):,} recordings, {hours:,.2f} h"
 
 
-def _optimiser(cfg):
+def _optimiser(cfg: dict) -> str | None:
     optimizer, schedule = cfg.get("optimizer") or {}, cfg.get("lr_scheduler") or {}
     rate = (cfg.get("optimization") or {}).get("lr")
     if not optimizer.get("_name") or not rate:
@@ -199,10 +200,10 @@ def _optimiser(cfg):
     return ", ".join(part for part in parts if part)
 
 
-def _batch(cfg):
-    """What an update hears at most, over all processes and accumulated batches."""
-    dataset, often = cfg.get("dataset") or {}, (cfg.get("optimization") or {}).get("update_freq") or [1]
-    batches = often[-1] * ((cfg.get("distributed_training") or {}).get("distributed_world_size") or 1)
+def _batch(cfg: dict) -> str | None:
+    """The most speech in an update, over all processes and accumulated batches."""
+    dataset, accumulated = cfg.get("dataset") or {}, (cfg.get("optimization") or {}).get("update_freq") or [1]
+    batches = accumulated[-1] * ((cfg.get("distributed_training") or {}).get("distributed_world_size") or 1)
     parts = [
         f"{batches * dataset['batch_size']:,} utterances" if dataset.get("batch_size") else None,
         f"{batches * dataset['max_tokens'] / SAMPLE_RATE:,.0f} s of audio" if dataset.get("max_tokens") else None,
@@ -211,13 +212,13 @@ def _batch(cfg):
     return f"up to {' or '.join(parts)}" if parts else None
 
 
-def _precision(common):
+def _precision(common: dict | None) -> str | None:
     if common is None:
         return None
     return next((name for name in ("fp16", "bf16", "amp") if common.get(name)), "fp32")
 
 
-def _intermediate(criterion):
+def _intermediate(criterion: dict) -> str | None:
     if not criterion.get("intermediate_weight") or not criterion.get("intermediate_style"):
         return None
     return f"{criterion['intermediate_style'].replace('_', ' ')}, weight {criterion['intermediate_weight']:g}"

@@ -2,13 +2,16 @@
 
 import contextlib
 import sys
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from fairseq_stack.checkpoints.student import Student
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE
+from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE, Outputs
 from fairseq_stack.export.limits import (
-    check,
+    check_format_holds,
     frames_of_20_ms,
     has_heads,
     heads_on_the_last_layer,
@@ -34,20 +37,20 @@ _SHAPE = (
 )
 
 
-def export_distiller(student, file):
-    """Write the student as s3prl's trainer of DistilHuBERT would: tensors and plain values in two entries.
+def export_distiller(student: Student, file: str | Path) -> None:
+    """Write the student as s3prl's DistilHuBERT training would: tensors and plain values in two entries.
 
     `s3prl.hub.distiller_local(ckpt=file)` loads it. Its first hidden state is the projection of the CNN, before
-    the positions are added; then come the layers, which are those of training, and the heads' predictions.
+    the positional embedding is added. The layers of the student follow, then the predictions of the heads.
 
     Args:
         student: a Student.
         file: where to write.
 
     Raises:
-        InputError: s3prl's distiller has no place for a part of the student; names the field.
+        InputError: s3prl's distiller cannot hold the student; names the field.
     """
-    check(student, "s3prl-distiller")
+    check_format_holds(student, "s3prl-distiller")
     layers = heads_on_top(student)
     first, second = zip(*(_as_two_maps(head_tensors(student, layer)) for layer in layers))
     inner, outer = first[0][0].size(0), second[0][0].size(0)
@@ -82,10 +85,10 @@ def export_distiller(student, file):
     )
 
 
-def _as_two_maps(maps):
-    """A head as the two linear maps around a GELU that s3prl has: [(weight, bias), (weight, bias)].
+def _as_two_maps(maps: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """A head as s3prl has it, two linear maps with a GELU between them: [(weight, bias), (weight, bias)].
 
-    A linear head goes through the GELU unchanged, because GELU(x) - GELU(-x) = x.
+    A linear head passes the GELU unchanged, because GELU(x) - GELU(-x) = x.
     """
     if len(maps) == 2:
         return maps
@@ -114,8 +117,8 @@ def _as_two_maps(maps):
         frames_of_20_ms,
     ),
 )
-def load_distiller(file, student):
-    """The hidden states and predictions of an export for s3prl's distiller, as a function of a list of waveforms.
+def load_distiller(file: str | Path, student: Student) -> Outputs:
+    """Load an export with s3prl's distiller_local; returns hidden states and predictions as a function of waveforms.
 
     Args:
         file: what export_distiller wrote.
@@ -129,7 +132,7 @@ def load_distiller(file, student):
     """
     try:
         from s3prl.upstream.distiller.hubconf import distiller_local
-    except ImportError as error:  # from Python 3.12 on, setuptools has the distutils that it imports
+    except ImportError as error:  # it imports distutils, which only setuptools has from Python 3.12 on
         raise InputError(
             f"s3prl's distiller cannot be imported ({error}); install espnet-s3prl and setuptools"
         ) from None

@@ -1,11 +1,14 @@
 """A student as a checkpoint that fairseq's stock HubertModel loads, to fine-tune it with fairseq's own recipes."""
 
+from pathlib import Path
+
 import torch
 
+from fairseq_stack.checkpoints.student import Student
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE
-from fairseq_stack.export.limits import check, norm_behind_the_cnn
+from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE, Outputs
+from fairseq_stack.export.limits import check_format_holds, norm_behind_the_cnn
 from fairseq_stack.export.verify import ExportMismatch, padded_batch
 from fairseq_stack.models.conv_geometry import samples_per_frame
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
@@ -26,7 +29,7 @@ _SHAPE = (
     "dropout_input",
 )
 
-# fairseq's defaults. Fine-tuning overrides fields that a checkpoint has; one that is not there could not be set.
+# fairseq's defaults. Fine-tuning can only override fields that the checkpoint has.
 _TRAINING = {
     "encoder_layerdrop": 0.0,
     "dropout_features": 0.0,
@@ -46,19 +49,19 @@ _TRAINING = {
 }
 
 
-def export_fairseq(student, file):
+def export_fairseq(student: Student, file: str | Path) -> None:
     """Write the student as fairseq's `hubert_pretraining` would save it, in tensors and plain values.
 
-    `model.w2v_path` of fairseq's `hubert_ctc` takes the file; `task.normalize` has to be the student's there.
+    To fine-tune it, set `model.w2v_path` of fairseq's `hubert_ctc` to the file and `task.normalize` to the student's.
 
     Args:
         student: a Student.
         file: where to write.
 
     Raises:
-        InputError: the student has no layer norm behind the CNN, which HuBERT has.
+        InputError: the student has no layer norm after the CNN, as HuBERT does.
     """
-    check(student, "fairseq")
+    check_format_holds(student, "fairseq")
     torch.save(
         {
             "args": None,
@@ -74,9 +77,9 @@ def export_fairseq(student, file):
                 },
             },
             "model": hubert_weights(student),
-            # No labels. fairseq then builds a HubertModel without embeddings of labels, for fine-tuning.
+            # Without labels fairseq builds a HubertModel without label embeddings, as fine-tuning expects.
             "task_state": {"dictionaries": [None]},
-            # fairseq asks every checkpoint how far its training was.
+            # fairseq reads the progress of the training from every checkpoint.
             "optimizer_history": [
                 {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}
             ],
@@ -86,7 +89,7 @@ def export_fairseq(student, file):
     )
 
 
-def hubert_config(student):
+def hubert_config(student: Student) -> dict:
     """The student's shape in the fields of fairseq's HubertConfig, which s3prl's HuBERT shares."""
     return {
         **{field: student.config[field] for field in _SHAPE},
@@ -100,12 +103,12 @@ def hubert_config(student):
     }
 
 
-def hubert_weights(student):
-    """The student's tensors and those of HuBERT's pre-training that fairseq and s3prl build, and never use here."""
+def hubert_weights(student: Student) -> dict[str, torch.Tensor]:
+    """The student's tensors, and those of HuBERT's pre-training that fairseq and s3prl build but do not use here."""
     width = student.config["encoder_embed_dim"]
     return {
         **student.weights,
-        # Without masks in training there is nothing to hand over; fine-tuning with masks learns one from zero.
+        # A student trained without masks has no mask embedding; fine-tuning with masks learns one from zero.
         "mask_emb": torch.zeros(width) if student.mask_emb is None else student.mask_emb,
         "final_proj.weight": torch.zeros(1, width),
         "final_proj.bias": torch.zeros(1),
@@ -121,8 +124,8 @@ def hubert_weights(student):
     normalizer=("fairseq", FAIRSEQ_EPSILON),
     limits=(norm_behind_the_cnn,),
 )
-def load_fairseq(file, student):
-    """The hidden states of an export for fairseq, as a function of a list of waveforms.
+def load_fairseq(file: str | Path, student: Student) -> Outputs:
+    """Load an export with fairseq; returns its hidden states as a function of waveforms.
 
     Args:
         file: what export_fairseq wrote.
@@ -133,25 +136,26 @@ def load_fairseq(file, student):
 
     Raises:
         InputError: fairseq is not installed.
+        ExportMismatch: the mask embedding that fairseq loads is not the student's.
     """
     try:
         import fairseq.models.hubert  # noqa: F401  registers the model and its task
         from fairseq.checkpoint_utils import load_model_ensemble_and_task
     except ImportError as error:
-        raise InputError(f"fairseq cannot be imported ({error}), and this export is verified in it") from None
+        raise InputError(f"--to fairseq: fairseq, which verifies this export, cannot be imported ({error})") from None
     (model,), _, _ = load_model_ensemble_and_task([str(file)], strict=True)
     if student.mask_emb is not None and not torch.equal(model.mask_emb, student.mask_emb):
         raise ExportMismatch("fairseq loads another mask embedding than the student's")
     model.eval()
 
-    def outputs(waveforms):
+    def outputs(waveforms: list[torch.Tensor]) -> dict[int | str, torch.Tensor]:
         # fairseq's datasets normalise each waveform by F.layer_norm, before padding.
         inputs, lengths = padded_batch(waveforms, FAIRSEQ_EPSILON if student.normalize else None)
         padding = torch.arange(inputs.size(1)) >= lengths[:, None]
         states, hooks = [], []
         layers = model.encoder.layers
         hooks.append(layers[0].register_forward_pre_hook(lambda layer, args: states.append(args[0].transpose(0, 1))))
-        for layer in layers[:-1]:  # the last state is the model's output, behind the last norm of a pre-norm encoder
+        for layer in layers[:-1]:  # the last state is the model's output, after a pre-norm encoder's final norm
             hooks.append(layer.register_forward_hook(lambda layer, args, out: states.append(out[0].transpose(0, 1))))
         states.append(model.extract_features(inputs, padding_mask=padding)[0])
         for hook in hooks:

@@ -1,41 +1,54 @@
-"""The formats of an export by name. Each registers where it is written."""
+"""The export formats by name. The module of each format registers it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fairseq_stack.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fairseq_stack.checkpoints.student import Student
+
+# A function from a list of waveforms [S] to hidden states {number: [B, T, D]} and, if the format has prediction heads,
+# {"head {teacher layer}": [B, T, teacher width]}.
+Outputs = Callable[[list["Tensor"]], dict[int | str, "Tensor"]]
 
 ONE_BY_ONE = "give it one utterance at a time, or use --to onnx"
 
 
 @dataclass(frozen=True)
 class Format:
-    """How to write and load an export, and why it cannot agree in a padded batch.
+    """How to write and load an export, and where its library computes something else than the training did.
 
     Attributes:
-        load: (path, student) to a function from a list of [S] to {name: [B, T, D]}.
-        write: (student, path) to nothing.
-        help: what it is for.
-        group_norm: what a padded batch does to students with a group norm, and what to use; None for nothing.
-        layer_norm: the same for students without one.
-        normalizer: the library that normalises waveforms, and what it adds to their variance; None where the export
-            does it as the training did.
-        limits: functions of a student: why the format cannot hold it, or None where it can.
+        load: load(path, student=student) returns the export's Outputs.
+        write: write(student, path) writes the export.
+        help: what the export is and what loads it.
+        group_norm: how a padded batch changes the features of a student with a group norm, and what to use instead;
+            None if it does not.
+        layer_norm: the same for a student without a group norm.
+        normalizer: the library that normalises waveforms, and what it adds to their variance; None if the export
+            normalises as the training did.
+        limits: functions of a student; each returns why the format cannot hold it, or None if it can.
     """
 
-    load: Callable
-    write: Callable
+    load: Callable[..., Outputs]
+    write: Callable[["Student", Path], None]
     help: str
     group_norm: str | None = None
     layer_norm: str | None = None
     normalizer: tuple[str, float] | None = None
-    limits: tuple[Callable, ...] = ()
+    limits: tuple[Callable[["Student"], str | None], ...] = ()
 
-    def padding(self, student):
+    def padding(self, student: "Student") -> str | None:
+        """Why a padded batch of this student gives other features, and what to use instead; None if it does not."""
         return self.group_norm if student.config["extractor_mode"] == "default" else self.layer_norm
 
-    def normalization(self, student):
-        """Why waveforms are not normalised as in training, or None where they are."""
+    def normalization(self, student: "Student") -> str | None:
+        """Why waveforms are not normalised as in training, or None if they are."""
         if not student.normalize or self.normalizer is None or self.normalizer[1] == student.normalize_epsilon:
             return None
         return (

@@ -1,10 +1,13 @@
 """A student as a folder that transformers' HubertModel loads."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoFeatureExtractor, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
+from fairseq_stack.checkpoints.student import Student
 from fairseq_stack.data.audio import SAMPLE_RATE
-from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE
+from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE, Outputs
 from fairseq_stack.export.verify import ExportMismatch
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON
 
@@ -46,17 +49,18 @@ _PARAMETERS = {
 }
 
 
-def export_huggingface(student, folder):
+def export_huggingface(student: Student, folder: str | Path) -> None:
     """Write config.json, model.safetensors and preprocessor_config.json.
 
     `transformers.HubertModel.from_pretrained(folder)` and s3prl's `hf_hubert_custom` load the folder.
-    With the preprocessor a single utterance gives the features of training, if that normalised with transformers'
-    epsilon or not at all. So does a padded batch, unless the CNN has a group norm (`extractor_mode=default`), whose
-    statistics transformers takes over the padding too: such a student wants utterances of one length, or one at a time.
+    With the preprocessor a single utterance gives the features of training, if training normalised with transformers'
+    epsilon or not at all. So does a padded batch, unless the CNN has a group norm (`extractor_mode=default`):
+    transformers takes its statistics over the padding too. Give such a student utterances of one length, or one at
+    a time.
 
     Args:
         student: a Student.
-        folder: where to write; made where it is missing.
+        folder: where to write; made if it is missing.
     """
     model = HubertModel(_config(student))
     model.load_state_dict(_weights(student), strict=True)
@@ -66,7 +70,7 @@ def export_huggingface(student, folder):
         sampling_rate=SAMPLE_RATE,
         padding_value=0.0,
         do_normalize=student.normalize,
-        # The student has never attended to padding, so a batch needs its mask.
+        # The student has never attended to padding, so a batch needs an attention mask.
         return_attention_mask=True,
     ).save_pretrained(folder)
 
@@ -79,21 +83,23 @@ def export_huggingface(student, folder):
     f" attention mask (s3prl's hf_hubert gives one): {ONE_BY_ONE}",
     normalizer=("transformers", TRANSFORMERS_EPSILON),
 )
-def load_huggingface(folder, student):
-    """The hidden states of an export for transformers, as a function of a list of waveforms.
+def load_huggingface(folder: str | Path, student: Student) -> Outputs:
+    """Load an export with transformers; returns its hidden states as a function of waveforms.
 
     Args:
         folder: what export_huggingface wrote.
         student: the Student.
 
     Returns:
-        a function from a list of [S] to {0: [B, T, D], ..., depth: [B, T, D]}, which calls preprocessor and model as
-        the model card does.
+        a function from a list of [S] to {0: [B, T, D], ..., depth: [B, T, D]}. It calls preprocessor and model as the
+        model card does.
 
     Raises:
-        ExportMismatch: transformers finds a key missing or left over, or the mask embedding is another.
+        ExportMismatch: transformers finds missing or unexpected keys, or loads another mask embedding.
     """
-    model, report = HubertModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    model, report = HubertModel.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  a pair, with loading info
+        folder, local_files_only=True, output_loading_info=True
+    )
     problems = {kind: sorted(keys) for kind, keys in report.items() if keys}
     if problems:
         raise ExportMismatch(f"transformers does not load all of the export: {problems}")
@@ -102,15 +108,15 @@ def load_huggingface(folder, student):
     model.eval()
     preprocess = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
 
-    def outputs(waveforms):
-        waveforms = [waveform.numpy() for waveform in waveforms]
-        inputs = preprocess(waveforms, sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
+    def outputs(waveforms: list[torch.Tensor]) -> dict[int | str, torch.Tensor]:
+        samples = [waveform.numpy() for waveform in waveforms]
+        inputs = preprocess(samples, sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
         return dict(enumerate(model(**inputs, output_hidden_states=True).hidden_states))
 
     return outputs
 
 
-def _config(student):
+def _config(student: Student) -> HubertConfig:
     config = student.config
     channels, kernels, strides = zip(*student.conv_layers)
     return HubertConfig(
@@ -133,17 +139,17 @@ def _config(student):
         activation_dropout=config["activation_dropout"],
         feat_proj_dropout=config["dropout_input"],
         layerdrop=0.0,
-        # transformers has a place for the mask embedding where this is above 0, and masks in training only. A student
-        # that was trained without masks has none to hand over.
+        # transformers only has a mask embedding if this is above 0, and masks in training only. A student that was
+        # trained without masks has none.
         mask_time_prob=0.0 if student.mask_emb is None else MASK_TIME_PROB,
         mask_feature_prob=0.0,
-        # From version 5 on transformers leaves the final layer norm of a pre-norm encoder out of the
-        # last hidden state unless told otherwise; versions before, fairseq and s3prl include it.
-        tie_last_hidden_states=True,
+        # Without this, transformers from version 5 on leaves the final layer norm of a pre-norm encoder out of the
+        # last hidden state. Earlier versions, fairseq and s3prl include it.
+        tie_last_hidden_states=True,  # pyright: ignore[reportCallIssue]  configurations take any field
     )
 
 
-def _weights(student):
+def _weights(student: Student) -> dict[str, torch.Tensor]:
     """The student's tensors under transformers' names."""
     modules = dict(_MODULES)
     for index in range(len(student.conv_layers)):
@@ -163,7 +169,7 @@ def _weights(student):
         weights["masked_spec_embed"] = student.mask_emb
     width = student.config["encoder_embed_dim"]
     if student.conv_layers[-1][0] == width:
-        # fairseq has no projection between equal widths; transformers always has one.
+        # If the widths are equal, fairseq has no projection, but transformers always has one.
         weights["feature_projection.projection.weight"] = torch.eye(width)
         weights["feature_projection.projection.bias"] = torch.zeros(width)
     return weights

@@ -1,25 +1,29 @@
-"""A student as an ONNX file, with padded batches as exact as in training."""
+"""A student as an ONNX file, which computes padded batches as exactly as training does."""
 
 import importlib
 import warnings
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
+from fairseq_stack.checkpoints.student import Student
 from fairseq_stack.errors import InputError
-from fairseq_stack.export.formats import FORMATS
+from fairseq_stack.export.formats import FORMATS, Outputs
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.verify import padded_batch
 from fairseq_stack.models.conv_geometry import receptive_field
 
-_OPSET = 17  # the first with a layer norm
+_OPSET = 17  # the first opset with a layer norm
 
 
-def export_onnx(student, file):
-    """Write the student for onnxruntime and its like.
+def export_onnx(student: Student, file: str | Path) -> None:
+    """Write the student as an ONNX file, for onnxruntime and similar libraries.
 
-    Inputs: `waveforms` [B, S], float32 samples at 16 kHz as recorded, zeros behind an utterance's end, and
-    `lengths` [B], int64, the samples of each. Outputs: `hidden_state_0` to `hidden_state_{depth}`, [B, T, D],
-    and `frames` [B], the frames of each utterance; what lies behind them means nothing. B and S are free.
+    Inputs: `waveforms` [B, S], float32 samples at 16 kHz as recorded, with zeros after the end of an utterance, and
+    `lengths` [B], int64, the samples of each utterance. Outputs: `hidden_state_0` to `hidden_state_{depth}`,
+    [B, T, D], and `frames` [B], the frames of each utterance. Values beyond an utterance's frames are undefined. B
+    and S are free.
 
     Args:
         student: a Student.
@@ -37,8 +41,8 @@ def export_onnx(student, file):
         warnings.simplefilter("ignore")
         model = PlainStudent(student).eval()
         model.attend = torch.jit.script(model.attend)
-        # torch's exporter by tracing: nothing in the forward pass hangs on the data, it needs no onnxscript,
-        # and unlike its successor writes no paths of this machine into the file.
+        # dynamo=False is torch's tracing exporter. It needs no onnxscript and, unlike its successor, writes no paths of
+        # this machine into the file. Tracing is safe because the forward pass has no branches that depend on the data.
         torch.onnx.export(
             model,
             (torch.zeros(2, samples), torch.tensor([samples, samples // 2])),
@@ -52,8 +56,8 @@ def export_onnx(student, file):
 
 
 @FORMATS.register("onnx", write=export_onnx, help="a file for onnxruntime, for batches of any size and length")
-def load_onnx(file, student):
-    """The hidden states of an export for ONNX in onnxruntime, as a function of a list of waveforms.
+def load_onnx(file: str | Path, student: Student) -> Outputs:
+    """Load an export with onnxruntime; returns its hidden states as a function of waveforms.
 
     Args:
         file: what export_onnx wrote.
@@ -67,15 +71,15 @@ def load_onnx(file, student):
     """
     session = _import("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
-    def outputs(waveforms):
-        inputs, lengths = padded_batch(waveforms)  # the graph normalises by itself
+    def outputs(waveforms: list[torch.Tensor]) -> dict[int | str, torch.Tensor]:
+        inputs, lengths = padded_batch(waveforms)  # the graph normalises
         *states, _ = session.run(None, {"waveforms": inputs.numpy(), "lengths": lengths.numpy()})
         return {number: torch.from_numpy(state) for number, state in enumerate(states)}
 
     return outputs
 
 
-def _import(name):
+def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:

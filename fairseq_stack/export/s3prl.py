@@ -1,37 +1,40 @@
 """A student as a file that s3prl's `hubert_local` loads."""
 
+from pathlib import Path
+
 import torch
 
+from fairseq_stack.checkpoints.student import Student
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.fairseq import hubert_config, hubert_weights
-from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE
-from fairseq_stack.export.limits import check, frames_of_20_ms, norm_behind_the_cnn
+from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE, Outputs
+from fairseq_stack.export.limits import check_format_holds, frames_of_20_ms, norm_behind_the_cnn
 from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 
 
-def export_s3prl(student, file):
+def export_s3prl(student: Student, file: str | Path) -> None:
     """Write the student in s3prl's own format: tensors and plain values in four entries.
 
-    `s3prl.hub.hubert_local(ckpt=file)` loads it. An utterance on its own gives the features of training.
-    In a padded batch s3prl rounds its frames up, so that it may attend to one frame of padding, and
-    takes the statistics of a group norm (`extractor_mode=default`) over the padding too.
+    `s3prl.hub.hubert_local(ckpt=file)` loads it. A single utterance gives the features of training. In a padded
+    batch s3prl rounds its frames up, so it may attend to one frame of padding. It also takes the statistics of a
+    group norm (`extractor_mode=default`) over the padding.
 
     Args:
         student: a Student.
         file: where to write.
 
     Raises:
-        InputError: the student's frames are not 20 ms apart, or it has no layer norm behind the CNN, which
-            s3prl's HuBERT takes for granted.
+        InputError: s3prl's HuBERT cannot hold the student: its frames are not 20 ms apart, or it has no layer norm
+            after the CNN.
     """
-    check(student, "s3prl")
+    check_format_holds(student, "s3prl")
     torch.save(
         {
             "task_cfg": {"sample_rate": SAMPLE_RATE, "normalize": student.normalize},
             "model_cfg": hubert_config(student),
             "model_weight": hubert_weights(student),
-            # No labels, so no embeddings of labels.
+            # Without labels s3prl builds no label embeddings.
             "dictionaries_symbols": [None],
         },
         file,
@@ -47,8 +50,8 @@ def export_s3prl(student, file):
     normalizer=("s3prl", FAIRSEQ_EPSILON),
     limits=(norm_behind_the_cnn, frames_of_20_ms),
 )
-def load_s3prl(file, student):
-    """The hidden states of an export for s3prl, as a function of a list of waveforms.
+def load_s3prl(file: str | Path, student: Student) -> Outputs:
+    """Load an export with s3prl's hubert_local; returns its hidden states as a function of waveforms.
 
     Args:
         file: what export_s3prl wrote.

@@ -1,21 +1,27 @@
-"""Exports that are known to be right: read back, and compared with the training model on speech."""
+"""Verification of exports: each is loaded back and compared with the training model on speech."""
 
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.errors import InputError
+from fairseq_stack.export.formats import Outputs
 from fairseq_stack.models.conv_geometry import frames_from_samples, receptive_field
+from fairseq_stack.tables import markdown_table
 
-# Largest difference in any hidden state that rounding in fp32 explains; see tolerance_for.
+ConvLayers = Sequence[tuple[int, int, int]]  # (channels, kernel, stride) of each layer of a CNN
+
+# The largest difference in a hidden state that rounding in fp32 can explain; see tolerance_for.
 TOLERANCE = 1e-4
 
 PADDING_AGREES = "an utterance in a padded batch gives what it gives alone"
@@ -24,7 +30,7 @@ _RECORDINGS = 4
 _MAX_SAMPLES = 16 * SAMPLE_RATE
 _LONG_SAMPLES = 60 * SAMPLE_RATE
 _HARD_SAMPLES = 5 * SAMPLE_RATE
-_QUIET = 1e-3  # root mean square, where full scale is 1
+_QUIET = 1e-3  # root mean square; full scale is 1
 _OFFSET = 0.1
 
 
@@ -33,58 +39,58 @@ class ExportMismatch(RuntimeError):
 
 
 def write_verified(
-    write,
-    load,
-    reference,
-    waveforms,
-    conv_layers,
-    output,
-    force=False,
-    padding=None,
-    normalization=None,
-    facts=None,
-    card=None,
-):
-    """Write an export, compare it with the reference, and only then give it its name.
+    write: Callable[[Path], None],
+    load: Callable[[Path], Outputs],
+    reference: Outputs,
+    waveforms: list[Tensor],
+    conv_layers: ConvLayers,
+    output: str | Path,
+    force: bool = False,
+    padding: str | None = None,
+    normalization: tuple[str, Outputs] | None = None,
+    facts: dict | None = None,
+    card: Callable[[dict], str] | None = None,
+) -> dict:
+    """Write an export to a temporary folder, compare it with the reference, and then move it to `output`.
 
     The comparison is stored too: as verification.json in a folder, as FILE.verification.json beside a file.
 
     Args:
-        write: writes the export to the path it is given.
-        load: loads an export; returns a function from a list of [S] to {name: [B, T, D]}, where the hidden
-            states have their numbers for names.
-        reference: such a function of the training model, or of what stands for it.
+        write: writes the export to a path.
+        load: loads the export from a path.
+        reference: the Outputs of the training model or of an equivalent model.
         waveforms: list of [S].
         conv_layers: the CNN of the student.
         output: path of the finished export, a file or a folder.
-        force: replace an export that is there already.
-        padding: why the format cannot agree in a padded batch and what to use, or None where it has to agree.
-        normalization: where the format normalises waveforms in another way than the training did: why, and the
-            reference with waveforms normalised as the format does, which it has to agree with.
-        facts: more for the stored comparison, plain values.
-        card: makes the README.md of an export that is a folder from the comparison.
+        force: replace an existing export.
+        padding: why the format cannot agree in a padded batch and what to use, or None if it has to agree.
+        normalization: for a format that normalises waveforms in another way than the training did. The reason, and
+            a reference that normalises as the format does. The export has to agree with that reference.
+        facts: plain values to store with the comparison.
+        card: makes a README.md from the comparison, for an export that is a folder.
 
     Returns:
-        what is stored, a dict of plain values; see compare.
+        the stored comparison, a dict of plain values; see compare_hidden_states.
 
     Raises:
-        InputError: `output` exists, or the folder it belongs in does not.
-        ExportMismatch: a difference is above its tolerance; nothing is left behind, and an export that was
-            there stays.
+        InputError: `output` exists, or its parent folder does not.
+        ExportMismatch: a difference is above its tolerance. Nothing new is left on disk, and an existing export stays.
     """
     output = Path(output)
-    check_output(output, force)
+    check_may_write(output, force)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         draft = Path(folder) / output.name
         write(draft)
         exported = load(draft)
-        proof = {**(facts or {}), **compare(reference, exported, waveforms, conv_layers)}
-        alike = compare(normalization[1], exported, waveforms, conv_layers) if normalization else proof
-        found = [(_largest(one["difference"].values()), one["tolerance"]) for one in alike["alone"]]
+        proof = {**(facts or {}), **compare_hidden_states(reference, exported, waveforms, conv_layers)}
+        required = proof
+        if normalization:
+            required = compare_hidden_states(normalization[1], exported, waveforms, conv_layers)
+        found = [(_largest(one["difference"].values()), one["tolerance"]) for one in required["alone"]]
         if padding is None:
-            found.append((alike["largest_difference_padded"], TOLERANCE))
+            found.append((required["largest_difference_padded"], TOLERANCE))
         for difference, tolerance in found:
-            if not difference <= tolerance:  # a NaN is no match either
+            if not difference <= tolerance:  # NaN fails too
                 raise ExportMismatch(
                     f"{output} is not written: its hidden states differ from those of"
                     f" {proof.get('compared_with', 'the reference')} by {difference:.3g}, more than {tolerance:.3g}"
@@ -97,7 +103,7 @@ def write_verified(
         _proof_of(draft).write_text(text)
         if card and draft.is_dir():
             (draft / "README.md").write_text(card(proof))
-        # A folder takes no other's place: what is there goes aside, and then with the temporary folder.
+        # A folder cannot replace another: move an existing export into the temporary folder, which is deleted.
         if os.path.lexists(output) and (output.is_dir() or draft.is_dir()):
             if output.is_file():
                 os.replace(_proof_of(output), Path(folder) / "replaced.json")
@@ -108,15 +114,15 @@ def write_verified(
     return proof
 
 
-def _proof_of(export):
-    """Where the comparison of an export is stored."""
+def _proof_of(export: Path) -> Path:
+    """The path of an export's stored comparison."""
     return export / "verification.json" if export.is_dir() else export.with_name(f"{export.name}.verification.json")
 
 
-def check_output(output, force=False):
-    """Raise InputError where an export would overwrite something or has no folder to go to.
+def check_may_write(output: str | Path, force: bool = False) -> None:
+    """Raise InputError if an export would overwrite something or its parent folder does not exist.
 
-    With `force` it may overwrite an export, which has a verification.json, and nothing else.
+    With `force` it may overwrite another export, which has a verification.json, but nothing else.
     """
     output = Path(output)
     if os.path.lexists(output):
@@ -129,19 +135,21 @@ def check_output(output, force=False):
 
 
 @torch.no_grad()
-def compare(reference, exported, waveforms, conv_layers):
-    """The largest absolute differences between two models, for every hidden state and length.
+def compare_hidden_states(
+    reference: Outputs, exported: Outputs, waveforms: list[Tensor], conv_layers: ConvLayers
+) -> dict:
+    """The largest absolute differences between two models, for every hidden state and waveform.
 
     Args:
-        reference, exported: functions from a list of [S] to {name: [B, T, D]}. The reference may know more
-            names than the export.
-        waveforms: list of [S]; each is compared alone, and three of them, none of more than 16 s, in one batch.
+        reference, exported: the two models. The reference may have more outputs than the export.
+        waveforms: list of [S]. Each is compared alone. Three of them, of up to 16 s, are compared in one batch.
         conv_layers: the CNN of the student.
 
     Returns:
-        a dict: `alone`, for each waveform its samples, its level (the root mean square around the mean), its offset
-        (the mean) and {name: difference}; `padded_batch`, the same for the batch, over the frames that belong to an
-        utterance; the largest of each, NaN if there is one.
+        a dict. `alone` has for each waveform its samples, its level (the root mean square around the mean), its
+        offset (the mean), its tolerance and {name: difference}. `padded_batch` has the samples and differences of the
+        batch, over the frames of each utterance without its padding. `largest_difference_alone` and
+        `largest_difference_padded` are the largest of each, NaN if there is one.
 
     Raises:
         ExportMismatch: the hidden states differ in number or shape.
@@ -171,16 +179,19 @@ def compare(reference, exported, waveforms, conv_layers):
     }
 
 
-def tolerance_for(waveform):
-    """The largest difference in a hidden state that rounding in fp32 explains, for a waveform [S].
+def tolerance_for(waveform: Tensor) -> float:
+    """The largest difference in a hidden state that rounding in fp32 can explain, for a waveform [S].
 
-    A group norm takes away what an offset adds to the convolution, and the digits of fp32 that went to it are lost.
+    An offset takes up digits of fp32 in the first convolution. The group norm then subtracts it, but those digits are
+    lost.
     """
     level = waveform.std(unbiased=False).clamp(min=1e-9)
     return TOLERANCE * max(1.0, (waveform.mean().abs() / level).item())
 
 
-def _differences(reference, exported, waveforms, conv_layers):
+def _differences(
+    reference: Outputs, exported: Outputs, waveforms: list[Tensor], conv_layers: ConvLayers
+) -> dict[str, float]:
     ours, theirs = reference(waveforms), exported(waveforms)
     frames = [frames_from_samples(len(waveform), conv_layers) for waveform in waveforms]
     names = [name for name in ours if name in theirs]
@@ -190,7 +201,7 @@ def _differences(reference, exported, waveforms, conv_layers):
     differences = {}
     for name in names:
         one, other = ours[name], theirs[name]
-        # Behind the last utterance's end a library may round the frames of a batch up or down.
+        # In a batch a library may round the number of frames up or down; only padding is affected.
         if len(waveforms) == 1 and one.shape != other.shape:
             raise ExportMismatch(
                 f"the training model has hidden state {name} as {list(one.shape)}, the export as {list(other.shape)}"
@@ -200,41 +211,39 @@ def _differences(reference, exported, waveforms, conv_layers):
     return differences
 
 
-def _largest(values):
-    """The maximum; a NaN counts as the largest, whereas max() would depend on the order."""
+def _largest(values: Iterable[float]) -> float:
+    """The maximum, or NaN if a value is NaN; with max() that would depend on the order."""
     return torch.tensor(list(values), dtype=torch.float64).max().item()
 
 
-def table(proof):
-    """The stored comparison as lines of text: a row for each waveform, a column for each hidden state."""
+def difference_table(proof: dict) -> str:
+    """The stored comparison as a table: a row for each waveform, a column for each hidden state."""
     names = list(proof["padded_batch"]["difference"])
-    rows = [("samples", "level", "offset", *names)]
-    described = [((str(one["samples"]), f"{one['level']:.3f}", f"{one['offset']:.3f}"), one) for one in proof["alone"]]
-    for label, entry in (*described, (("batch", "", ""), proof["padded_batch"])):
-        rows.append((*label, *(f"{entry['difference'][name]:.0e}" for name in names)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+    labels = [(str(one["samples"]), f"{one['level']:.3f}", f"{one['offset']:.3f}") for one in proof["alone"]]
+    entries = zip([*labels, ("batch", "", "")], [*proof["alone"], proof["padded_batch"]])
+    rows = [(*label, *(f"{entry['difference'][name]:.0e}" for name in names)) for label, entry in entries]
+    return markdown_table(("samples", "level", "offset", *names), rows)
 
 
-def padded_batch(waveforms, epsilon=None):
-    """A list of [S] to [B, S] and lengths [B].
+def padded_batch(waveforms: list[Tensor], epsilon: float | None = None) -> tuple[Tensor, Tensor]:
+    """A list of waveforms [S] as a padded batch [B, S] and lengths [B].
 
-    With an epsilon each waveform first gets zero mean and unit variance, where epsilon is added to its variance.
+    With an epsilon each waveform is first normalised to zero mean and unit variance; epsilon is added to its variance.
     """
     if epsilon is not None:
         waveforms = [F.layer_norm(waveform, waveform.shape, eps=epsilon) for waveform in waveforms]
     return pad_sequence(waveforms, batch_first=True), torch.tensor([len(waveform) for waveform in waveforms])
 
 
-def read_speech(path, conv_layers):
-    """Recorded speech to verify with: up to four recordings, whole and in part, and what loses digits.
+def verification_speech(path: str | Path, conv_layers: ConvLayers) -> list[Tensor]:
+    """Speech to verify an export with: up to four recordings, whole and in part, and four numerically hard waveforms.
 
-    That is one at a level of 0.001, the same at 0.01 with an offset of 0.1, the same at full scale, and up to a minute
-    of speech at a stretch, the longest recordings one behind another.
+    The hard waveforms are one excerpt at a level of 0.001, at 0.01 with an offset of 0.1, and at full scale, and up to
+    a minute of continuous speech, the longest recordings joined together.
 
     Args:
         path: an audio file or a manifest (.tsv).
-        conv_layers: the CNN of the student; excerpts shorter than its first frame are left out.
+        conv_layers: the CNN of the student; waveforms shorter than one frame are left out.
 
     Returns:
         list of [S], of several lengths, at most 60 s each.
@@ -248,17 +257,17 @@ def read_speech(path, conv_layers):
         manifest = read_manifest(path)
         order = manifest.samples.argsort()
         listed = [(manifest.path(index), min(int(manifest.samples[index]), _MAX_SAMPLES)) for index in order]
-        # The shortest, the longest, and evenly spaced ones in between.
+        # The shortest, the longest, and recordings evenly spaced between them.
         picks = {round(index * (len(order) - 1) / (_RECORDINGS - 1)) for index in range(_RECORDINGS)}
         files = [listed[pick] for pick in sorted(picks)]
         together = accumulate(samples for _, samples in reversed(listed))
         longest = [file for file, before in zip(reversed(listed), chain([0], together)) if before < _LONG_SAMPLES]
 
-    def read(file, stop):
+    def read(file: str | Path, stop: int | None) -> Tensor:
         return torch.from_numpy(read_audio(file, 0, stop))[:_MAX_SAMPLES]
 
     recordings = [read(*file) for file in files]
-    # What holds for a whole recording may hang on its length: verify an odd part of it too.
+    # A result may depend on the length of a recording: verify a part of it with an odd length too.
     excerpts = [part for whole in recordings for part in (whole, whole[: len(whole) // 3 | 1])]
     part = recordings[len(recordings) // 2][:_HARD_SAMPLES]
     centred = part - part.mean()

@@ -12,7 +12,7 @@ from training import tiny, train
 from fairseq_stack.data.audio import read_audio
 from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifest
-from fairseq_stack.doctor import speech as look_at_speech
+from fairseq_stack.doctor import examine_speech
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
 GOOD = 10
@@ -174,15 +174,15 @@ def test_the_doctor_counts_as_the_training_does(data, tmp_path):
     for name in more:
         (folder / name).write_bytes((folder / "good0.wav").read_bytes())
     (folder / "train.tsv").write_text(lines + "".join(f"{name}\t{SAMPLES}\n" for name in more))
-    finding = next(look_at_speech(folder))
+    finding = next(examine_speech(folder))
     assert finding.verdict == "note" and "99 recordings" in finding.text
     assert "click.wav: has 399 samples" in finding.text
     (folder / "train.tsv").write_text(lines)
-    finding = next(look_at_speech(folder))
+    finding = next(examine_speech(folder))
     assert finding.verdict == "fix" and "1 of 11 recordings" in finding.text
     integers_as_floats(folder / "valid.wav")
     (folder / "valid.tsv").write_text(f"{folder}\nvalid.wav\t{SAMPLES}\n")
-    assert [f.verdict for f in look_at_speech(folder)] == ["fix", "fix"]
+    assert [f.verdict for f in examine_speech(folder)] == ["fix", "fix"]
 
 
 def test_fail_stops_at_the_first(data, teacher_file, tmp_path, caplog):

@@ -9,8 +9,7 @@ import pytest
 import transformers
 from training import ROOT
 
-from fairseq_stack.doctor import TESTED, Finding, foundation_model
-from fairseq_stack.doctor import speech as look_at_speech
+from fairseq_stack.doctor import TESTED, Finding, examine_speech, examine_teacher
 
 
 def doctor(*arguments, before="pass"):
@@ -39,20 +38,20 @@ def test_a_package_that_does_not_import_is_to_be_fixed_and_nothing_that_needs_it
     assert code == 1 and errors == "1 to fix\n"
     (fix,) = [line for line in lines if line.startswith("fix")]
     assert re.match(r"fix   torchaudio: \S+ cannot be imported .*; pip install -c constraints\S* -e \.\[train\]$", fix)
-    assert lines[-1] == "note  data: not looked at; first fix the installation"
+    assert lines[-1] == "note  data: not examined; first fix the installation"
 
 
 def test_missing_and_broken_speech_is_named_by_manifest(speech, tmp_path):
     shutil.copy(speech / "valid.tsv", tmp_path)
     root, *lines = (speech / "train.tsv").read_text().splitlines()
     (tmp_path / "train.tsv").write_text("\n".join([root, *lines, "audio/gone.flac\t5000"]) + "\n")
-    train, valid = look_at_speech(tmp_path)
+    train, valid = examine_speech(tmp_path)
     assert valid == Finding("valid.tsv", "ok", valid.text) and valid.text.startswith("6 recordings")
     assert train.verdict == "fix" and "audio/gone.flac: does not exist; prepare again (1 of 25 recordings" in train.text
 
     name, samples = max((line.split("\t") for line in lines), key=lambda entry: int(entry[1]))
     (tmp_path / "train.tsv").write_text(f"{root}\n{name}\t{int(samples) + 1}\n")
-    assert next(look_at_speech(tmp_path)).verdict == "fix"  # longer in the manifest than in the file
+    assert next(examine_speech(tmp_path)).verdict == "fix"  # longer in the manifest than in the file
 
 
 def test_a_teacher_is_described(tmp_path):
@@ -73,7 +72,7 @@ def test_a_teacher_is_described(tmp_path):
         ("whisper", whisper.encoder, "Whisper's encoder", "log-mel, 50 frames a second"),
     ):
         parameters = sum(weight.numel() for key, weight in encoder.state_dict().items() if key != "masked_spec_embed")
-        (finding,) = foundation_model(tmp_path / name)
+        (finding,) = examine_teacher(tmp_path / name)
         assert finding.verdict == "ok"
         assert finding.text == (
             f"{tmp_path / name}: {family}, 2 layers x 16, {parameters / 1e6:.4g} M parameters, takes {takes}"
@@ -82,7 +81,7 @@ def test_a_teacher_is_described(tmp_path):
 
 def test_a_teacher_that_cannot_be_loaded_is_to_be_fixed(speech, tmp_path):
     for path in (tmp_path / "none.pt", speech / "train.tsv"):
-        (finding,) = foundation_model(path)
+        (finding,) = examine_teacher(path)
         assert finding.verdict == "fix" and str(path) in finding.text and "\n" not in finding.text
 
 

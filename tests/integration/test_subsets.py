@@ -9,7 +9,7 @@ from training import configuration, tiny, train
 from fairseq_stack.analysis.runs import read_run
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.windows import count_windows
-from fairseq_stack.doctor import speech as look_at_speech
+from fairseq_stack.doctor import examine_speech
 from fairseq_stack.training.recipes import subsets
 from fairseq_stack.training.stored_targets import store_targets
 
@@ -137,12 +137,12 @@ def test_the_older_command_line_names_subsets_too(data, teacher_file):
 
 
 def test_the_doctor_looks_at_manifests_of_any_name(data, speech, tmp_path):
-    found = {finding.what: finding for finding in look_at_speech(data)}
+    found = {finding.what: finding for finding in examine_speech(data)}
     assert found["train.tsv"].verdict == found["valid.tsv"].verdict == "note"
     assert "dataset.train_subset" in found["train.tsv"].text
     assert found["train_960.tsv"].verdict == "ok" and found["train_960.tsv"].text.startswith("24 recordings")
     shutil.copytree(data, tmp_path / "broken")
     (tmp_path / "broken/labels.tsv").write_text("utterance\tspeaker\n")  # a table
     (tmp_path / "broken/train_960.tsv").write_text(f"{speech}\ngone.wav\t5000\n")
-    broken = [finding.what for finding in look_at_speech(tmp_path / "broken") if finding.verdict == "fix"]
+    broken = [finding.what for finding in examine_speech(tmp_path / "broken") if finding.verdict == "fix"]
     assert broken == ["train_960.tsv"]
