@@ -76,8 +76,8 @@ def read_held_out(checkpoint: str | Path, speech: str | Path, teacher_path: str 
     manifest = read_manifest(speech)
     if teacher_path is None and not Path(task.get("teacher") or "").exists():
         raise InputError(
-            f"{checkpoint} was trained with task.teacher={task.get('teacher')}, which is not there; give it with"
-            " --teacher"
+            f"{checkpoint} was trained with task.teacher={task.get('teacher')}, which does not exist; give its"
+            " new path with --teacher"
         )
     teacher: Teacher = load_teacher(teacher_path or task["teacher"], task.get("whisper_pad", False))
     student = StackedHubert.from_checkpoint(state, str(checkpoint), teacher.depth)
@@ -159,7 +159,7 @@ def explained_by_layer(
             target = normalize_targets(target, torch.ones(target.shape[:2], dtype=torch.bool), normalization)
             targets[layer].append(target[0])
     if not all(predictions.values()):
-        raise InputError(f"{manifest.root}: no recording of the manifest is as long as a frame; give other speech")
+        raise InputError(f"{manifest.root}: every recording of the manifest is shorter than a frame; give other speech")
     with input_errors(f"{manifest.root}: the manifest's speech cannot be used"):
         return {
             layer: explained_variance(torch.cat(predictions[layer]).numpy(), torch.cat(targets[layer]).numpy())

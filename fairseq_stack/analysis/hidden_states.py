@@ -69,7 +69,7 @@ def hidden_states_of(
         wave = read_audio(listed.path(index))
         if len(wave) < receptive_field(conv_layers):
             raise InputError(
-                f"{listed.path(index)} has {len(wave)} samples, less than one frame; take it off {manifest}"
+                f"{listed.path(index)} has {len(wave)} samples, less than one frame; remove it from {manifest}"
             )
         seconds_left -= len(wave) / SAMPLE_RATE
         if layers and seconds_left < 0:

@@ -204,7 +204,7 @@ def _notes(runs: Sequence[Run], kinds: Sequence[Kind], reference: Run | None) ->
         ]
         if differ:
             found.append(
-                f"{run.name}: an update holds other speech than one of {reference.name} ({', '.join(differ)}), so the"
+                f"{run.name}: updates differ in their speech from those of {reference.name} ({', '.join(differ)}), so the"
                 f" speed-up over {reference.name} compares different work."
             )
     for run in runs:

@@ -29,7 +29,7 @@ an accuracy of 0.9, an error rate of 0.7.
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def upstream_rows(exports: Sequence[str | Path], teacher: str | Path | None = No
     return {**students, **rows}
 
 
-def run_probes(rows: dict[str, Row], speech: str | Path, seeds: Sequence[int], file: str | Path) -> dict[str, Any]:
+def run_probes(rows: Mapping[str, Row], speech: str | Path, seeds: Sequence[int], file: str | Path) -> dict[str, Any]:
     """Runs the probes whose results are not in `file` yet, and saves each result there at once.
 
     A saved result is used again only if the model, labels, manifests and the protocol are the same.

@@ -206,11 +206,11 @@ def classification(labelled: Pairs, most: int) -> tuple[list[Fold], tuple[str, .
     fold = _split([(recording, answer) for recording, answer in labelled if answer], most)
     classes = {answer for _, answer in fold.train}
     if len(classes) < 2:
-        raise NoTask(f"the training has {len(classes)} of them, and two is the least")
+        raise NoTask(f"the number of different answers in train is {len(classes)}; at least two are needed")
     if not (fold.valid and fold.test):
-        raise NoTask("valid or test has none")
+        raise NoTask("valid or test has no labelled recording")
     if any(answer not in classes for _, answer in fold.valid + fold.test):
-        raise NoTask("valid and test have some that the training has not")
+        raise NoTask("valid or test has answers that train does not have")
     return [fold], tuple(sorted(classes))
 
 

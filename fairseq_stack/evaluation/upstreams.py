@@ -46,8 +46,8 @@ def load_export(path: str | Path) -> S3PRLUpstream:
         hop = math.prod(upstream.upstream.model.config.conv_stride)
         if hop != SAMPLES_PER_FRAME:
             raise InputError(
-                f"{path} makes a frame of {hop} samples, and s3prl takes {SAMPLES_PER_FRAME} for granted; probe a"
-                " student with such frames"
+                f"{path} makes a frame of {hop} samples, but s3prl supports only {SAMPLES_PER_FRAME}; probe a student"
+                " with such frames"
             )
         return upstream
     return _load("hubert_local" if "model_weight" in _read(path) else "distiller_local", path)
@@ -137,8 +137,8 @@ def _load(name, path):
         raise InputError(f"{path} cannot be loaded by s3prl ({reason}); export the student again") from None
     if len(set(upstream.hidden_sizes)) > 1:
         raise InputError(
-            f"{path} predicts features of another width than its hidden states have, which s3prl cannot weigh"
-            " in one sum; export it with --to huggingface"
+            f"{path} has predictions and hidden states of different widths, which s3prl cannot add in one"
+            " weighted sum; export it with --to huggingface"
         )
     return upstream
 

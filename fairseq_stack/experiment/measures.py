@@ -65,7 +65,7 @@ def measure_training(training: Training, speech: str | Path, probes: bool) -> No
         explained = explained_by_layer(*read_held_out(checkpoint, Path(speech) / "test.tsv"))
     except NoHeads:
         explained = {}
-    student = student_from_checkpoint(load_checkpoint(checkpoint), checkpoint)
+    student = student_from_checkpoint(load_checkpoint(checkpoint), str(checkpoint))
     found = {
         "depth": student.depth,
         "full_depth": student.config["encoder_layers"],

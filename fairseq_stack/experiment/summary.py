@@ -56,10 +56,14 @@ def summary_table(results: dict[str, Any]) -> str:
         ])  # fmt: skip
     table = markdown_table(header, rows)
     if len(kinds) > 1:
-        table += f"\n\nThe output losses measure {len(kinds)} things and cannot be compared across:"
+        table += (
+            f"\n\nThe students have {len(kinds)} different output losses, which cannot be compared with each other:"
+        )
         table += f" {describe_kinds(kinds, having)}."
         if any("criterion.target_normalization" in (kind.fields or {}) for kind in kinds):
-            table += " Nor can the variance explained, which is that of the normalised targets."
+            table += (
+                " Their variance explained cannot be compared either, because their targets are normalised differently."
+            )
     short = [
         f"{student} with seed {seed} ({measured['depth']} of {measured['full_depth']} layers)"
         for student, content in students.items()
