@@ -204,8 +204,8 @@ def _notes(runs: Sequence[Run], kinds: Sequence[Kind], reference: Run | None) ->
         ]
         if differ:
             found.append(
-                f"{run.name}: updates differ in their speech from those of {reference.name} ({', '.join(differ)}), so the"
-                f" speed-up over {reference.name} compares different work."
+                f"{run.name}: updates differ in their speech from those of {reference.name} ({', '.join(differ)}), so"
+                f" the speed-up over {reference.name} compares different work."
             )
     for run in runs:
         slowed = slowed_stages(run.stages, run.costs)

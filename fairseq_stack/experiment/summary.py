@@ -56,14 +56,10 @@ def summary_table(results: dict[str, Any]) -> str:
         ])  # fmt: skip
     table = markdown_table(header, rows)
     if len(kinds) > 1:
-        table += (
-            f"\n\nThe students have {len(kinds)} different output losses, which cannot be compared with each other:"
-        )
-        table += f" {describe_kinds(kinds, having)}."
+        table += f"\n\nThe students have {len(kinds)} different output losses, which cannot be compared with each other"
+        table += f": {describe_kinds(kinds, having)}."
         if any("criterion.target_normalization" in (kind.fields or {}) for kind in kinds):
-            table += (
-                " Their variance explained cannot be compared either, because their targets are normalised differently."
-            )
+            table += " Nor can their variance explained, because their targets are normalised differently."
     short = [
         f"{student} with seed {seed} ({measured['depth']} of {measured['full_depth']} layers)"
         for student, content in students.items()
