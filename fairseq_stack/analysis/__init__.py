@@ -1,1 +1,1 @@
-"""What a training did and what its student became, from files alone: neither fairseq nor hydra is needed."""
+"""What a training did and what its student became. Reads files only; needs neither fairseq nor hydra."""

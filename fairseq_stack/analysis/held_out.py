@@ -17,11 +17,11 @@ from fairseq_stack.tables import markdown_table
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import Teacher
 
-LONGEST_SECONDS = 10  # of an utterance; attention over a whole minute would cost more than it tells
+LONGEST_SECONDS = 10  # longer utterances are cut: attention over a minute costs much and changes the result little
 
 
 class NoHeads(InputError):
-    """The student has nothing that predicts the teacher's hidden states."""
+    """The student has no trained heads, so it does not predict the teacher's hidden states."""
 
 
 class HeldOut(NamedTuple):
@@ -31,9 +31,9 @@ class HeldOut(NamedTuple):
         student: a StackedHubert in eval mode.
         teacher: its Teacher.
         manifest: a Manifest of held-out speech.
-        epsilon: what normalising the student's waveforms adds to the variance; None where it takes them as recorded.
-        normalization: of the targets that the student has learned, see normalize_targets.
-        layers: the teacher layers that the student has learned to predict.
+        epsilon: added to the variance when the student's waveforms are normalised; None if they are not normalised.
+        normalization: of the targets in the student's training, see normalize_targets.
+        layers: the teacher layers that the student was trained to predict.
     """
 
     student: Any
@@ -44,20 +44,17 @@ class HeldOut(NamedTuple):
     layers: list[int]
 
 
-def read_held_out(checkpoint, speech, teacher=None):
-    """Read and check all that is needed to tell what a checkpoint's student explains.
+def read_held_out(checkpoint: str | Path, speech: str | Path, teacher_path: str | Path | None = None) -> HeldOut:
+    """Reads and checks a checkpoint's student, its teacher and held-out speech.
 
     Args:
-        checkpoint: the file. To run the training model, fairseq has to be installed.
+        checkpoint: the file. Its model needs fairseq.
         speech: manifest of held-out speech.
-        teacher: see load_teacher; None for the one that the student was trained with.
-
-    Returns:
-        a HeldOut.
+        teacher_path: see load_teacher; None for the one that the student was trained with.
 
     Raises:
-        NoHeads: the student has none.
-        InputError: something of it cannot be read, or the teacher is not the student's.
+        NoHeads: the student has no trained heads.
+        InputError: a file cannot be read, or the student was trained with another teacher.
     """
     try:
         from fairseq_stack.models.stacked_hubert import StackedHubert
@@ -67,7 +64,7 @@ def read_held_out(checkpoint, speech, teacher=None):
 
     state = load_checkpoint(checkpoint)
     config, task = configurations(state)
-    if config is None or config.get("_name") != "stacked_hubert":
+    if config is None or task is None or config.get("_name") != "stacked_hubert":
         raise InputError(f"{checkpoint} is no checkpoint of a distillation; give RUN/checkpoints/checkpoint_last.pt")
     criterion = state["cfg"].get("criterion") or {}
     if not any(str(name).startswith("heads.") for name in state["model"]):
@@ -77,14 +74,14 @@ def read_held_out(checkpoint, speech, teacher=None):
             " (fairseq-stack evaluate)"
         )
     manifest = read_manifest(speech)
-    if teacher is None and not Path(task.get("teacher") or "").exists():
+    if teacher_path is None and not Path(task.get("teacher") or "").exists():
         raise InputError(
-            f"{checkpoint} was trained with task.teacher={task.get('teacher')}, which is not there; give it with"
-            " --teacher"
+            f"{checkpoint} was trained with task.teacher={task.get('teacher')}, which does not exist; give its"
+            " new path with --teacher"
         )
-    teacher = load_teacher(teacher or task["teacher"], task.get("whisper_pad", False))
-    student = StackedHubert.from_checkpoint(state, checkpoint, teacher.depth)
-    # Without a weight for the intermediate loss, the heads of all layers but the last are as random as at the start.
+    teacher: Teacher = load_teacher(teacher_path or task["teacher"], task.get("whisper_pad", False))
+    student = StackedHubert.from_checkpoint(state, str(checkpoint), teacher.depth)
+    # With an intermediate weight of 0, only the head of the last layer was trained.
     trained = criterion.get("intermediate_weight", 1)
     layers = [layer for layer in student.head_widths if trained or layer == teacher.depth]
     if not layers:
@@ -106,11 +103,11 @@ def read_held_out(checkpoint, speech, teacher=None):
     return HeldOut(student, teacher, manifest, epsilon, criterion.get("target_normalization", "none"), layers)
 
 
-def explained_before_and_after(held_out, seconds=120.0):
-    """explained_by_layer of a student, and of one of its shape and depth with new random weights.
+def explained_before_and_after(held_out: HeldOut, seconds: float = 120.0) -> tuple[dict[int, float], dict[int, float]]:
+    """Returns explained_by_layer of a student and of the same student with new random weights.
 
     Args:
-        held_out: of read_held_out.
+        held_out: from read_held_out.
         seconds: how much speech to use.
     """
     torch.manual_seed(1)
@@ -119,47 +116,50 @@ def explained_before_and_after(held_out, seconds=120.0):
 
 
 @torch.no_grad()
-def explained_by_layer(student, teacher, manifest, epsilon, normalization, layers, seconds=120.0):
-    """Share of the teacher's variance that the student's heads explain, for each head that has learned.
+def explained_by_layer(
+    student: Any,
+    teacher: Teacher,
+    manifest: Manifest,
+    epsilon: float | None,
+    normalization: str,
+    layers: list[int],
+    seconds: float = 120.0,
+) -> dict[int, float]:
+    """Returns the share of the teacher's variance that the student's trained heads explain, by teacher layer.
 
-    Utterances pass one by one in the manifest's order, each up to LONGEST_SECONDS.
+    Utterances are processed one by one in the manifest's order. Each is cut to LONGEST_SECONDS.
 
     Args:
-        student: a StackedHubert in eval mode.
-        teacher: its Teacher.
-        manifest: a Manifest of held-out speech.
-        epsilon: what normalising the student's waveforms adds to the variance; None where it takes them as recorded.
-        normalization: of the targets that the student has learned, see normalize_targets.
-        layers: the teacher layers to look at.
+        student, teacher, manifest, epsilon, normalization, layers: see HeldOut.
         seconds: how much speech to use.
 
     Returns:
-        {teacher layer: 1 - squared error / variance}; 1 is perfect, 0 is as good as the mean frame,
-        below 0 is worse.
+        {teacher layer: 1 - squared error / variance}. 1 is perfect, 0 is as good as predicting the mean frame, and
+        a negative value is worse than that.
 
     Raises:
         InputError: a recording cannot be read, or the teacher's features do not vary.
     """
     predictions, targets = {layer: [] for layer in layers}, {layer: [] for layer in layers}
-    left = seconds * SAMPLE_RATE
+    samples_left = seconds * SAMPLE_RATE
     for index in range(len(manifest)):
-        if left <= 0:
+        if samples_left <= 0:
             break
         samples = min(int(manifest.samples[index]), LONGEST_SECONDS * SAMPLE_RATE)
         if teacher.frames(samples) < 1:
             continue
-        left -= samples
+        samples_left -= samples
         waveform, length = torch.from_numpy(read_audio(manifest.path(index), 0, samples))[None], torch.tensor([samples])
-        wanted = teacher.hidden_states(waveform, length, layers)
+        hidden_states = teacher.hidden_states(waveform, length, layers)
         x = waveform if epsilon is None else normalize_waveforms(waveform, length, epsilon)
-        given = student(x, length)["predictions"]
+        predicted = student(x, length)["predictions"]
         for layer in layers:
-            predictions[layer].append(given[layer][0])
-            target = wanted[layer]
+            predictions[layer].append(predicted[layer][0])
+            target = hidden_states[layer]
             target = normalize_targets(target, torch.ones(target.shape[:2], dtype=torch.bool), normalization)
             targets[layer].append(target[0])
     if not all(predictions.values()):
-        raise InputError(f"{manifest.root}: no recording of the manifest is as long as a frame; give other speech")
+        raise InputError(f"{manifest.root}: every recording of the manifest is shorter than a frame; give other speech")
     with input_errors(f"{manifest.root}: the manifest's speech cannot be used"):
         return {
             layer: explained_variance(torch.cat(predictions[layer]).numpy(), torch.cat(targets[layer]).numpy())
@@ -167,7 +167,7 @@ def explained_by_layer(student, teacher, manifest, epsilon, normalization, layer
         }
 
 
-def explained_table(trained, fresh):
-    """What `explained_before_and_after` has found, as Markdown."""
+def explained_table(trained: dict[int, float], fresh: dict[int, float]) -> str:
+    """Returns the result of `explained_before_and_after` as a Markdown table."""
     rows = [[str(layer), f"{trained[layer]:.3f}", f"{fresh[layer]:.3f}"] for layer in trained]
     return markdown_table(["teacher layer", "trained student", "same student at its initialisation"], rows)

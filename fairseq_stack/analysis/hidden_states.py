@@ -1,4 +1,4 @@
-"""Hidden states of an exported student on recorded speech, with transformers alone."""
+"""Hidden states of an exported student on recorded speech, computed by transformers."""
 
 import json
 import random
@@ -15,11 +15,11 @@ from fairseq_stack.errors import InputError
 from fairseq_stack.models.conv_geometry import receptive_field
 
 
-def check_export(folder):
-    """Raise an InputError unless a folder holds a HuBERT in Hugging Face's format, as the export writes it.
+def check_export(folder: Path) -> None:
+    """Raises an InputError unless a folder holds a HuBERT in Hugging Face's format, as the export writes it.
 
-    Without the check transformers and s3prl would look for a missing folder on the web, and start at random what
-    another kind of model lacks.
+    Without this check, transformers and s3prl would look for a missing folder on the web. Of another kind of model
+    they would initialise the missing weights at random.
     """
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
@@ -32,25 +32,25 @@ def check_export(folder):
         raise InputError(f"{folder} holds a model of type {kind}; give the folder that fairseq-stack export wrote")
 
 
-def hidden_states_of(student, manifest, seconds=60.0, seed=0):
-    """Run an exported student over a sample of the utterances of a manifest.
+def hidden_states_of(
+    student: str | Path, manifest: str | Path, seconds: float = 60.0, seed: int = 0
+) -> list[np.ndarray]:
+    """Returns an exported student's hidden states on a random sample of a manifest's utterances.
 
-    The utterances are drawn without replacement until `seconds` of speech are reached and pass
-    the student one by one, so that no padding takes part.
+    Utterances are drawn without replacement until `seconds` of speech are reached. The student processes them one
+    by one, so that there is no padding.
 
     Args:
         student: folder with a HubertModel and its preprocessor_config.json.
         manifest: fairseq's TSV: the root folder, then one line "file<TAB>samples" per utterance.
         seconds: speech to use at most; at least one utterance is used.
-        seed: which utterances are drawn.
+        seed: of the random sample.
 
     Returns:
-        a list of N + 1 float32 arrays [frames, D]: the input of the first transformer layer, then
-        the output of each layer.
+        N + 1 float32 arrays [frames, D]: the input of the first transformer layer, then the output of each layer.
 
     Raises:
-        InputError: the folder is no exported student, or the manifest or one of its files cannot
-            be used.
+        InputError: the folder is no exported student, or the manifest or one of its files cannot be used.
     """
     student = Path(student)
     check_export(student)
@@ -64,15 +64,15 @@ def hidden_states_of(student, manifest, seconds=60.0, seed=0):
     listed = read_manifest(manifest)
     order = list(range(len(listed)))
     random.Random(seed).shuffle(order)
-    layers, left = [], seconds
+    layers, seconds_left = [], seconds
     for index in order:
         wave = read_audio(listed.path(index))
         if len(wave) < receptive_field(conv_layers):
             raise InputError(
-                f"{listed.path(index)} has {len(wave)} samples, less than one frame; take it off {manifest}"
+                f"{listed.path(index)} has {len(wave)} samples, less than one frame; remove it from {manifest}"
             )
-        left -= len(wave) / SAMPLE_RATE
-        if layers and left < 0:
+        seconds_left -= len(wave) / SAMPLE_RATE
+        if layers and seconds_left < 0:
             break
         samples = preprocessor(wave, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         with torch.inference_mode():

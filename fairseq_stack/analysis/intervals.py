@@ -1,19 +1,20 @@
-"""A mean over seeds, and how far it can be trusted."""
+"""A mean over seeds with its confidence interval."""
 
 import math
+from collections.abc import Sequence
 
 from scipy.stats import t
 
 
-def mean_and_interval(values, confidence=0.95):
-    """The mean of independent values and the half-width of Student's t interval for it.
+def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Returns the mean of independent values and the half-width of its interval by Student's t.
 
     Args:
-        values: numbers, at least one.
-        confidence: how often such an interval covers the true mean.
+        values: at least one.
+        confidence: the probability that such an interval covers the true mean.
 
     Returns:
-        the mean, and t(n - 1) s / sqrt(n) with the sample deviation s; nan for a single value.
+        the mean, and t(n - 1) s / sqrt(n), where s is the sample's standard deviation; nan for a single value.
     """
     n = len(values)
     mean = math.fsum(values) / n

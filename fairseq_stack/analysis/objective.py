@@ -1,12 +1,14 @@
-"""What a run's loss measures. Losses of two runs can be compared only where this is the same."""
+"""The objective of a run: what its loss depends on. Losses can be compared only between equal objectives."""
 
 import os
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fairseq_stack.criterions.losses import fields_of
 
-# Of the fields below; a run that kept hydra's configuration alone lacks those that its recipe does not name.
+# Used for a run that saved only hydra's configuration, which has only the fields that its recipe names.
 DEFAULTS = {
     "criterion": {
         "loss": "mse",
@@ -22,16 +24,16 @@ DEFAULTS = {
 }
 
 
-def objective_of(config):
-    """What the whole loss depends on, as {field: value}; None if the configuration does not say it.
+def objective_of(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the fields that the whole loss depends on, as {field: value}; None if the configuration lacks them.
 
-    Where in the student a prediction comes from (criterion.intermediate_style) is not part of it.
+    The student layers that predict (criterion.intermediate_style) are not part of the objective.
 
     Args:
         config: the resolved configuration of a run, or None.
     """
     output = output_objective_of(config)
-    if output is None:
+    if config is None or output is None:
         return None
     criterion, task = _group(config, "criterion"), _group(config, "task")
     found = {**output, "criterion.output_weight": float(criterion["output_weight"])}
@@ -45,9 +47,9 @@ def objective_of(config):
     return found
 
 
-def output_objective_of(config):
-    """What the loss of the teacher's last layer depends on; see objective_of."""
-    if not isinstance((config or {}).get("criterion"), dict) or not isinstance(config.get("task"), dict):
+def output_objective_of(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the fields that the loss of the teacher's last layer depends on; see objective_of."""
+    if config is None or not all(isinstance(config.get(group), dict) for group in ("criterion", "task")):
         return None
     criterion, task, dataset = (_group(config, group) for group in ("criterion", "task", "dataset"))
     if not isinstance(task.get("teacher"), str) or not isinstance(task.get("data"), str):
@@ -64,14 +66,16 @@ def output_objective_of(config):
     }
 
 
-def batch_of(config):
-    """What an update holds, as {field: value} with None for what is not set; None if the configuration does not say it.
+def batch_of(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the fields that set the speech of an update, as {field: value}; None if the configuration lacks them.
+
+    A field that is not set has the value None.
 
     Args:
         config: the resolved configuration of a run, or None.
     """
     groups = ("dataset", "optimization", "task")
-    if not all(isinstance((config or {}).get(group), dict) for group in groups):
+    if config is None or not all(isinstance(config.get(group), dict) for group in groups):
         return None
     dataset, optimization, _ = (config[group] for group in groups)
     processes = (config.get("distributed_training") or {}).get("distributed_world_size") or 1
@@ -94,28 +98,28 @@ class Kind:
     """Runs whose losses can be compared.
 
     Attributes:
-        letter: what to call it: A, B, ...; "" where all runs are of one kind.
-        members: positions of its runs in the list that was sorted.
-        fields: {field: value}, in what it differs from other known kinds; None where a configuration is not known.
+        letter: its name: A, B, ...; "" if all runs are of one kind.
+        members: positions of its runs in the list that `kinds_of` was given.
+        fields: {field: value}, where it differs from other known kinds; None if its configuration is unknown.
     """
 
     letter: str
-    members: list
-    fields: dict
+    members: list[int]
+    fields: dict[str, Any] | None
 
-    def __str__(self):
-        """What makes it another kind, for a sentence."""
+    def __str__(self) -> str:
+        """Its fields as text."""
         if self.fields is None:
             return "unknown, because the configuration was not kept"
         return ", ".join(f"{name}={value}" for name, value in self.fields.items())
 
 
-def sentence(kinds, names):
-    """What the kinds are, as "A is full, grown (criterion.loss=mse); B is star (criterion.loss=temporal_gram)".
+def describe_kinds(kinds: Sequence[Kind], names: Sequence[str]) -> str:
+    """Returns text such as "A is full, grown (criterion.loss=mse); B is star (criterion.loss=temporal_gram)".
 
     Args:
-        kinds: list of Kind.
-        names: of the runs, in the order that was sorted.
+        kinds: from `kinds_of`.
+        names: of the runs, in the order that `kinds_of` was given.
     """
     texts = []
     for kind in kinds:
@@ -124,8 +128,15 @@ def sentence(kinds, names):
     return "; ".join(texts)
 
 
-def kinds_of(objectives):
-    """Sort runs by their objectives, as `objective_of` returns them; a list of Kind in the order of the first runs."""
+def kinds_of(objectives: Sequence[dict[str, Any] | None]) -> list[Kind]:
+    """Groups runs of the same objective.
+
+    Args:
+        objectives: from `objective_of`, one per run.
+
+    Returns:
+        a Kind per group, in the order of their first runs.
+    """
     found = []
     for objective in objectives:
         if objective not in found:

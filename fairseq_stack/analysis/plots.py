@@ -1,15 +1,25 @@
-"""The figures of the report. Colours: Okabe & Ito's, told apart with any colour vision."""
+"""The figures of the report, in Okabe & Ito's colours for readers with any colour vision."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from fairseq_stack.analysis.objective import Kind
+from fairseq_stack.analysis.runs import Run
+from fairseq_stack.growth.growth_similarity import GrowthSimilarity
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#666666"
 PARTS = (("output_loss", "output", COLOURS[0]), ("intermediate_loss", "intermediate", COLOURS[1]))
 
-# A figure has to be read on a phone, where it is shrunk to a third.
-STYLE = {
+# Legible on a phone, which shows a figure at a third of its size.
+STYLE: "dict[RcKeyType, Any]" = {
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.spines.top": False,
@@ -23,22 +33,19 @@ STYLE = {
 }
 
 
-def draw_losses(runs, by="updates", kinds=None):
-    """Training and validation loss, by updates or by time, with every growth marked.
+def draw_losses(runs: Sequence[Run], by: str = "updates", kinds: Sequence[Kind] | None = None) -> Figure:
+    """Draws the training and validation loss by updates or by time, and marks every growth.
 
-    Of one run the parts of the loss too, and how deep each stage is; of several the loss, one colour each. Runs with
-    different losses get axes of their own.
+    A figure of one run also has the parts of the loss and the depth of each stage. In a figure of several runs each
+    run has a colour, and runs with different losses have separate axes.
 
     Args:
-        runs: list of Run.
+        runs: at least one.
         by: "updates", or wall-clock time in "hours" or "minutes".
-        kinds: list of Kind, whose members are positions in `runs`; None where all have the same loss.
-
-    Returns:
-        a matplotlib Figure.
+        kinds: of `runs`, see kinds_of; None if all have the same loss.
     """
     parts = [part for part in PARTS if len(runs) == 1 and part[0] in runs[0].train]
-    groups = [kind.members for kind in kinds or ()] or [range(len(runs))]
+    groups = [kind.members for kind in kinds or ()] or [list(range(len(runs)))]
     with rc_context(STYLE):
         figure = Figure(figsize=(7.5, 7.5 if parts else 1.2 + 3.4 * len(groups)))
         axes = figure.subplots(2 if parts else len(groups), 1, sharex=True, squeeze=False)[:, 0]
@@ -71,18 +78,18 @@ def draw_losses(runs, by="updates", kinds=None):
 
 
 def _places(run, series, by):
-    """[E] where the entries of a Series lie on the axis."""
+    """Positions [E] of a Series' entries on the axis."""
     return series.updates if by == "updates" else run.hours(series) * {"hours": 1, "minutes": 60}[by]
 
 
 def _place(run, update, by):
-    """Where an update lies on the axis."""
+    """Position of an update on the axis."""
     loss = run.train["loss"]
     return update if by == "updates" else float(np.interp(update, loss.updates, _places(run, loss, by)))
 
 
 def _label_depths(axis, run, by):
-    """Above the plot, how many layers each stage has, where there is room; else in the title that these are layers."""
+    """Writes the depth of each stage above the plot. If there is little room, only the title has the word "layers"."""
     ends = _place(run, run.updates, by)
     spans = [(_place(run, stage.begin, by), _place(run, stage.end, by)) for stage in run.stages]
     roomy = all(end - begin > 0.11 * ends for begin, end in spans)
@@ -112,37 +119,37 @@ def _curves(axis, run, by, parts, style="-"):
 
 
 def _label(run, label, source):
-    """Of several runs one entry in the legend: its validation, or its training where it has none."""
+    """The legend's text. Each of several runs has one entry: its validation, or its training if it has none."""
     if label != run.name:
         return f"{label} {source}" if label else source
     return label if source == "validation" or not run.valid else None
 
 
 def _log_if_wide(axis):
-    """A loss that falls by an order of magnitude is a flat line on a linear axis."""
+    """Uses a logarithmic axis for a loss that falls by an order of magnitude, which a linear axis shows as flat."""
     drawn = [line for line in axis.lines if line.get_linestyle() != "--"]
     values = np.concatenate([line.get_ydata() for line in drawn])
     if values.min() > 0 and values.max() > 10 * values.min():
         axis.set_yscale("log")
 
 
-def lowest_similarity(matrices):
-    """The lower end of one scale for matrices: a tenth, and at most 0.9, so that noise does not look like structure."""
-    values = [value for value in (np.nanmin(matrix) for matrix in matrices if np.isfinite(matrix).any())]
-    return min([0.9, *(np.floor(value * 10) / 10 for value in values)])
+def lowest_similarity(matrices: Iterable[np.ndarray]) -> float:
+    """Returns the lower end of a common colour scale: the smallest entry, rounded down to a tenth, but at most 0.9.
+
+    The limit of 0.9 keeps noise from looking like structure.
+    """
+    values = [np.nanmin(matrix) for matrix in matrices if np.isfinite(matrix).any()]
+    return min([0.9, *(float(np.floor(value * 10) / 10) for value in values)])
 
 
-def draw_similarity(similarity, lowest, block=None):
-    """The similarity matrix of hidden states 0 to N.
+def draw_similarity(similarity: np.ndarray, lowest: float, block: int | None = None) -> Figure:
+    """Draws the similarity matrix of hidden states 0 to N.
 
     Args:
         similarity: [N + 1, N + 1], linear CKA.
-        lowest: end of the scale of colours, the same for all figures that are to be compared; see lowest_similarity.
-        block: layers per block (the copies of one layer of the first stage), marked by lines;
-            None where the student has no blocks.
-
-    Returns:
-        a matplotlib Figure.
+        lowest: lower end of the colour scale. Figures that are compared need the same; see lowest_similarity.
+        block: layers per block (the copies of one layer of the first stage), which lines separate; None for a student
+            without blocks.
     """
     with rc_context(_MATRIX_STYLE):
         figure = Figure(figsize=(7.5, 6.6))
@@ -150,7 +157,7 @@ def draw_similarity(similarity, lowest, block=None):
         image = _matrix(axis, similarity, lowest)
         figure.colorbar(image, label="linear CKA", shrink=0.85)
         for edge in range(0, len(similarity) - 1, block) if block else ():
-            # Black on white: seen on the dark and on the light end of the colours.
+            # Black on white is visible on dark and on light colours.
             for colour, width in (("white", 4), ("black", 1.5)):
                 axis.axhline(edge + 0.5, color=colour, linewidth=width)
                 axis.axvline(edge + 0.5, color=colour, linewidth=width)
@@ -160,16 +167,14 @@ def draw_similarity(similarity, lowest, block=None):
     return figure
 
 
-def draw_growths(growths, lowest):
-    """The similarity matrices right before and right after each growth, side by side.
+def draw_growths(growths: Sequence[GrowthSimilarity], lowest: float) -> Figure:
+    """Draws the similarity matrices right before and right after each growth, side by side.
 
     Args:
-        growths: list of GrowthSimilarity.
+        growths: at least one.
         lowest: see draw_similarity.
-
-    Returns:
-        a matplotlib Figure.
     """
+    image = None
     with rc_context(_MATRIX_STYLE):
         figure = Figure(figsize=(7.5, 0.6 + 3.5 * len(growths)))
         axes = figure.subplots(len(growths), 2, squeeze=False)
@@ -179,18 +184,16 @@ def draw_growths(growths, lowest):
                 axis.set_title(f"{when} update {growth.update:,}: {len(matrix) - 1} layers", loc="left", fontsize=11)
                 axis.set_xlabel("hidden state")
             row[0].set_ylabel("hidden state")
+        assert image is not None
         figure.colorbar(image, ax=axes, label="linear CKA", shrink=min(1.0, 0.3 + 0.6 / len(growths)))
     return figure
 
 
-def draw_layer_weights(weights):
-    """How much each probe takes of each hidden state: the softmax of its learned weighted sum.
+def draw_layer_weights(weights: dict[str, dict[str, np.ndarray]]) -> Figure:
+    """Draws the weights of the hidden states in each probe's sum, one row of bars per upstream.
 
     Args:
-        weights: {upstream: {task: [N + 1], summing to 1}}.
-
-    Returns:
-        a matplotlib Figure, one row of bars for each upstream.
+        weights: {upstream: {task: [N + 1], summing to 1}}, the softmax of the learned weights.
     """
     tasks = list(dict.fromkeys(task for of_tasks in weights.values() for task in of_tasks))
     with rc_context(STYLE):
@@ -210,7 +213,12 @@ def draw_layer_weights(weights):
     return figure
 
 
-_MATRIX_STYLE = {**STYLE, "axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}
+_MATRIX_STYLE: "dict[RcKeyType, Any]" = {
+    **STYLE,
+    "axes.grid": False,
+    "axes.spines.top": True,
+    "axes.spines.right": True,
+}
 
 
 def _matrix(axis, matrix, lowest, ticks=14):

@@ -1,4 +1,4 @@
-"""What the probes of fairseq-stack evaluate have learned, for the report."""
+"""The layer weights that the probes of fairseq-stack evaluate have learned, for the report."""
 
 import json
 from pathlib import Path
@@ -8,18 +8,17 @@ import numpy as np
 from fairseq_stack.errors import InputError
 
 
-def read_layer_weights(path):
-    """The weights that probes give to the hidden states, means over their seeds.
+def read_layer_weights(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the weights that probes give to the hidden states, averaged over the seeds.
 
     Args:
-        path: JSON that fairseq-stack evaluate writes; under `upstreams`, name, `tasks`, task and seed it has
-            `layer_weights`, one for each hidden state.
+        path: results.json of fairseq-stack evaluate, see evaluation.results.
 
     Returns:
-        {upstream: {task: [N + 1], summing to 1}}, without upstreams that have one hidden state only.
+        {upstream: {task: [N + 1], summing to 1}}, without upstreams that have only one hidden state.
 
     Raises:
-        InputError: the file is something else.
+        InputError: the file does not hold such results.
     """
     try:
         weights = {}

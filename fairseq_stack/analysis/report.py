@@ -4,13 +4,15 @@ import base64
 import io
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from fairseq_stack.analysis.objective import batch_of, kinds_of, sentence
+from fairseq_stack.analysis.objective import Kind, batch_of, describe_kinds, kinds_of
 from fairseq_stack.analysis.plots import (
     draw_growths,
     draw_layer_weights,
@@ -18,12 +20,14 @@ from fairseq_stack.analysis.plots import (
     draw_similarity,
     lowest_similarity,
 )
-from fairseq_stack.analysis.stages import dearer_stages
+from fairseq_stack.analysis.runs import Run
+from fairseq_stack.analysis.scalars import Series
+from fairseq_stack.analysis.stages import Stage, slowed_stages
 from fairseq_stack.files import write_whole
 from fairseq_stack.growth.similarity import layer_similarity
 from fairseq_stack.tables import markdown_table
 
-# What the figures of a report are called; those of growths have a number where there are several runs.
+# Names of a report's figures. Those of growths have a number if there are several runs.
 FIGURES = ("loss", "loss_by_time", "similarity", "growths", "growths_*", "layer_weights")
 
 STAGE_COLUMNS = (
@@ -38,17 +42,13 @@ STAGE_COLUMNS = (
 )
 
 
-def stage_table(stages, costs, valid_loss=None):
-    """One row of text per stage, in the order of STAGE_COLUMNS.
+def stage_table(stages: Sequence[Stage], costs: Sequence[float], valid_loss: Series | None = None) -> list[list[str]]:
+    """Returns one row of cells per stage, with the columns STAGE_COLUMNS.
 
     Args:
-        stages: list of Stage.
+        stages: of the training.
         costs: seconds per update of each stage, nan where unknown.
-        valid_loss: Series of the validation loss. A validation at the update at which a stage ends
-            still saw that stage's depth.
-
-    Returns:
-        a list of rows of strings.
+        valid_loss: Series of the validation loss. A validation at the last update of a stage is at that stage's depth.
     """
     rows = []
     for stage, cost in zip(stages, costs):
@@ -71,11 +71,11 @@ def stage_table(stages, costs, valid_loss=None):
     return rows
 
 
-def speedup(stages, costs):
-    """How much faster the training was than the same updates at the cost of the last stage.
+def speedup(stages: Sequence[Stage], costs: Sequence[float]) -> float:
+    """Returns how many times faster the training was than the same updates at the cost of the last stage.
 
-    The measure behind "1.16x" in Kim & Lee, Interspeech 2026, with the last stage standing in for
-    a training at full depth. nan where the cost of a stage is unknown.
+    Kim & Lee, Interspeech 2026, report this measure ("1.16x") against a training at full depth, which the last stage
+    stands for here. nan if the cost of a stage is unknown.
     """
     spent = sum(cost * stage.updates for stage, cost in zip(stages, costs))
     return _over(costs[-1] * sum(stage.updates for stage in stages), spent)
@@ -85,13 +85,19 @@ def _over(value, other):
     return value / other if other else math.nan
 
 
-def write_report(runs, output, reference=None, hidden_states=None, layer_weights=None):
-    """Write index.html, its figures as PNG files, and stages.md.
+def write_report(
+    runs: Sequence[Run],
+    output: str | Path,
+    reference: Run | None = None,
+    hidden_states: Sequence[np.ndarray] | None = None,
+    layer_weights: dict[str, dict[str, np.ndarray]] | None = None,
+) -> str:
+    """Writes index.html, its figures as PNG files, and stages.md.
 
     Args:
-        runs: list of Run, the reference among them.
-        output: folder to write to; made where it is missing, files of an earlier report replaced.
-        reference: the Run to compare the time of an update with.
+        runs: at least one, the reference among them.
+        output: folder to write to; created if it is missing. Files of an earlier report are replaced.
+        reference: the Run whose seconds per update the others are compared with.
         hidden_states: hidden states 0 to N of the first run's finished student, each [frames, D].
         layer_weights: {upstream: {task: [N + 1]}}, the weighted sums of probes.
 
@@ -144,10 +150,10 @@ def write_report(runs, output, reference=None, hidden_states=None, layer_weights
     return markdown
 
 
-def _facts_of(runs, reference, kinds):
-    """{run: {what: value}} of what to know first about each run."""
+def _facts_of(runs: Sequence[Run], reference: Run | None, kinds: Sequence[Kind]) -> dict[str, dict[str, str]]:
+    """The most important facts about each run, as {run: {label: value}}."""
     output = kinds_of([run.output_objective for run in runs])
-    # Where the whole losses differ, that of the teacher's last layer may still be the same.
+    # Runs with different losses may still have the same loss of the teacher's last layer.
     shared = len(kinds) > 1 and len(output) == 1 and output[0].fields is not None
     facts = {}
     for number, run in enumerate(runs):
@@ -167,20 +173,20 @@ def _facts_of(runs, reference, kinds):
         found["training time"] = _duration(run.seconds)
         if len(run.stages) > 1:
             found[f"speed-up over {run.stages[-1].depth} layers throughout"] = _ratio(
-                speedup(run.stages, run.costs), run.steady
+                speedup(run.stages, run.costs), run.reliable_times
             )
         if reference is not None:
             faster = _over(reference.seconds / reference.updates, run.seconds / run.updates)
-            text = "–" if run is reference else _ratio(faster, run.steady and reference.steady)
+            text = "–" if run is reference else _ratio(faster, run.reliable_times and reference.reliable_times)
             found[f"speed-up over {reference.name}"] = text
     return facts
 
 
-def _notes(runs, kinds, reference=None):
-    """Sentences on what in the report cannot be compared."""
+def _notes(runs: Sequence[Run], kinds: Sequence[Kind], reference: Run | None) -> list[str]:
+    """Sentences on figures of the report that cannot be compared."""
     found = []
     if len(kinds) > 1:
-        losses = sentence(kinds, [run.name for run in runs])
+        losses = describe_kinds(kinds, [run.name for run in runs])
         found.append(
             f"These runs have {len(kinds)} different losses, which cannot be compared with each other: {losses}."
         )
@@ -188,29 +194,33 @@ def _notes(runs, kinds, reference=None):
         found.append(
             "The configuration of these runs was not kept, so whether their losses can be compared is unknown."
         )
-    wanted = batch_of(reference.config) if reference else None
-    for run in runs if wanted else ():
-        batch = batch_of(run.config) or wanted
-        differ = [f"{name}={value} and not {wanted[name]}" for name, value in batch.items() if value != wanted[name]]
+    expected = batch_of(reference.config) if reference else None
+    for run in runs:
+        batch = batch_of(run.config)
+        if reference is None or expected is None or batch is None:
+            continue
+        differ = [
+            f"{name}={value} and not {expected[name]}" for name, value in batch.items() if value != expected[name]
+        ]
         if differ:
             found.append(
-                f"{run.name}: an update holds other speech than one of {reference.name} ({', '.join(differ)}), so the"
-                f" speed-up over {reference.name} compares different work."
+                f"{run.name}: updates differ in their speech from those of {reference.name} ({', '.join(differ)}), so"
+                f" the speed-up over {reference.name} compares different work."
             )
     for run in runs:
-        dearer = dearer_stages(run.stages, run.costs)
-        if dearer:
+        slowed = slowed_stages(run.stages, run.costs)
+        if slowed:
             found.append(
                 (f"{run.name}: " if len(runs) > 1 else "")
-                + f"{'; '.join(dearer)}. Other work on the machine has slowed the shallower stage down, so the relative"
+                + f"{'; '.join(slowed)}. Other work on the machine has slowed the shallower stage down, so the relative"
                 " costs and the speed-ups of this run are not reliable."
             )
     return found
 
 
-def _ratio(value, steady):
+def _ratio(value, reliable):
     text = _number(value, ".2f")
-    return text if text == "–" else f"{text}×" if steady else f"{text}× (not reliable)"
+    return text if text == "–" else f"{text}×" if reliable else f"{text}× (not reliable)"
 
 
 def _number(value, form):
@@ -237,12 +247,12 @@ _TEMPLATE = "report.html.jinja"
 
 
 def _breakable(text):
-    """Text as HTML whose lines may break behind the signs that join the words of a name (hyphens let them anyway)."""
+    """Text as HTML whose lines may also break after / and _. Browsers break lines only after hyphens."""
     return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(text))))
 
 
 def _page(facts, notes, tables, pictures, configs):
-    """The report as one HTML page that needs no other file."""
+    """The report as one self-contained HTML page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

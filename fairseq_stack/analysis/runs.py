@@ -1,20 +1,22 @@
-"""One training as the report sees it: its scalars, stages, costs, growths and configuration."""
+"""A training for the report: its scalars, stages, costs, growths and configuration."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
 from fairseq_stack.analysis.objective import objective_of, output_objective_of
 from fairseq_stack.analysis.scalars import Series, read_scalars
-from fairseq_stack.analysis.stages import Stage, dearer_stages, find_stages, seconds_per_update
+from fairseq_stack.analysis.stages import Stage, find_stages, seconds_per_update, slowed_stages
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.errors import InputError
 from fairseq_stack.growth.growth_similarity import GrowthSimilarity, read_growths
 
-# What the configuration in a checkpoint says about a distillation; the rest is fairseq's for other jobs.
+# The groups of a checkpoint's configuration that a distillation uses.
 CONFIG_GROUPS = (
     "task", "model", "criterion", "optimization", "optimizer", "lr_scheduler", "dataset", "common", "checkpoint",
     "distributed_training", "ema",
@@ -26,13 +28,13 @@ class Run:
     """A training.
 
     Attributes:
-        name: what to call it.
+        name: shown in the report.
         train: {name: Series} of the training.
         valid: the same of the validation, on the first of several subsets; may be empty.
         stages: its stages.
         costs: median seconds of an update in each stage, nan where unknown.
-        growths: the similarity of the layers around each growth; may be empty.
-        config: the resolved configuration, or None where neither a checkpoint nor hydra kept it.
+        growths: the similarity of the layers before and after each growth; may be empty.
+        config: the resolved configuration, or None if neither a checkpoint nor hydra saved it.
     """
 
     name: str
@@ -41,43 +43,44 @@ class Run:
     stages: list[Stage]
     costs: list[float]
     growths: list[GrowthSimilarity]
-    config: dict | None
+    config: dict[str, Any] | None
 
     @property
-    def updates(self):
+    def updates(self) -> int:
+        """Updates of the whole training."""
         return self.stages[-1].end
 
     @property
-    def seconds(self):
-        """Of training at the median times: without validation, growth and pauses; nan where a stage's is unknown."""
+    def seconds(self) -> float:
+        """Seconds of all updates at the median times, without validation, growth and pauses; nan if one is unknown."""
         return sum(cost * stage.updates for cost, stage in zip(self.costs, self.stages))
 
     @property
-    def block(self):
-        """Layers that one layer of the first stage has become in an interleaved student; None for others."""
+    def block(self) -> int | None:
+        """Number of copies of each layer of the first stage in an interleaved student; None for other students."""
         model = (self.config or {}).get("model") or {}
         return model.get("stack_stages") if model.get("stack_method") == "interleaved" else None
 
     @property
-    def objective(self):
-        """What its loss depends on; see objective_of."""
+    def objective(self) -> dict[str, Any] | None:
+        """See objective_of."""
         return objective_of(self.config)
 
     @property
-    def output_objective(self):
-        """What the loss of the teacher's last layer depends on; see objective_of."""
+    def output_objective(self) -> dict[str, Any] | None:
+        """See output_objective_of."""
         return output_objective_of(self.config)
 
     @property
-    def steady(self):
-        """Whether no stage's updates took longer than those of a deeper one, so that times can be compared."""
-        return not dearer_stages(self.stages, self.costs)
+    def reliable_times(self) -> bool:
+        """Whether no stage was slowed down by other processes; see slowed_stages."""
+        return not slowed_stages(self.stages, self.costs)
 
-    def hours(self, series):
-        """[E] hours of wall-clock time until each entry of a Series of this run.
+    def hours(self, series: Series) -> np.ndarray:
+        """Returns the hours [E] of wall-clock time until each entry of a Series of this run.
 
-        Counts loading, validation and checkpoints; neither the time between two starts nor what a
-        resumed run did for the second time.
+        They include loading, validation and checkpoints. They exclude the time between two starts and updates that
+        were lost and repeated after a resume.
         """
         wall = self.train["wall"]  # fairseq's seconds since the start of the process
         firsts = [int(np.argmax(wall.starts == start)) for start in np.unique(wall.starts)]
@@ -88,19 +91,19 @@ class Run:
         return (spent[start] + series.clock - begins[start]) / 3600
 
 
-def read_runs(folders, reference=None):
-    """Read several trainings and the one to compare them with, which may be one of them.
+def read_runs(folders: Sequence[str | Path], reference: str | Path | None = None) -> tuple[list[Run], Run | None]:
+    """Reads trainings and the reference to compare them with, which may be one of them.
 
-    They go by the names of their folders, or, where two have the same, by their paths.
+    A run has the name of its folder. If two folders have the same name, all runs are named by their paths.
 
     Returns:
-        a list of Run, and the Run of `reference` or None.
+        the runs, the reference among them, and the Run of `reference` or None.
 
     Raises:
         InputError: as `read_run`.
     """
-    paths = [Path(folder).resolve() for folder in folders]
-    paths = list(dict.fromkeys([*paths, *([Path(reference).resolve()] if reference else [])]))
+    given = [Path(folder).resolve() for folder in (*folders, *([reference] if reference else []))]
+    paths: list[Path] = list(dict.fromkeys(given))
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
@@ -108,12 +111,12 @@ def read_runs(folders, reference=None):
     return list(runs.values()), runs[Path(reference).resolve()] if reference else None
 
 
-def read_run(folder, name):
-    """Read the folder of a training, with tensorboard/ and, for what they hold, checkpoints/ or .hydra/ in it.
+def read_run(folder: str | Path, name: str) -> Run:
+    """Reads a training from its folder.
 
     Args:
-        folder: where it is.
-        name: what to call it.
+        folder: has tensorboard/ and, for the growths and the configuration, checkpoints/ or .hydra/.
+        name: of the Run.
 
     Raises:
         InputError: the scalars are missing or not those of a distillation, or a file is damaged.
@@ -137,8 +140,10 @@ def read_run(folder, name):
     return Run(name, train, valids[0] if valids else {}, stages, costs, growths, config)
 
 
-def read_config(folder):
-    """The resolved configuration of a run as plain values: from its last checkpoint, or else as hydra wrote it.
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Returns the resolved configuration of a run as plain values, or None if the run saved none.
+
+    It is read from the last checkpoint, or else from hydra's file.
 
     Raises:
         InputError: the file is damaged.

@@ -14,14 +14,14 @@ from fairseq_stack.errors import InputError
 
 @dataclass(frozen=True)
 class Series:
-    """One scalar over a training, its entries in the order of the updates.
+    """One scalar over a training, with its E entries in the order of the updates.
 
     Attributes:
         updates: [E] int64, optimiser updates done.
         clock: [E] float64, when the entry was written, in seconds since 1970.
         values: [E] float64.
-        starts: [E] int64, which start of the training wrote the entry, from 0. Between two starts
-            the clock runs without training.
+        starts: [E] int64, the number of the start (from 0) that wrote the entry. Between two starts the clock runs
+            without training.
     """
 
     updates: np.ndarray
@@ -30,15 +30,11 @@ class Series:
     starts: np.ndarray
 
 
-def read_scalars(folder):
-    """Read every scalar that fairseq logged under one tag, such as RUN/tensorboard/train_inner.
+def read_scalars(folder: str | Path) -> dict[str, Series]:
+    """Returns every scalar that fairseq logged under one tag, such as RUN/tensorboard/train_inner, by its name.
 
-    Each start of a training adds one event file. A resumed training repeats the updates after its
-    checkpoint; what an earlier start logged from there on is no part of the training that went on
-    and is left out. A file that was cut off is read as far as it goes.
-
-    Returns:
-        dict: scalar name -> Series.
+    Each start of a training adds one event file. A resumed training repeats the updates after its checkpoint; the
+    entries that an earlier start logged for these updates are left out. A truncated file is read up to its end.
 
     Raises:
         InputError: the folder has no event file, or none that holds scalars.
@@ -54,18 +50,16 @@ def read_scalars(folder):
             starts.append(scalars)
     if not starts:
         raise InputError(f"{folder} has event files without scalars; train until the first log entry")
-    # File names carry whole seconds and a host name: the entries' own clock orders the starts.
+    # File names have whole seconds and a host name, so the starts are sorted by the times of their entries.
     starts.sort(key=lambda scalars: min(events[0].wall_time for events in scalars.values()))
 
     entries = {}
-    taken_over_at = float("inf")
+    next_start = float("inf")  # first update of the start after this one
     for number, scalars in reversed(list(enumerate(starts))):
         for tag, events in scalars.items():
-            kept = [
-                (event.step, event.wall_time, event.value, number) for event in events if event.step < taken_over_at
-            ]
+            kept = [(event.step, event.wall_time, event.value, number) for event in events if event.step < next_start]
             entries.setdefault(tag, []).extend(kept)
-        taken_over_at = min(taken_over_at, min(events[0].step for events in scalars.values()))
+        next_start = min(next_start, min(events[0].step for events in scalars.values()))
     series = {}
     for tag, rows in entries.items():
         if rows:

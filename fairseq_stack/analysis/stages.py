@@ -1,22 +1,24 @@
-"""The stages of a training and what an update cost in each, from what the training logged."""
+"""The stages of a training and the seconds of an update in each, from the training's logs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 
+from fairseq_stack.analysis.scalars import Series
 from fairseq_stack.errors import InputError
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of a training at one depth.
+    """A part of a training at one depth.
 
     Attributes:
         number: 1 for the first.
         depth: transformer layers in use.
-        begin: updates done when it began.
-        end: updates done when it ended.
+        begin: updates done at its beginning.
+        end: updates done at its end.
     """
 
     number: int
@@ -25,17 +27,16 @@ class Stage:
     end: int
 
     @property
-    def updates(self):
+    def updates(self) -> int:
         return self.end - self.begin
 
 
-def find_stages(stage, depth, last_update):
-    """Find where the logged stage changes.
+def find_stages(stage: Series, depth: Series, last_update: int) -> list[Stage]:
+    """Returns the stages of a training, found where the logged stage changes.
 
-    An entry at update v speaks for the updates since the entry before it, at u. Where it holds the
-    stage as it was at v, a growth is placed at u, which is exact when the training grows at a
-    multiple of the log interval. Where it holds the average over those updates, the average tells
-    the update; roughly, if it is an average over their frames.
+    An entry at update v covers the updates since the previous entry, at u. If the entry holds the stage at v, the
+    growth is placed at u. That is exact if the training grows at a multiple of the log interval. If the entry holds
+    an average over these updates, the growth is computed from it. That is approximate if the average is over frames.
 
     Args:
         stage: Series of the stage, from 1.
@@ -43,10 +44,10 @@ def find_stages(stage, depth, last_update):
         last_update: updates of the whole training.
 
     Returns:
-        a list of Stage. A stage that no entry shows undivided is not in it.
+        the stages, without those that never fill a whole entry.
 
     Raises:
-        InputError: no entry shows an undivided stage.
+        InputError: no entry lies in one stage only.
     """
     whole = np.isclose(stage.values, np.round(stage.values), atol=1e-4)
     numbers = np.unique(np.round(stage.values[whole])).astype(int)
@@ -59,7 +60,7 @@ def find_stages(stage, depth, last_update):
         if not begins:
             begins.append(0)
             continue
-        # The first entry that saw any of this stage; the one before it saw none.
+        # The first entry with updates of this stage; the previous entry has none.
         below = numbers[len(begins) - 1]
         index = int(np.argmax(stage.values > below + 1e-4))
         u, v = stage.updates[index - 1], stage.updates[index]
@@ -69,21 +70,21 @@ def find_stages(stage, depth, last_update):
     return [Stage(int(n), d, b, e) for n, d, b, e in zip(numbers, depths, begins, ends)]
 
 
-def seconds_per_update(stages, train, valids=()):
-    """Median seconds of an update in each stage, by the clock of the log entries.
+def seconds_per_update(stages: Sequence[Stage], train: Series, valids: Sequence[Series] = ()) -> list[float]:
+    """Returns the median seconds of an update in each stage, from the times of the log entries.
 
-    Each two entries of the same start and the same stage give a time. A validation at the first of the two updates
-    is taken off; where one falls between them its beginning is unknown, and the pair does not count. What a growth
-    takes and the time between two starts do not count. Of pairs that other work on the machine or the writing of a
-    checkpoint has made longer, the median takes no notice.
+    Two successive entries of the same start and the same stage give one time. A validation at the first update of the
+    pair is subtracted. If a validation lies between the two updates, its beginning is unknown and the pair is left
+    out. Growths and the time between two starts are not counted. The median is robust to pairs that were slowed down
+    by other processes or by saving a checkpoint.
 
     Args:
-        stages: list of Stage.
+        stages: of the training.
         train: a Series of the training, one entry per log interval.
         valids: a Series for each validation subset, one entry per validation.
 
     Returns:
-        a list of seconds, one per stage; nan for a stage without two entries to compare.
+        seconds, one per stage; nan for a stage without such a pair.
     """
     clocks = np.concatenate([np.empty(0), *(valid.clock for valid in valids)])
     updates = np.concatenate([np.empty(0), *(valid.updates for valid in valids)])
@@ -103,13 +104,14 @@ def seconds_per_update(stages, train, valids=()):
     return found
 
 
-def dearer_stages(stages, costs):
-    """Sentences on stages of which an update took longer than one of a deeper stage: other work has slowed them.
+def slowed_stages(stages: Sequence[Stage], costs: Sequence[float]) -> list[str]:
+    """Returns a sentence for each stage whose updates took longer than those of a deeper stage.
 
-    A hundredth of the time is no difference: where updates wait for data, all stages take the same.
+    Such a stage was slowed down by other processes. Differences up to 1 % are ignored: if updates wait for data, all
+    stages take the same time.
 
     Args:
-        stages: list of Stage.
+        stages: of the training.
         costs: seconds per update of each stage, nan where unknown.
     """
     found = []

@@ -1,1 +1,1 @@
-"""How fast a training is, beside what else there is: real updates, measured side by side in one run."""
+"""How fast a training is: real updates of it and of the baselines, measured side by side in one run."""

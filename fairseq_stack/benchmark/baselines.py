@@ -1,13 +1,18 @@
-"""Updates of the baselines: s3prl's distiller, and fairseq's own modules. All at full depth, with a live teacher.
+"""Updates of the baselines: s3prl's distiller, and fairseq's own modules. All have full depth and a live teacher.
 
-They get their batch from memory, and their teacher is in fp32. On a GPU the student trains in fp16 autocast, on a CPU
-in fp32, as s3prl's distiller does.
+Their batch is in memory, and their teacher is in fp32. The student trains in fp16 autocast on a GPU and in fp32 on a
+CPU, as in s3prl's distiller.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fairseq_stack.benchmark.clock import Clock
 from fairseq_stack.benchmark.inputs import TEACHER, student_shape, teacher_shape
@@ -17,19 +22,19 @@ from fairseq_stack.models.conv_geometry import parse_conv_layers
 TEACHER_LAYERS = (4, 8, 12)
 
 
-class Baseline:
+class Baseline(ABC):
     """Trains other libraries' modules, one update at a time.
 
     Args:
-        folder: what make_inputs filled.
+        folder: written by make_inputs.
         size: of make_inputs.
         batch: utterances of an update.
-        seconds: length of each.
+        seconds: length of each utterance.
         device: cpu or cuda.
         clock: a Clock (default: one of seconds).
     """
 
-    def __init__(self, folder, size, batch, seconds, device, clock=None):
+    def __init__(self, folder: Path, size: str, batch: int, seconds: float, device: str, clock: Clock | None = None):
         self.device = torch.device(device)
         self.clock = clock or Clock(self.device)
         torch.manual_seed(0)
@@ -38,8 +43,24 @@ class Baseline:
         self.scaler = torch.amp.GradScaler(device, enabled=device == "cuda")
         self.waveforms = 0.1 * torch.randn(batch, round(seconds * SAMPLE_RATE), device=self.device)
 
-    def update(self, depth):
-        """One update; returns {part: seconds}."""
+    @abstractmethod
+    def build(self, weights: dict[str, Tensor], folder: Path, size: str) -> None:
+        """Makes the teacher, with these weights, and the student."""
+
+    @abstractmethod
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        """Returns the parameters to train."""
+
+    @abstractmethod
+    def targets(self) -> Any:
+        """Returns the teacher's hidden states that `loss` needs."""
+
+    @abstractmethod
+    def loss(self, targets: Any) -> Tensor:
+        """Returns the student's loss on the batch."""
+
+    def update(self, depth: int) -> dict[str, Any]:
+        """Makes one update and returns {part: seconds}."""
         self.clock.restart()
         with self.clock("targets"), torch.no_grad():
             targets = self.targets()
@@ -57,7 +78,7 @@ class Baseline:
 class S3prlDistiller(Baseline):
     """DistillerModel and the HuBERT upstream of s3prl, with DistilHuBERT's loss: L1 and cosine similarity."""
 
-    def build(self, weights, folder, size):
+    def build(self, weights: dict[str, Tensor], folder: Path, size: str) -> None:
         from s3prl.upstream.distiller.model import DistillerConfig, DistillerModel
         from s3prl.upstream.hubert.hubconf import hubert_local
 
@@ -89,23 +110,23 @@ class S3prlDistiller(Baseline):
         }
         self.student = DistillerModel(DistillerConfig(config)).to(self.device).train()
 
-    def parameters(self):
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
         return self.student.parameters()
 
-    def targets(self):
+    def targets(self) -> Tensor:
         states = self.teacher(list(self.waveforms))["hidden_states"]
         return torch.stack([states[layer] for layer in TEACHER_LAYERS], dim=1)
 
-    def loss(self, targets):
+    def loss(self, targets: Tensor) -> Tensor:
         _, _, predictions, _ = self.student(self.waveforms, torch.ones_like(self.waveforms))
         similarity = F.cosine_similarity(predictions, targets, dim=-1)
         return F.l1_loss(predictions, targets) - F.logsigmoid(similarity).mean()
 
 
 class FairseqModules(Baseline):
-    """HubertModel of fairseq as teacher and as student, with linear heads and the mean squared error."""
+    """fairseq's HubertModel as teacher and as student, with linear heads and the mean squared error."""
 
-    def build(self, weights, folder, size):
+    def build(self, weights: dict[str, Tensor], folder: Path, size: str) -> None:
         teacher = teacher_shape(size)
         self.teacher = hubert(teacher).to(self.device).eval()
         self.teacher.load_state_dict(weights, strict=False)
@@ -113,34 +134,37 @@ class FairseqModules(Baseline):
         widths = student_shape(size)["encoder_embed_dim"], teacher["encoder_embed_dim"]
         self.heads = torch.nn.ModuleList(torch.nn.Linear(*widths) for _ in TEACHER_LAYERS).to(self.device)
 
-    def parameters(self):
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [*self.student.parameters(), *self.heads.parameters()]
 
-    def targets(self):
+    def targets(self) -> list[Tensor]:
         return hidden_states(self.teacher, self.waveforms)
 
-    def loss(self, targets):
+    def loss(self, targets: list[Tensor]) -> Tensor:
         states = hidden_states(self.student, self.waveforms)
-        return sum(F.mse_loss(head(state), target) for head, state, target in zip(self.heads, states, targets))
+        losses = (F.mse_loss(head(state), target) for head, state, target in zip(self.heads, states, targets))
+        return sum(losses)  # pyright: ignore[reportReturnType]  # only a sum of no losses is an int
 
 
-def hubert(shape):
-    """fairseq's HubertModel of a shape, without what its pre-training needs."""
+def hubert(shape: dict[str, Any]) -> Any:
+    """Returns fairseq's HubertModel of a shape, without the modules for pre-training."""
     from fairseq.models.hubert.hubert import HubertConfig, HubertModel
 
     config = HubertConfig(label_rate=50, final_dim=1, encoder_layerdrop=0.0)
     for name, value in shape.items():
         setattr(config, name, value)
-    model = HubertModel(config, SimpleNamespace(sample_rate=SAMPLE_RATE), [None])
+    task: Any = SimpleNamespace(sample_rate=SAMPLE_RATE)  # the only field of a task that the model reads
+    dictionaries: list[Any] = [None]
+    model = HubertModel(config, task, dictionaries)
     model.mask_emb.requires_grad_(False)
     return model
 
 
-def hidden_states(model, waveforms):
-    """Outputs of TEACHER_LAYERS of a HubertModel, each [T, B, D]."""
+def hidden_states(model: Any, waveforms: Tensor) -> list[Tensor]:
+    """Returns the outputs of TEACHER_LAYERS of a HubertModel, each [T, B, D]."""
     states = []
     hooks = [
-        model.encoder.layers[layer - 1].register_forward_hook(lambda *given: states.append(given[2][0]))
+        model.encoder.layers[layer - 1].register_forward_hook(lambda _, __, output: states.append(output[0]))
         for layer in TEACHER_LAYERS
     ]
     model(waveforms, features_only=True, mask=False)
@@ -149,4 +173,4 @@ def hidden_states(model, waveforms):
     return states
 
 
-BASELINES = {"s3prl": S3prlDistiller, "fairseq": FairseqModules}
+BASELINES: dict[str, type[Baseline]] = {"s3prl": S3prlDistiller, "fairseq": FairseqModules}

@@ -1,7 +1,9 @@
-"""Where the time of an update goes."""
+"""Measures the parts of an update's time."""
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -9,46 +11,47 @@ REST = "rest"
 
 
 class Clock:
-    """Seconds spent in named parts. A part within a part counts for the inner one; what is in none is REST.
+    """Seconds spent in named parts. Time in nested parts counts for the inner part; time outside of all is REST.
 
     Args:
-        device: a GPU is waited for whenever a part begins or ends.
-        now: seconds since some beginning.
+        device: if it is a GPU, the clock waits for it at the beginning and the end of each part.
+        now: returns the time. An array of counters works, too.
     """
 
-    def __init__(self, device, now=time.perf_counter):
+    def __init__(self, device: torch.device, now: Callable[[], Any] = time.perf_counter):
         self.now = now
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        self.spent = {}
+        self.spent: dict[str, Any] = {}
         self.parts = [REST]
-        self.since = None
+        self.since: Any = None
 
     @contextmanager
-    def __call__(self, part):
+    def __call__(self, part: str) -> Iterator[None]:
         self._charge()
         self.parts.append(part)
         try:
             yield
             self._charge()
-        finally:  # whoever has run out of memory may go on with less
+        finally:  # after it runs out of memory, a training may continue with a smaller depth
             self.parts.pop()
 
-    def wrap(self, owner, method, part):
-        """Let a method of an object count for a part."""
-        inner = getattr(owner, method)
+    def wrap(self, owner: Any, method: str, part: str) -> None:
+        """Replaces a method of an object by one whose time counts for a part."""
+        untimed = getattr(owner, method)
 
         def timed(*args, **options):
             with self(part):
-                return inner(*args, **options)
+                return untimed(*args, **options)
 
         setattr(owner, method, timed)
 
-    def restart(self):
+    def restart(self) -> None:
+        """Sets the seconds of all parts to 0."""
         self._charge()
         self.spent = {}
 
-    def stop(self):
-        """{part: seconds} since `restart`."""
+    def stop(self) -> dict[str, Any]:
+        """Returns {part: seconds} since `restart`."""
         self._charge()
         return self.spent
 

@@ -1,10 +1,12 @@
 """The inputs of every training in the benchmark: a teacher with random weights, and recordings of noise.
 
-Weights and waveforms do not change the time.
+The time of an update does not depend on the values of weights and waveforms.
 """
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -14,8 +16,9 @@ from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.teachers.fairseq_checkpoint import BASE_SHAPE, NO_TRAINING
 
-SIZES = {
-    # HuBERT Base into the paper's student.
+# For each size, what the teacher's shape changes in BASE_SHAPE, and the student's shape.
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # HuBERT Base and the paper's student.
     "paper": (
         {},
         {
@@ -46,8 +49,8 @@ SIZES = {
 TEACHER = "teacher.pt"
 
 
-def make_inputs(folder, size, seconds, utterances):
-    """Write a teacher as fairseq saves one, and manifests of `utterances` files of `seconds` of noise."""
+def make_inputs(folder: Path, size: str, seconds: float, utterances: int) -> None:
+    """Writes a teacher in fairseq's format, and manifests of `utterances` files of `seconds` of noise."""
     torch.manual_seed(0)
     model = {"_name": "hubert", **teacher_shape(size)}
     weights = HubertEncoder(SimpleNamespace(**model, **NO_TRAINING)).state_dict()
@@ -63,11 +66,11 @@ def make_inputs(folder, size, seconds, utterances):
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def teacher_shape(size):
-    """fairseq's fields of the teacher's shape."""
+def teacher_shape(size: str) -> dict[str, Any]:
+    """Returns fairseq's fields of the teacher's shape."""
     return {**BASE_SHAPE, **SIZES[size][0]}
 
 
-def student_shape(size):
-    """The recipe's fields of the student's shape."""
+def student_shape(size: str) -> dict[str, Any]:
+    """Returns the recipe's fields of the student's shape."""
     return SIZES[size][1]

@@ -1,61 +1,75 @@
-"""Measure all cases and take medians.
+"""Measures all cases and takes medians.
 
-On a CPU they take turns, update by update, so that what else the machine does meanwhile meets all. On a GPU, whose
-memory would not hold all, they come one after another.
+On a CPU the cases take turns, update by update, so that other processes slow down all of them equally. On a GPU, whose
+memory does not hold all cases, they run one after another.
 """
 
 import itertools
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from tqdm import tqdm
 
 from fairseq_stack.benchmark.baselines import BASELINES
 from fairseq_stack.benchmark.inputs import make_inputs
 from fairseq_stack.benchmark.ours import Case, Ours, fill_store
-from fairseq_stack.benchmark.workers import Killed, OutOfMemory, in_another_process, peak_memory, workers
+from fairseq_stack.benchmark.workers import Killed, Maker, OutOfMemory, in_another_process, peak_memory, workers
 from fairseq_stack.growth.schedule import stage_starts
 
 DEPTHS = (3, 6, 9, 12)
 EPOCHS = 75  # of the paper's recipe
-UPDATES = 100_000  # of a recipe whose schedules are reckoned up; its number does not matter
+UPDATES = 100_000  # of the recipe for which `growing` is computed; the result hardly depends on it
 
 
-def measure(recipes, size, batch, seconds, rounds, device, precisions, baselines, threads):
-    """Seconds of an update for every case, depth and part.
+def measure(
+    recipes: Path,
+    size: str,
+    batch: int,
+    seconds: float,
+    rounds: int,
+    device: str,
+    precisions: Sequence[str],
+    baselines: Sequence[str],
+    threads: int,
+) -> dict[str, Any]:
+    """Returns the seconds of an update for every case, depth and part.
 
     Args:
         recipes: folder of the recipe `librispeech_base`.
         size: of inputs.SIZES.
         batch: utterances of an update.
-        seconds: length of each.
-        rounds: updates measured of each case at each depth; one more comes first and warms up.
+        seconds: length of each utterance.
+        rounds: measured updates of each case at each depth; one more update before them warms up.
         device: cpu or cuda.
         precisions: of our students.
-        baselines: names of BASELINES, to compare with.
+        baselines: names in BASELINES.
         threads: of each training, on a CPU.
 
     Returns:
-        a dict of plain values, as `fairseq-stack benchmark` writes it.
+        plain values, as `fairseq-stack benchmark` writes them.
     """
     cases = {str(case): case for case in cases_of(precisions)}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         make_inputs(folder, size, seconds, utterances=batch * (rounds + 1) * len(DEPTHS))
-        makers = {name: (Ours, recipes, folder, size, batch, device, case) for name, case in cases.items()}
+        makers: dict[str, Maker] = {
+            name: (Ours, recipes, folder, size, batch, device, case) for name, case in cases.items()
+        }
         makers.update({name: (BASELINES[name], folder, size, batch, seconds, device) for name in baselines})
         for cnn in ("trained", "shared"):
             case = Case(precisions[0], "stored", cnn)
             try:
                 in_another_process(threads, fill_store, recipes, folder, size, batch, device, case)
-            except OutOfMemory:  # of the teacher
+            except OutOfMemory:  # the teacher does not fit
                 makers = {name: maker for name, maker in makers.items() if not _needs_store(cases.get(name), cnn)}
         names = [*cases, *baselines]
         depths = {name: DEPTHS if name in cases else DEPTHS[-1:] for name in names}
         measured = measure_each(threads, makers, depths, rounds, one_by_one=device == "cuda")
-    nothing = {"update": {}, "parts": {}}
-    found = {name: measured.get(name, nothing) for name in names}
+    unmeasured = {"update": {}, "parts": {}}
+    found = {name: measured.get(name, unmeasured) for name in names}
     return {
         "cases": found,
         "did_not_fit": {
@@ -66,8 +80,8 @@ def measure(recipes, size, batch, seconds, rounds, device, precisions, baselines
     }
 
 
-def cases_of(precisions):
-    """All ways to train in these precisions, as a list of Cases."""
+def cases_of(precisions: Sequence[str]) -> list[Case]:
+    """Returns all Cases of these precisions."""
     ways = itertools.product(precisions, ("trained", "shared"), ("live", "stored"))
     return [Case(precision, targets, cnn) for precision, cnn, targets in ways]
 
@@ -76,29 +90,32 @@ def _needs_store(case, cnn):
     return case is not None and (case.targets, case.cnn) == ("stored", cnn)
 
 
-def measure_each(threads, makers, depths, rounds, one_by_one):
-    """Measure trainings in processes of their own, of which one computes at any time.
+def measure_each(
+    threads: int, makers: Mapping[str, Maker], depths: Mapping[str, Sequence[int]], rounds: int, one_by_one: bool
+) -> dict[str, dict[str, Any]]:
+    """Measures trainings, each in its own process. Only one process computes at a time.
 
-    Where memory runs out at a depth, nothing is kept of this depth of the training, and it is not asked for it or a
-    deeper one again.
+    If a training runs out of memory at a depth, its results for this depth are dropped, and neither this depth nor a
+    deeper one is tried again.
 
     Args:
-        threads: of each.
-        makers: {name: (make, *arguments)}; `make` gives something with the methods of Ours, without `growth` for one
-            that has a single depth.
+        threads: of each training.
+        makers: {name: (make, *arguments)}. `make` returns an object with the methods of Ours; with a single depth, it
+            needs no `growth`.
         depths: {name: ascending depths}.
         rounds: see `measure`.
-        one_by_one: finish a training and end its process before the next one starts, so that it has the memory to
-            itself; else they take turns, update by update.
+        one_by_one: whether a training ends before the next one starts, so that it has the whole memory. Otherwise they
+            take turns, update by update.
 
     Returns:
         {name: {"update": {depth: seconds}, "parts": {depth: {part: seconds}}, "peak_memory": bytes,
-        "growth": seconds}}, medians over the rounds, of the depths that fit; memory and growth only where all do.
+        "growth": seconds}}: medians over the rounds, for the depths that fit. Memory and growth are there only if all
+        depths fit.
     """
     if one_by_one:
         alone = [measure_each(threads, {name: makers[name]}, depths, rounds, one_by_one=False) for name in makers]
         return {name: figures for measured in alone for name, figures in measured.items()}
-    spent = {name: {depth: [] for depth in depths[name]} for name in makers}
+    spent: dict[str, dict[int, list]] = {name: {depth: [] for depth in depths[name]} for name in makers}
     growths = {name: [] for name in makers}
     with workers(threads, makers) as (running, without):
 
@@ -122,7 +139,7 @@ def measure_each(threads, makers, depths, rounds, one_by_one):
                 deepest = depths[name][-1]
                 if len(depths[name]) > 1 and deepest in spent[name]:
                     growths[name].append(ask(name, deepest, "growth"))
-        # A peak that was reached where memory ran out is that of an update that does not count.
+        # After a training ran out of memory, its peak is that of an update that was dropped.
         memory = {name: running[name].run(peak_memory) for name in running if len(spent[name]) == len(depths[name])}
     return {
         name: {
@@ -143,17 +160,24 @@ def _medians(measured):
     return {name: median(parts.get(name, 0.0) for parts in measured) for name in names}
 
 
-def growing(seconds, schedule):
-    """Mean seconds of an update while the student grows, of {depth: seconds of an update}, for a schedule's name."""
+def growing(seconds: Mapping[int, float], schedule: str) -> float:
+    """Returns the mean seconds of an update of a student that grows.
+
+    Args:
+        seconds: {depth: seconds of an update}, in ascending order.
+        schedule: its name, see stage_starts.
+    """
     starts = [*stage_starts(schedule, len(seconds), UPDATES), UPDATES]
     return sum((end - begin) / UPDATES * seconds[depth] for depth, begin, end in zip(seconds, starts, starts[1:]))
 
 
-def with_first_epoch(stored, live):
-    """Mean seconds of an update of the paper's recipe (PROP-1, 75 epochs) that stores its targets in the first epoch.
+def with_first_epoch(stored: Mapping[int, float], live: Mapping[int, float]) -> float:
+    """Returns the mean seconds of an update of the paper's recipe (PROP-1, 75 epochs) with stored targets.
+
+    The first epoch, which is within the first stage, computes the targets and stores them.
 
     Args:
-        stored, live: {depth: seconds of an update}. The first epoch lies in the first stage.
+        stored, live: {depth: seconds of an update}.
     """
     shallow = min(stored)
     return growing(stored, "prop") + (live[shallow] - stored[shallow]) / EPOCHS

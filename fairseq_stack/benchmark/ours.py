@@ -1,6 +1,8 @@
-"""Updates of our recipe by fairseq's own trainer."""
+"""Updates of our recipe with fairseq's trainer."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from fairseq import tasks
@@ -19,36 +21,45 @@ STORE = "targets"
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train.
+    """A variant of the training.
 
     Attributes:
         precision: of the student: fp32, bf16 or fp16. The teacher's is bf16.
         targets: `live` from the teacher, or `stored`.
-        cnn: `trained`, or `shared` with the teacher and frozen; then its features are stored with the targets.
+        cnn: `trained`, or `shared` with the teacher and frozen; `stored` targets then include its features.
     """
 
     precision: str
     targets: str
     cnn: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.precision}, {self.targets} targets, CNN {self.cnn}"
 
 
 class Ours:
-    """Our training, one update at a time, at a depth of choice.
+    """Our training, one update at a time, each at a given depth.
 
     Args:
         recipes: folder of the recipe.
-        folder: what make_inputs filled.
+        folder: written by make_inputs.
         size: of make_inputs.
         batch: utterances of an update.
         device: cpu or cuda.
-        case: a Case.
+        case: the variant.
         clock: a Clock (default: one of seconds).
     """
 
-    def __init__(self, recipes, folder, size, batch, device, case, clock=None):
+    def __init__(
+        self,
+        recipes: Path,
+        folder: Path,
+        size: str,
+        batch: int,
+        device: str,
+        case: Case,
+        clock: Clock | None = None,
+    ):
         cfg = configuration(recipes, folder, size, batch, device, case)
         self.clock = clock or Clock(torch.device(device))
         self.task = tasks.setup_task(cfg.task)
@@ -56,12 +67,12 @@ class Ours:
         criterion = self.task.build_criterion(cfg.criterion)
         self.task.load_dataset("train")
         self.trainer = StudentTrainer(cfg, self.task, self.model, criterion)
-        self.trainer.cuda_env = None  # with it, every update would forget the peak of the GPU's memory
+        self.trainer.cuda_env = None  # otherwise every update resets the peak of the GPU's memory
         epochs = self.trainer.get_train_iterator(epoch=1, load_dataset=False)
         self.trainer.begin_epoch(1)
         self.batches = iterators.GroupedIterator(epochs.next_epoch_itr(shuffle=False), 1)
         later = len(self.model.plan.stages) - 1
-        self.model.starts = (0, *[cfg.optimization.max_update] * later)  # the depth is set by hand
+        self.model.starts = (0, *[cfg.optimization.max_update] * later)  # `update` sets the depth
         self.clock.wrap(self.task, "with_targets", "targets")
         self.clock.wrap(self.model, "features", "student CNN")
         self.clock.wrap(criterion, "forward", "student transformer")
@@ -69,11 +80,11 @@ class Ours:
         for method in ("step", "clip_grad_norm", "zero_grad"):
             self.clock.wrap(self.trainer.optimizer, method, "optimiser")
 
-    def update(self, depth):
-        """One update with a student of `depth` layers; returns {part: seconds}.
+    def update(self, depth: int) -> dict[str, Any]:
+        """Makes one update of a student with `depth` layers and returns {part: seconds}.
 
         Raises:
-            RuntimeError: memory ran out; without raise_oom fairseq would skip the batch, and be fast.
+            RuntimeError: memory ran out. Without raise_oom fairseq would skip the batch, which would look fast.
         """
         self.model._stage_index = self.model.plan.depths.index(depth)
         self.model.stage.fill_(self.model._stage_index)
@@ -86,8 +97,8 @@ class Ours:
             self.trainer.train_step(batch, raise_oom=True)
         return {**loading, **self.clock.stop()}
 
-    def growth(self):
-        """Seconds of the last growth: weights, fp32 masters and moments."""
+    def growth(self) -> float:
+        """Returns the seconds of the last growth, which copies weights, fp32 masters and moments."""
         self.model._stage_index = len(self.model.plan.stages) - 2
         self.clock.restart()
         self.model.grow_to(self.model.stage_number + 1)
@@ -95,13 +106,13 @@ class Ours:
         return sum(self.clock.stop().values())
 
 
-def fill_store(recipes, folder, size, batch, device, case):
-    """Store the targets that a Case with stored ones reads."""
+def fill_store(recipes: Path, folder: Path, size: str, batch: int, device: str, case: Case) -> None:
+    """Stores the targets that a Case with stored targets reads."""
     store_targets(configuration(recipes, folder, size, batch, device, case), ["train"])
 
 
-def configuration(recipes, folder, size, batch, device, case):
-    """The recipe of a Case, composed as fairseq-hydra-train does."""
+def configuration(recipes: Path, folder: Path, size: str, batch: int, device: str, case: Case) -> Any:
+    """Returns the recipe of a Case, composed as by fairseq-hydra-train."""
     shape = student_shape(size)
     if case.cnn == "shared":
         shape = {**shape, "conv_feature_layers": teacher_shape(size)["conv_feature_layers"]}

@@ -1,9 +1,9 @@
-"""A GPU that is pretended: its tensors say `cuda:0`, and the CPU computes them.
+"""A pretended GPU: its tensors have the device `cuda:0`, and the CPU computes them.
 
-Code that runs inside `pretended_gpu()` takes its path for GPUs with real numbers on a machine that has none. What a GPU
-refuses is refused: an operation on tensors of two devices, and a fused attention kernel on a shape that has none. What
-a GPU needs time for is counted: launches of kernels, and waits of the CPU for the GPU. Real kernels, their numerics and
-their speed, and NCCL are out of its sight.
+Code inside `pretended_gpu()` runs its path for GPUs with real numbers on a machine without a GPU. Operations that a GPU
+refuses raise an error: operations on tensors of two devices, and fused attention with shapes that no kernel supports.
+Launches of kernels and waits of the CPU for the GPU are counted. Real kernels, with their numerics and their speed, and
+NCCL are not simulated.
 
 torch's FakeTensorMode is no alternative: its tensors have no numbers, and `backward` asks CUDA's driver for a device.
 """
@@ -11,11 +11,14 @@ torch's FakeTensorMode is no alternative: its tensors have no numbers, and `back
 import contextlib
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
@@ -24,9 +27,9 @@ from fairseq_stack.errors import InputError
 
 aten = torch.ops.aten
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put)
-# These take tensors from the CPU beside those on a GPU.
+# These accept tensors on the CPU together with tensors on a GPU.
 BOTH_DEVICES = (aten.copy_, aten._to_copy, *INDEXING)
-# The CPU learns a number, or a size that depends on numbers.
+# The CPU waits for a number, or for a size that depends on numbers.
 WAITING = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
 WITHOUT_KERNEL = (
     aten.detach, aten._unsafe_view, aten.lift_fresh,
@@ -38,32 +41,35 @@ AVAILABLE = hasattr(torch._C, "_ensureCUDADeviceGuardSet")
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the pretended GPU. Its numbers are in `inner`, a tensor on the CPU."""
+    """A tensor of the pretended GPU. Its numbers are in `cpu_tensor`."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    machine = None  # of the pretended_gpu() that is open
+    # torch's documented way to disable it; the stub has another signature than torch.Tensor's method.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    machine: "Machine | None" = None  # of the pretended_gpu() in use
+    cpu_tensor: Tensor
 
     @staticmethod
-    def __new__(cls, inner):
-        self = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, cpu_tensor: Tensor) -> "OnGpu":
+        self: Any = torch.Tensor._make_wrapper_subclass(
             cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
+            cpu_tensor.size(),
+            strides=cpu_tensor.stride(),
+            storage_offset=cpu_tensor.storage_offset(),
+            dtype=cpu_tensor.dtype,
             device=torch.device("cuda", 0),
         )
-        self.inner = inner
+        self.cpu_tensor = cpu_tensor
         return self
 
-    def __repr__(self):
-        return f"OnGpu({self.inner!r})"
+    def __repr__(self) -> str:
+        return f"OnGpu({self.cpu_tensor!r})"
 
-    def tolist(self):
+    def tolist(self) -> Any:
+        """Returns the numbers as Python's."""
         return self.cpu().tolist()
 
     def __deepcopy__(self, memo):
-        copied = OnGpu(self.inner.detach().clone())
+        copied: Tensor = OnGpu(self.cpu_tensor.detach().clone())
         if isinstance(self, torch.nn.Parameter):
             copied = torch.nn.Parameter(copied, self.requires_grad)
         memo[id(self)] = copied
@@ -73,26 +79,27 @@ class OnGpu(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if cls.machine is None:
             raise RuntimeError(f"{func} on a tensor of the pretended GPU, outside of pretended_gpu()")
-        with cls.machine:  # in another thread, where it is not in force
+        with cls.machine:  # another thread, where the mode is not active
             return func(*args, **(kwargs or {}))
 
 
 class Machine(TorchDispatchMode):
-    """Computes what is on the pretended GPU on the CPU, keeps the two devices apart and counts.
+    """Computes the pretended GPU's operations on the CPU, refuses to mix the two devices, and counts.
 
     Attributes:
-        launches: Counter of places in the code that launch a kernel. A fused kernel counts as what it consists of only
-            where torch's dispatcher sees its parts.
+        launches: Counter of places in the code that launch a kernel. A fused kernel is one launch unless torch's
+            dispatcher gets its parts.
         waits: Counter of (operation, place) where the CPU waits for the GPU.
 
     Args:
-        package: the package whose places are counted. What it calls elsewhere counts for the line that calls.
+        package: places are lines of this package. What other code launches counts for the line that called it.
     """
 
-    def __init__(self, package="fairseq_stack"):
+    def __init__(self, package: str = "fairseq_stack"):
         super().__init__()
         self.package = package
-        self.launches, self.waits = Counter(), Counter()
+        self.launches: Counter[str | None] = Counter()
+        self.waits: Counter[tuple[str, str | None]] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -107,30 +114,38 @@ class Machine(TorchDispatchMode):
         if device:
             kwargs["device"] = torch.device("cpu")
             kwargs.pop("pin_memory", None)
-        if torch.Tag.inplace_view in func.tags:  # such as t_(): the wrapper has a shape of its own
+        if torch.Tag.inplace_view in func.tags:  # such as t_(), which changes the wrapper's shape, too
             with no_dispatch():
                 func(*args, **kwargs)
-        inner_args, inner_kwargs = tree_map(
-            lambda each: each.inner if isinstance(each, OnGpu) else each, (args, kwargs)
+        cpu_args, cpu_kwargs = tree_map(
+            lambda each: each.cpu_tensor if isinstance(each, OnGpu) else each, (args, kwargs)
         )
-        wrappers = {id(each.inner): each for each in tensors if isinstance(each, OnGpu)}
-        made = self.compute(func, inner_args, inner_kwargs)
+        wrappers = {id(each.cpu_tensor): each for each in tensors if isinstance(each, OnGpu)}
+        made = self.compute(func, cpu_args, cpu_kwargs)
         to_cpu = operation is aten._to_copy and device == "cpu" or operation is aten.copy_ and id(made) not in wrappers
         if to_cpu:
             return made
         return tree_map(lambda each: _wrapped(each, wrappers) if isinstance(each, torch.Tensor) else each, made)
 
-    def compute(self, func, args, kwargs):
-        """What an operation makes of tensors on the CPU."""
+    def compute(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Returns the result of an operation on tensors of the CPU."""
         return func(*args, **kwargs)
 
     def attention(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ):
-        """F.scaled_dot_product_attention in plain products, since its choice of a kernel asks the driver.
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Computes F.scaled_dot_product_attention by matrix products. torch would ask the driver for a kernel.
 
         Raises:
-            RuntimeError: no fused kernel takes these types or this size of a head.
+            RuntimeError: no fused kernel supports these types or this size of a head.
         """
         if isinstance(query, OnGpu):
             size = query.size(-1)
@@ -141,21 +156,21 @@ class Machine(TorchDispatchMode):
         products = aten._scaled_dot_product_attention_math
         return products(query, key, value, added_mask(attn_mask, query), dropout_p, is_causal, scale=scale)[0]
 
-    def check_devices(self, func, tensors):
-        """Raise a RuntimeError as CUDA does; a number in a tensor of no dimension may come from the CPU."""
+    def check_devices(self, func: Any, tensors: list[Tensor]) -> None:
+        """Raises a RuntimeError for tensors of two devices, as CUDA does. One without dimensions may be on the CPU."""
         if func.overloadpacket in BOTH_DEVICES:
             return
-        lists = func.overloadpacket in (aten.cat, aten.stack)  # which take no numbers either
+        lists = func.overloadpacket in (aten.cat, aten.stack)  # these refuse tensors without dimensions, too
         on_cpu = [each for each in tensors if not isinstance(each, OnGpu) and (each.dim() or lists)]
         if on_cpu and len(on_cpu) < len(tensors):
             found = [(each.device.type, tuple(each.shape)) for each in tensors]
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {found}")
 
-    def count(self, func, args, kwargs, device):
-        """Count a launch, and a wait where the CPU needs a result or copies without `non_blocking`."""
+    def count(self, func: Any, args: tuple, kwargs: dict[str, Any], device: str | None) -> None:
+        """Counts a launch, and a wait if the CPU needs a result or copies without `non_blocking`."""
         operation = func.overloadpacket
         waits = operation in WAITING
-        if operation in INDEXING:  # a mask says by its numbers how many are meant
+        if operation in INDEXING:  # the size of the result depends on the numbers in a mask
             waits = any(index is not None and index.dtype == torch.bool for index in args[1])
         elif operation is aten._to_copy and device:
             to_gpu = device == "cuda"
@@ -168,8 +183,8 @@ class Machine(TorchDispatchMode):
         if not func.is_view and operation not in WITHOUT_KERNEL:
             self.launches[self.place()] += 1
 
-    def place(self):
-        """FOLDER/FILE:LINE in the package that an operation comes from, else the nearest outside of torch."""
+    def place(self) -> str | None:
+        """Returns FOLDER/FILE:LINE of the package that called an operation, else of the nearest code outside torch."""
         frame, nearest = sys._getframe(2), None
         while frame is not None:
             name = frame.f_code.co_filename
@@ -183,8 +198,8 @@ class Machine(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def pretended_gpu(machine=None):
-    """Let everything inside the `with` block find a GPU; gives the Machine.
+def pretended_gpu(machine: Machine | None = None) -> Iterator[Machine]:
+    """Pretends inside the `with` block that there is a GPU, and yields its Machine.
 
     Args:
         machine: a Machine (default: a new one).
@@ -235,13 +250,13 @@ def pretended_gpu(machine=None):
             torch._C._set_only_lift_cpu_tensors(lift_cpu_alone)
 
 
-def _wrapped(inner, wrappers):
-    """The wrapper of a tensor that the machine has computed: an operation in place returns what it was given."""
-    return wrappers[id(inner)] if id(inner) in wrappers else OnGpu(inner)
+def _wrapped(cpu_tensor, wrappers):
+    """The wrapper of a result. An operation in place returns its argument, which has a wrapper already."""
+    return wrappers[id(cpu_tensor)] if id(cpu_tensor) in wrappers else OnGpu(cpu_tensor)
 
 
 def _backward(loss, gradient=None, **_):
-    """torch.Tensor.backward for a loss without dimensions: autograd's graph in order, with its checks.
+    """torch.Tensor.backward for a loss without dimensions, with autograd's checks.
 
     torch's own engine asks CUDA's driver for the streams of the tensors.
     """
@@ -252,7 +267,8 @@ def _backward(loss, gradient=None, **_):
                 if node not in waiting:
                     found.append(node)
                 waiting[node] += 1
-    gradients, ready = {loss.grad_fn: [torch.ones_like(loss)]}, [loss.grad_fn]
+    gradients: dict[Any, list[Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
+    ready = [loss.grad_fn]
     with torch.no_grad():
         while ready:
             node = ready.pop()
@@ -280,14 +296,14 @@ def _accumulate(parameter, gradient):
 
 
 def _checked(node, gradient, expected):
-    """The gradient in the shape and type of what it is for; raises a RuntimeError where the device is another."""
+    """The gradient in the expected shape and type. Raises a RuntimeError if it is on another device."""
     if gradient.device != expected.device:
         raise RuntimeError(f"{node.name()} returned a gradient on {gradient.device}, expected {expected.device}")
     return gradient.sum_to_size(expected.shape).to(expected.dtype)
 
 
-def added_mask(mask, query):
-    """A mask of attention as what is added to the scores: what is false in a mask of bools becomes -inf."""
+def added_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Returns an attention mask to add to the scores, with -inf where a boolean mask is false."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))

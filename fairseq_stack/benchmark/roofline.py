@@ -1,19 +1,23 @@
-"""The least time that a GPU needs for an update: a roofline of the real training on a pretended GPU.
+"""A lower bound of the time that a GPU needs for an update: a roofline of the real training on a pretended GPU.
 
-The training runs as it is, with shapes in place of numbers. Each kernel that it launches takes at least the time that
-its bytes need at the GPU's bandwidth, that its products need at the GPU's rate, and that a launch needs. Their sum is
-a bound, no measurement: kernels are slower, the CPU may be, and caches may save some of the bytes.
+The training runs unchanged, but its tensors have only shapes. Each kernel takes at least the time to move its bytes at
+the GPU's bandwidth, the time for its products at the GPU's rate, and the time of a launch. Their maximum is the bound
+of a kernel. The sum over all kernels is a bound, no measurement: real kernels are slower, the CPU may be slower, and
+caches may save some of the bytes.
 """
 
 import json
 import tempfile
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
@@ -39,25 +43,25 @@ from fairseq_stack.teachers.base import fp32_switches
 # Of the recipe librispeech_base.
 RECIPE_UPDATES, RECIPE_BATCH = 329_625, 64
 
-# These overwrite what they are given, or take its shape alone.
+# These do not read their arguments: they overwrite them or use only their shapes.
 WRITING_ALONE = (
     aten.fill_, aten.zero_, aten.zeros_like, aten.ones_like, aten.full_like,
     aten.new_zeros, aten.new_ones, aten.new_full,
 )  # fmt: skip
 
-# What Shapes.counted gives, in its order.
+# The entries of Shapes.counted, in this order.
 COUNTS = ("seconds", "launches", "waits", "flops", "bytes")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What large kernels reach on a GPU.
+    """The rates that large kernels reach on a GPU.
 
     Attributes:
         bandwidth: of its memory, in bytes per second.
-        half, tf32, fp32: products, in floating-point operations per second.
-        attention: fused attention in half precision, forward and backward, likewise.
-        launch: seconds from the start of a small kernel to that of the next.
+        half, tf32, fp32: of matrix products, in floating-point operations per second.
+        attention: of fused attention in half precision, forward and backward, in the same unit.
+        launch: seconds from the start of a small kernel to the start of the next.
     """
 
     bandwidth: float
@@ -68,8 +72,8 @@ class Gpu:
     launch: float = 2e-6
 
 
-# About 90 % of the bandwidth and, in half precision and TF32 without sparsity, half to three quarters of the products
-# in the data sheets: H100 SXM 3.35 TB/s and 989 TFLOP/s, A100 SXM 80 GB 2.04 and 312, RTX 4090 1.01 and 165.
+# About 90 % of the bandwidth in the data sheets and, in half precision and TF32 without sparsity, 50 to 75 % of the
+# rates: H100 SXM 3.35 TB/s and 989 TFLOP/s, A100 SXM 80 GB 2.04 and 312, RTX 4090 1.01 and 165.
 GPUS = {
     "h100": Gpu(bandwidth=3.0e12, half=520e12, tf32=260e12, fp32=50e12, attention=110e12),
     "a100": Gpu(bandwidth=1.8e12, half=230e12, tf32=115e12, fp32=18e12, attention=60e12),
@@ -77,11 +81,11 @@ GPUS = {
 }
 
 
-def named_gpu(name):
-    """The Gpu of a name in GPUS, or of a JSON file with its fields.
+def named_gpu(name: str) -> Gpu:
+    """Returns the Gpu of a name in GPUS, or of a JSON file with its fields.
 
     Raises:
-        InputError: there is neither.
+        InputError: the name is neither of them, or the file does not hold these fields.
     """
     if name in GPUS:
         return GPUS[name]
@@ -100,38 +104,41 @@ def named_gpu(name):
 
 
 class Shapes(Machine):
-    """A pretended GPU whose floating-point tensors have shapes alone, and a clock that runs as its kernels would.
+    """A pretended GPU whose floating-point tensors have only shapes, with a clock for the time of its kernels.
 
-    Integers and masks have their numbers, so that frames are counted and chosen as in the training. So has a single
-    number, until it meets shapes. A number that is asked for and has none is 1 and a truth is true, but for those of ==
-    and !=, by which fairseq looks for infinities and NaN.
+    Integers and masks keep their numbers, so that frames are counted and masked as in the training. A single number
+    keeps its value until it is combined with a tensor that has only a shape. If the CPU reads such a tensor, it gets 1
+    or True. It gets False from == and !=, with which fairseq looks for infinities and NaN.
 
     Args:
-        gpu: a Gpu.
+        gpu: the rates.
 
     Attributes:
+        counted: COUNTS since the beginning; its waits are set by `now`.
         held, peak: bytes of the memory in use, now and at most.
     """
 
-    def __init__(self, gpu):
+    def __init__(self, gpu: Gpu):
         super().__init__()
         self.gpu = gpu
         self.counted = np.zeros(len(COUNTS))
         self.held = self.peak = 0
-        self._storages = set()
+        self._storages: set[int] = set()
 
-    def now(self):
-        """COUNTS since the beginning, as an array: what benchmark.clock.Clock can take for the time."""
+    def now(self) -> np.ndarray:
+        """Returns COUNTS since the beginning, as an array that benchmark.clock.Clock uses as the time."""
         self.counted[COUNTS.index("waits")] = self.waits.total()
         return self.counted.copy()
 
-    def compute(self, func, args, kwargs):
+    def compute(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Returns the result of an operation, as a meta tensor if it has only a shape, and counts its costs."""
         operation = func.overloadpacket
+        made: Any
         tensors = [each for each in tree_iter((args, kwargs)) if isinstance(each, torch.Tensor)]
         if operation is aten._local_scalar_dense and tensors[0].is_meta:
             made = not hasattr(tensors[0], "compared") if tensors[0].dtype == torch.bool else 1.0
         elif operation is aten.copy_ and not args[0].is_meta and args[1].is_meta:
-            made = args[0]  # a number that meets shapes stays what it was
+            made = args[0]  # a number keeps its value when a shape is copied to it
         elif operation is aten._to_copy and tensors[0].is_meta and kwargs.get("device") is not None:
             made = torch.zeros(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
         elif any(map(_has_shape_alone, tensors)) or not tensors:
@@ -154,9 +161,20 @@ class Shapes(Machine):
         return made
 
     def attention(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ):
-        """The fused kernel that torch would choose: flash attention, or with a mask the memory-efficient one."""
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Computes attention by the fused kernel that torch would choose.
+
+        That is flash attention, or memory-efficient attention with a mask or in fp32.
+        """
         if not isinstance(query, OnGpu):
             return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         bias = added_mask(attn_mask, query)
@@ -169,8 +187,8 @@ class Shapes(Machine):
             query, key, value, bias, train, dropout_p, is_causal, scale=scale
         )[0]
 
-    def charge(self, func, tensors, args, kwargs, made):
-        """Let the clock run by what an operation takes."""
+    def charge(self, func: Any, tensors: list[Tensor], args: tuple, kwargs: dict[str, Any], made: Any) -> None:
+        """Adds the costs of an operation to `counted`."""
         operation = func.overloadpacket
         if func.is_view or operation in WITHOUT_KERNEL:
             return
@@ -187,8 +205,8 @@ class Shapes(Machine):
             seconds = max(seconds, flops / self.rate(operation._qualified_op_name, dtype))
         self.counted += (seconds, 1, 0, flops, moved)
 
-    def rate(self, operation, dtype):
-        """Floating-point operations per second of a kernel."""
+    def rate(self, operation: str, dtype: torch.dtype) -> float:
+        """Returns the floating-point operations per second of a kernel."""
         single = dtype in (torch.float32, torch.float64)
         if "attention" in operation:
             return self.gpu.fp32 / 2 if single else self.gpu.attention
@@ -198,8 +216,8 @@ class Shapes(Machine):
             return self.gpu.tf32 if getattr(owner, name) in ("tf32", True) else self.gpu.fp32
         return self.gpu.fp32 / 2 if single else self.gpu.half
 
-    def hold(self, tensor):
-        """Count a tensor's memory until nobody has it any more."""
+    def hold(self, tensor: Any) -> None:
+        """Counts a tensor's memory until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
@@ -207,32 +225,40 @@ class Shapes(Machine):
         self._storages.add(key)
         self.held += size
         self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._let_go, key, size)
-        tensor.storage = storage  # as long as the tensor lives, so does what is finalized
+        weakref.finalize(storage, self._release, key, size)
+        tensor.storage = storage  # keeps the finalized object alive as long as the tensor
 
-    def _let_go(self, key, size):
+    def _release(self, key, size):
         self._storages.discard(key)
         self.held -= size
 
 
-def rooflines(recipes, size, batch, seconds, precisions, baselines, gpu):
-    """Bound an update of every case of benchmark.measure, and of the baselines.
+def rooflines(
+    recipes: Path,
+    size: str,
+    batch: int,
+    seconds: float,
+    precisions: Sequence[str],
+    baselines: Sequence[str],
+    gpu: Gpu,
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Bounds an update of every case of benchmark.measure, and of the baselines.
 
     Args:
         recipes, size, batch, seconds, precisions, baselines: see measure.
-        gpu: a Gpu.
+        gpu: the rates.
 
     Returns:
-        {name: {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}}, as `roofline` gives it.
+        {name: {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}}, from `roofline`.
     """
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         make_inputs(folder, size, seconds, utterances=2 * batch * len(DEPTHS))
         inputs = recipes, folder, size, batch, "cuda"
         for case in tqdm(cases_of(precisions), desc="cases"):
             if case.targets == "stored":
-                with pretended_gpu(Shapes(gpu)):  # the store then holds zeros, which take as long to read
+                with pretended_gpu(Shapes(gpu)):  # it stores zeros, which take as long to read
                     fill_store(*inputs, case)
             found[str(case)] = roofline(partial(Ours, *inputs, case), DEPTHS, gpu)
         for name in baselines:
@@ -240,23 +266,23 @@ def rooflines(recipes, size, batch, seconds, precisions, baselines, gpu):
     return found
 
 
-def roofline(make, depths, gpu):
-    """Bound an update of a training at several depths.
+def roofline(make: Callable[..., Any], depths: Sequence[int], gpu: Gpu) -> dict[int, dict[str, Any]]:
+    """Bounds an update of a training at several depths.
 
     Args:
-        make: called with `clock`; gives something with the method `update` of benchmark.ours.Ours, on a GPU.
-        depths: the layers to train with.
-        gpu: a Gpu.
+        make: called with `clock`; returns an object with the method `update` of benchmark.ours.Ours, on a GPU.
+        depths: of the updates.
+        gpu: the rates.
 
     Returns:
-        {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}, with COUNTS of a later update than the first.
+        {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}, with COUNTS of the second update.
     """
     machine = Shapes(gpu)
     found = {}
     with pretended_gpu(machine):
         training = make(clock=Clock(torch.device("cuda"), machine.now))
         for depth in depths:
-            training.update(depth)  # the first one makes the optimiser's moments
+            training.update(depth)  # the first update also makes the optimiser's moments
             machine.peak = machine.held
             parts = training.update(depth)
             found[depth] = {
@@ -266,8 +292,14 @@ def roofline(make, depths, gpu):
     return found
 
 
-def roofline_tables(found, size, batch):
-    """What `rooflines` has found, as Markdown: each update, the parts of each at full depth, and the paper's recipe."""
+def roofline_tables(found: dict[str, dict[int, dict[str, Any]]], size: str, batch: int) -> str:
+    """Returns Markdown tables of each update, of its parts at full depth, and for size `paper` of the paper's recipe.
+
+    Args:
+        found: from `rooflines`.
+        size: of inputs.SIZES.
+        batch: utterances of an update.
+    """
     titles = ["bound of an update, ms", "TFLOP", "GB moved", "launches", "waits", "peak memory, GiB"]
     updates = []
     for name, by_depth in found.items():
@@ -311,12 +343,12 @@ def _has_shape_alone(value):
 
 
 def _is_large(tensor):
-    """Whether it is more than a number, and none of integers or bools."""
+    """Whether it is a floating-point tensor with more than one number."""
     return tensor.dtype.is_floating_point and tensor.numel() > 1
 
 
 def _counted_out(indices):
-    """Masks among the indices of a tensor as the places where they are true, of which there is a known number."""
+    """The indices of a tensor, with masks replaced by the positions where they are true, whose number is known."""
     found = []
     for index in indices:
         if index is None or index.dtype != torch.bool:
@@ -328,13 +360,13 @@ def _counted_out(indices):
 
 
 def _backward_flops(gradient, x, weight, *options):
-    """Of a convolution's gradients. torch counts that of a grouped one's weight as if it had no groups."""
+    """Operations for a convolution's gradients. torch ignores the groups when it counts those of the weight."""
     to_x, to_weight, _ = options[-1]
     return 2 * gradient.numel() * weight[0].numel() * (to_x + to_weight)
 
 
 def _bytes(tensor):
-    """Bytes that a kernel reads or writes of a tensor: what is expanded is there once."""
+    """Bytes of a tensor that a kernel reads or writes; expanded dimensions count once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride()):
         count *= size if stride else 1

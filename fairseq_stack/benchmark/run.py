@@ -1,10 +1,12 @@
-"""The benchmark as a whole: check what is asked for, measure or bound it, and make tables."""
+"""Runs the benchmark: checks the options, measures or bounds the updates, and makes tables."""
 
 import importlib.util
 import json
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -18,15 +20,27 @@ from fairseq_stack.files import write_whole
 from fairseq_stack.models.conv_geometry import parse_conv_layers, receptive_field
 
 
-def run(recipes, size, batch, seconds, rounds, precisions, baselines, device, threads, gpu=None, output=None):
-    """Measure updates, or with `gpu` bound their time without one; returns the tables as Markdown.
+def run(
+    recipes: Path,
+    size: str,
+    batch: int | None,
+    seconds: float | None,
+    rounds: int,
+    precisions: Sequence[str],
+    baselines: Sequence[str],
+    device: str | None,
+    threads: int | None,
+    gpu: str | None = None,
+    output: str | None = None,
+) -> str:
+    """Measures updates, or with `gpu` computes a lower bound of their time, and returns the tables as Markdown.
 
     Args:
         recipes, size, rounds, precisions, baselines: see measure.
-        batch, seconds: see measure; None for 4 utterances of 8 s, with `gpu` 64 of 12 s.
-        device: cpu, cuda, or None for the GPU where there is one.
-        threads: of each training, on a CPU; None for torch's.
-        gpu: see named_gpu.
+        batch, seconds: see measure; None for 4 utterances of 8 s, or with `gpu` for 64 of 12 s.
+        device: cpu or cuda; None for cuda if there is a GPU, else cpu.
+        threads: of each training, on a CPU; None for torch's default.
+        gpu: the GPU to bound the time for, see named_gpu; it need not be in this machine.
         output: path of a JSON file for all figures, or None.
 
     Raises:
@@ -40,9 +54,9 @@ def run(recipes, size, batch, seconds, rounds, precisions, baselines, device, th
     check(batch, seconds, rounds, precisions, baselines, None if gpu else device, threads, output, size)
     shared = {"size": size, "batch": batch, "seconds": seconds, "precisions": precisions, "baselines": baselines}
     if gpu:
-        gpu = named_gpu(gpu)
+        bounded = named_gpu(gpu)
         logging.disable(logging.WARNING)
-        result = {"cases": rooflines(recipes, gpu=gpu, **shared), "gpu": asdict(gpu), **shared}
+        result = {"cases": rooflines(recipes, gpu=bounded, **shared), "gpu": asdict(bounded), **shared}
         text = roofline_tables(result["cases"], size, batch)
     else:
         given = {**shared, "rounds": rounds, "device": device, "threads": threads}
@@ -53,8 +67,18 @@ def run(recipes, size, batch, seconds, rounds, precisions, baselines, device, th
     return text
 
 
-def check(batch, seconds, rounds, precisions, baselines, device, threads, output, size):
-    """Raise an InputError unless the options' values can be measured; a `device` of None is a pretended one."""
+def check(
+    batch: int,
+    seconds: float,
+    rounds: int,
+    precisions: Sequence[str],
+    baselines: Sequence[str],
+    device: str | None,
+    threads: int,
+    output: str | None,
+    size: str,
+) -> None:
+    """Raises an InputError unless updates can be measured with these options; a `device` of None is a pretended one."""
     for option, value in (("--batch", batch), ("--seconds", seconds), ("--rounds", rounds), ("--threads", threads)):
         check_positive(option, value)
     frame = receptive_field(parse_conv_layers(teacher_shape(size)["conv_feature_layers"]))

@@ -1,34 +1,40 @@
-"""Trainings in processes of their own, asked for one update at a time.
+"""Trainings in their own processes, which make one update at a time.
 
-Each has its own memory, which can be measured, and its own libraries' settings. Only one of them computes at any time,
-so all meet the same machine.
+The memory of each can be measured, and each has its own settings of the libraries. Only one process computes at a time,
+so that they do not slow down each other.
 """
 
 import logging
 import resource
 import traceback
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
 from fairseq_stack.errors import InputError
 
-# What torch, CUDA and their libraries say where memory runs out.
+# Parts of the error messages of torch, CUDA and their libraries when memory runs out.
 SIGNS = (
     "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc",
     "killed by signal: Killed",
 )  # fmt: skip
 
 
+# (make, *arguments): `make(*arguments)` returns a training.
+Maker = tuple[Any, ...]
+
+
 class OutOfMemory(Exception):
-    """A training needs more memory than there is."""
+    """A training needs more memory than the machine has."""
 
 
 class Killed(OutOfMemory):
-    """Its process is gone with it, as Linux ends one when memory runs out."""
+    """The training's process was killed, as Linux does when memory runs out."""
 
 
 class Worker:
@@ -38,39 +44,45 @@ class Worker:
         threads: how many threads it computes with.
     """
 
-    def __init__(self, threads):
-        # A pool gives its calls to any of its processes. A pool of one keeps what a call has made.
+    def __init__(self, threads: int):
+        # A pool with one process: every call finds the training that an earlier call made.
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), _set_up, (threads,))
 
-    def run(self, function, *arguments):
-        """What a function returns in the other process.
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function in the other process and returns its result.
 
         Raises:
-            OutOfMemory: there was not enough memory. Unless the process was Killed, it can be asked again.
-            InputError: what was asked cannot be done.
-            RuntimeError: something else failed there; the message is its traceback.
+            OutOfMemory: there was not enough memory. Unless it is Killed, the process can be used again.
+            InputError: as the function.
+            RuntimeError: the function raised another error; the message is its traceback.
         """
         try:
             return self._pool.submit(_run, function, arguments).result()
         except BrokenProcessPool:
             raise Killed("its process was killed") from None
 
-    def call(self, method, *arguments):
-        """What a method of the process's training returns; raises as `run` does."""
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the process's training and returns its result. Raises the errors of `run`."""
         return self.run(_call, method, *arguments)
 
-    def close(self):
-        """End the process."""
+    def close(self) -> None:
+        """Ends the process."""
         self._pool.shutdown()
 
 
 @contextmanager
-def workers(threads, makers):
-    """{name: Worker with a training} of {name: (make, *arguments)}, and the names of trainings that do not fit.
+def workers(threads: int, makers: Mapping[str, Maker]) -> Iterator[tuple[dict[str, Worker], list[str]]]:
+    """Starts a process for each training, which end with the `with` block.
 
-    `make` makes the training in the worker's process. The processes end with the block.
+    Args:
+        threads: of each training.
+        makers: by the trainings' names; each is called in its training's process.
+
+    Yields:
+        {name: Worker with a training}, and the names of the trainings that do not fit into memory.
     """
-    running, without = {}, []
+    running: dict[str, Worker] = {}
+    without: list[str] = []
     try:
         for name, maker in makers.items():
             worker = running[name] = Worker(threads)
@@ -85,8 +97,8 @@ def workers(threads, makers):
             worker.close()
 
 
-def in_another_process(threads, function, *arguments):
-    """Call a function in a process of its own and wait for it; raises as `Worker.run` does."""
+def in_another_process(threads: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls a function in its own process and waits for it. Raises the errors of `Worker.run`."""
     worker = Worker(threads)
     try:
         worker.run(function, *arguments)
@@ -94,8 +106,8 @@ def in_another_process(threads, function, *arguments):
         worker.close()
 
 
-def peak_memory():
-    """Bytes: of the GPU where there is one in use, else of the process."""
+def peak_memory() -> int:
+    """Returns the peak memory in bytes: of the GPU if the process uses one, else of the process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -105,7 +117,7 @@ _training = None  # of this process
 
 
 def _set_up(threads):
-    logging.disable(logging.WARNING)  # fairseq has a page to say about memory
+    logging.disable(logging.WARNING)  # fairseq logs a page about memory
     torch.set_num_threads(threads)
 
 
@@ -119,7 +131,7 @@ def _call(method, *arguments):
 
 
 def _run(function, arguments):
-    """Call a function; its errors become those of `Worker.run`."""
+    """Calls a function and converts its errors to those of `Worker.run`."""
     try:
         return function(*arguments)
     except InputError:
@@ -128,7 +140,7 @@ def _run(function, arguments):
         if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in SIGNS)):
             raise RuntimeError(traceback.format_exc()) from None
         message = str(error)
-    # Out here nothing holds the call's tensors any more.
+    # Outside of the handler, nothing refers to the call's tensors any more.
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     raise OutOfMemory(message)

@@ -1,1 +1,1 @@
-"""How good a student is: small probes on its frozen features, by SUPERB's protocol. fairseq is not needed."""
+"""How good a student is, measured by small probes on its frozen features by SUPERB's protocol. Needs no fairseq."""

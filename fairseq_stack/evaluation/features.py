@@ -1,27 +1,36 @@
-"""The features of frozen upstreams, extracted once for all seeds and learning rates."""
+"""Features of frozen upstreams, extracted once for all seeds and learning rates."""
+
+from collections.abc import Container
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
-from fairseq_stack.evaluation.tasks import LONGEST_SECONDS
+from fairseq_stack.evaluation.tasks import LONGEST_SECONDS, LabelledRecording
 
 
 @torch.no_grad()
-def extract(upstream, recordings, with_frames, name="features"):
-    """Run an upstream over recordings, one by one, so that no padding takes part.
+def extract(
+    upstream: nn.Module,
+    recordings: dict[str, LabelledRecording],
+    with_frames: Container[str],
+    name: str = "features",
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns the hidden states of recordings: their means over time and, for some, all frames.
 
-    The mean over time, the weighted sum of the layers and a linear map commute. So for a probe that maps,
-    then pools (SUPERB's for whole utterances), the means are all that is needed of an utterance.
+    The upstream processes one recording at a time, so that there is no padding. The mean over time, the weighted sum
+    of the layers and a linear map commute. Therefore SUPERB's probes for whole utterances, which apply a linear map
+    and then pool, need only the means.
 
     Args:
-        upstream: an S3PRLUpstream, or what has its interface.
-        recordings: {utterance: LabelledRecording}; only their first LONGEST_SECONDS are used.
-        with_frames: utterances whose frames are kept too.
-        name: what the progress bar says.
+        upstream: a module with the interface of S3PRLUpstream.
+        recordings: by utterance; only their first LONGEST_SECONDS are used.
+        with_frames: utterances whose frames are returned too.
+        name: label of the progress bar.
 
     Returns:
-        {utterance: [layers, D] float32}, and {utterance: [layers, T, D] float16}.
+        {utterance: means [layers, D] float32}, and {utterance: frames [layers, T, D] float16}.
 
     Raises:
         InputError: a recording cannot be read.

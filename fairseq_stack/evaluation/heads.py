@@ -1,65 +1,77 @@
-"""The probes: s3prl's weighted sum of the layers and SUPERB's linear heads, trained on stored features."""
+"""The probes: s3prl's weighted sum of the layers and SUPERB's linear heads, trained on extracted features."""
 
 import copy
 import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from s3prl.nn import Featurizer
 from s3prl.nn.common import FrameLevel, UtteranceLevel
+from torch import Tensor
 from torchaudio.functional import edit_distance
 
-# One of them is chosen on valid, for each upstream, task, fold and seed.
+from fairseq_stack.evaluation.tasks import Task
+
+# The best one on valid is chosen for each upstream, task, fold and seed.
 LEARNING_RATES = (1e-3, 1e-2)
 STEPS, BATCH = 400, 64
-# s3prl's default for phoneme recognition, whose probe is of the same kind.
+# s3prl's default for phoneme recognition, which has the same kind of probe.
 CTC_LEARNING_RATES = (1e-2,)
 CTC_STEPS, CTC_BATCH = 1000, 16
-CHECKS = 8  # how often a training looks at valid; the best of these moments counts, as in SUPERB
+CHECKS = 8  # validations in a training; the best checkpoint counts, as in SUPERB
 
 
 class Probe(torch.nn.Module):
     """A weighted sum of the layers and a linear head, both from s3prl.
 
     Args:
-        upstream: for the number and the width of its hidden states.
-        head: UtteranceLevel, whose mean pooling sees the stored means as utterances of one frame, or
-            FrameLevel.
+        upstream: gives the number and the width of the hidden states.
+        head: UtteranceLevel or FrameLevel. UtteranceLevel pools over time; a mean is an utterance of one frame to it.
         outputs: number of classes.
     """
 
-    def __init__(self, upstream, head, outputs):
+    def __init__(self, upstream: Any, head: type[UtteranceLevel] | type[FrameLevel], outputs: int):
         super().__init__()
         self.featurizer = Featurizer(upstream)
         self.head = head(self.featurizer.output_size, outputs)
 
-    def forward(self, states, lengths):
-        """`layers` times [B, T, D] and [B] frames to [B, outputs] or, frame by frame, [B, T, outputs]."""
-        x, lengths = self.featurizer(states, [lengths] * len(states))
-        outputs = self.head(x, lengths)
+    def forward(self, states: list[Tensor], lengths: Tensor) -> Tensor:
+        """Maps `layers` tensors [B, T, D] and lengths [B] in frames to [B, outputs], or [B, T, outputs] by frame."""
+        x, frames = self.featurizer(states, [lengths] * len(states))
+        outputs = self.head(x, frames)
         return outputs[0] if isinstance(outputs, tuple) else outputs
 
-    def layer_weights(self):
-        """The weights of the hidden states in the sum: a list of numbers with the sum 1."""
-        weights = getattr(self.featurizer, "weights", torch.zeros(1))  # s3prl weighs no single one
+    def layer_weights(self) -> list[float]:
+        """Returns the weights of the hidden states, which sum to 1."""
+        weights = getattr(self.featurizer, "weights", torch.zeros(1))  # with one hidden state, s3prl has no weights
         return weights.softmax(0).tolist()
 
 
-def train_probe(probe, learning_rate, steps, loss, score, seed):
-    """Train a probe with Adam, and return it as it was when `score` was highest, with that score.
+def train_probe(
+    probe: Probe,
+    learning_rate: float,
+    steps: int,
+    loss: Callable[[random.Random], Tensor],
+    score: Callable[[], float],
+    seed: int,
+) -> float:
+    """Trains a probe with Adam, restores its best weights, and returns their score.
 
     Args:
-        probe: a Probe.
+        probe: trained in place.
         learning_rate: constant.
         steps: updates.
-        loss: a function of a random.Random, which draws the batch.
-        score: a function without arguments, on valid; higher is better.
+        loss: returns the loss of a batch that it draws with the given generator.
+        score: returns the score on valid; higher is better.
         seed: of the batches.
     """
     draw = random.Random(seed)
     optimizer = torch.optim.Adam(probe.parameters(), learning_rate)
-    best, kept = None, None
+    best, best_weights = None, {}
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         loss(draw).backward()
@@ -69,13 +81,16 @@ def train_probe(probe, learning_rate, steps, loss, score, seed):
             with torch.no_grad():
                 now = score()
             if best is None or now > best:
-                best, kept = now, copy.deepcopy(probe.state_dict())
-    probe.load_state_dict(kept)
+                best, best_weights = now, copy.deepcopy(probe.state_dict())
+    assert best is not None  # steps is at least 1
+    probe.load_state_dict(best_weights)
     return best
 
 
-def best_of(learning_rates, make, train):
-    """The probe with the highest score on valid: (score, learning rate, probe). The first wins a tie."""
+def best_of(
+    learning_rates: Iterable[float], make: Callable[[], Probe], train: Callable[[Probe, float], float]
+) -> tuple[float, float, Probe]:
+    """Returns the highest score on valid with its learning rate and probe. The first wins a tie."""
     tried = []
     for learning_rate in learning_rates:
         probe = make()
@@ -83,45 +98,45 @@ def best_of(learning_rates, make, train):
     return max(tried, key=lambda entry: entry[0])
 
 
-def classify(task, means, upstream, seed):
-    """Train probes for a task with classes, one for each fold, and ask them about the test recordings.
+def classify(task: Task, means: dict[str, Tensor], upstream: Any, seed: int) -> dict[str, Any]:
+    """Trains and tests probes for a task with classes, one for each fold.
 
     Args:
-        task: a Task.
-        means: what `extract` gives.
-        upstream: for its shape.
-        seed: of the head's start and of the batches.
+        task: has classes.
+        means: from `extract`.
+        upstream: gives the shape of the hidden states.
+        seed: of the head's initial weights and of the batches.
 
     Returns:
         {"test": accuracy, "valid": accuracy, "learning_rates": one for each fold, "layer_weights": their mean
         over the folds}.
     """
     index = {answer: number for number, answer in enumerate(task.classes)}
-    right, valid, rates, weights = 0, [], [], []
+    correct, valid_scores, rates, weights = 0, [], [], []
     for fold in task.folds:
-        parts = [
+        train, valid, test = (
             (
                 torch.stack([means[recording.utterance] for recording, _ in part]),
                 torch.tensor([index[answer] for _, answer in part]),
             )
             for part in (fold.train, fold.valid, fold.test)
-        ]
-        score, rate, probe = _best_classifier(*parts[:2], upstream, len(index), seed)
+        )
+        score, rate, probe = _best_classifier(train, valid, upstream, len(index), seed)
         with torch.no_grad():
-            right += round(_accuracy(probe, parts[2]) * len(fold.test))
-        valid.append(score)
+            correct += round(_accuracy(probe, test) * len(fold.test))
+        valid_scores.append(score)
         rates.append(rate)
         weights.append(probe.layer_weights())
     return {
-        "test": right / sum(len(fold.test) for fold in task.folds),
-        "valid": sum(valid) / len(valid),
+        "test": correct / sum(len(fold.test) for fold in task.folds),
+        "valid": sum(valid_scores) / len(valid_scores),
         "learning_rates": rates,
         "layer_weights": [sum(column) / len(column) for column in zip(*weights)],
     }
 
 
 def _best_classifier(train, valid, upstream, classes, seed):
-    """best_of for means [n, layers, D] and their answers [n]."""
+    """best_of for train and valid, each of means [n, layers, D] and answers [n]."""
     x, answers = train
 
     def make():
@@ -139,7 +154,7 @@ def _best_classifier(train, valid, upstream, classes, seed):
 
 
 def _outputs(probe, x):
-    # [B, layers, D] as the layers of utterances of one frame.
+    # A mean is an utterance of one frame: [B, layers, D] to `layers` tensors [B, 1, D].
     return probe(list(x.transpose(0, 1)[:, :, None]), torch.ones(len(x), dtype=torch.long))
 
 
@@ -148,13 +163,13 @@ def _accuracy(probe, part):
     return (_outputs(probe, x).argmax(1) == answers).float().mean().item()
 
 
-def train_units(texts, prefix, size=60):
-    """Train sentencepiece's unigram units on texts, and return the processor.
+def train_units(texts: Sequence[str], prefix: str | Path, size: int = 60) -> sentencepiece.SentencePieceProcessor:
+    """Trains sentencepiece's unigram units on texts and returns their processor.
 
     Args:
-        texts: list of lower-case texts.
-        prefix: where to write the model: prefix.model and prefix.vocab.
-        size: units at most; fewer where the texts do not yield as many.
+        texts: in lower case.
+        prefix: path of the files to write, prefix.model and prefix.vocab.
+        size: units at most; short texts give fewer.
     """
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -170,15 +185,21 @@ def train_units(texts, prefix, size=60):
     return sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
 
 
-def recognize(task, frames, upstream, units, seed):
-    """Train a CTC probe on units of text, and let it transcribe the test recordings.
+def recognize(
+    task: Task,
+    frames: dict[str, Tensor],
+    upstream: Any,
+    units: sentencepiece.SentencePieceProcessor,
+    seed: int,
+) -> dict[str, Any]:
+    """Trains a CTC probe on units of text and tests its transcripts.
 
     Args:
-        task: a Task whose answers are texts.
-        frames: what `extract` gives.
-        upstream: for its shape.
-        units: a SentencePieceProcessor. CTC's blank is the class behind its last unit.
-        seed: of the head's start and of the batches.
+        task: its answers are texts.
+        frames: from `extract`.
+        upstream: gives the shape of the hidden states.
+        units: from `train_units`. CTC's blank is the class after the last unit.
+        seed: of the head's initial weights and of the batches.
 
     Returns:
         {"test": character error rate, "valid": the same, "test_wer": word error rate, "learning_rates": [the
@@ -190,13 +211,13 @@ def recognize(task, frames, upstream, units, seed):
         [(frames[recording.utterance], torch.tensor(units.encode(text)), text) for recording, text in part]
         for part in (fold.train, fold.valid, fold.test)
     ]
-    # CTC needs a frame for each unit, and one between two that are equal.
+    # CTC needs a frame for each unit, and one more between two equal units.
     parts[0] = [
         (x, target, text)
         for x, target, text in parts[0]
         if len(target) + int((target[1:] == target[:-1]).sum()) <= x.size(1)
     ]
-    # Neighbours by length make a batch, which spares most of the padding.
+    # Batches of recordings with similar lengths need little padding.
     parts[0].sort(key=lambda entry: entry[0].size(1))
 
     def log_probabilities(probe, batch):

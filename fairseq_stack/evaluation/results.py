@@ -1,4 +1,4 @@
-"""All probes on all upstreams: run what is missing, keep the numbers in a file, make a table of them.
+"""Runs the missing probes of all upstreams, saves the results in a file, and makes a table of them.
 
 The file, results.json, holds
 
@@ -6,9 +6,9 @@ The file, results.json, holds
      "tasks": {task: {"metric": "accuracy" or "character error rate", "classes": number or null,
                       "chance": accuracy of the most frequent answer or null,
                       "train": recordings, "valid": recordings, "test": recordings}},
-     "without": {task: why it was left out},
-     "threads": number, of the real-time factors,
-     "upstreams": {name: {"of": hash of what it was measured on,
+     "without": {task: reason why it was left out},
+     "threads": number for the real-time factors,
+     "upstreams": {name: {"of": hash of its weights, the speech and the protocol,
                           "layers": hidden states, input of the first layer included,
                           "parameters": number,
                           "multiply_adds_per_second": number,
@@ -22,19 +22,22 @@ with, for each PROBE,
     {"test": number, "valid": number, "test_wer": number (recognition only),
      "learning_rates": [one for each fold], "layer_weights": [one for each hidden state; their sum is 1]}
 
-Rows stand in the order of the table; `held_out_variance` only where a checkpoint was given. Numbers are as in SUPERB,
-not in percent: an accuracy of 0.9, an error rate of 0.7.
+Rows are in the order of the table. `held_out_variance` is there if a checkpoint was given. Numbers are not in per cent:
+an accuracy of 0.9, an error rate of 0.7.
 """
 
 import hashlib
 import json
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from fairseq_stack.analysis.held_out import explained_before_and_after
+from fairseq_stack.analysis.held_out import HeldOut, explained_before_and_after
 from fairseq_stack.analysis.intervals import mean_and_interval
 from fairseq_stack.data.prepare import SPLITS
 from fairseq_stack.errors import InputError
@@ -45,7 +48,7 @@ from fairseq_stack.evaluation.cost import (
     real_time_factor,
 )
 from fairseq_stack.evaluation.features import extract
-from fairseq_stack.evaluation.tasks import read_tasks
+from fairseq_stack.evaluation.tasks import Task, read_tasks
 from fairseq_stack.evaluation.upstreams import (
     TeacherUpstream,
     files_digest,
@@ -57,18 +60,21 @@ from fairseq_stack.files import write_whole
 from fairseq_stack.tables import markdown_table
 from fairseq_stack.teachers import load_teacher
 
-VERSION = 1  # of the protocol; results of another one are made again
+VERSION = 1  # of the protocol; results of another version are measured again
+
+# What a row depends on, as a hash, and a function that loads its upstream.
+Row = tuple[str, Callable[[], nn.Module]]
 
 
-def upstream_rows(exports, teacher=None):
-    """The rows of the table: {name: (what it depends on, function that loads it)}.
+def upstream_rows(exports: Sequence[str | Path], teacher: str | Path | None = None) -> dict[str, Row]:
+    """Returns the rows of the table by name.
 
     Args:
-        exports: paths, see load_export. The first gives its shape to the row "random student".
+        exports: paths, see load_export. The row "random student" has the shape of the first.
         teacher: see load_teacher.
 
     Raises:
-        InputError: one of them cannot be loaded. All are tried, because the probes of the first take long.
+        InputError: one of them cannot be loaded. All are loaded here, before the first probes, which take long.
     """
     for path in exports:
         load_export(path)
@@ -90,29 +96,29 @@ def upstream_rows(exports, teacher=None):
     return {**students, **rows}
 
 
-def run_probes(rows, speech, seeds, file):
-    """Run the probes that `file` does not hold yet, and write each result there as soon as it is known.
+def run_probes(rows: Mapping[str, Row], speech: str | Path, seeds: Sequence[int], file: str | Path) -> dict[str, Any]:
+    """Runs the probes whose results are not in `file` yet, and saves each result there at once.
 
-    A result is known when the model, labels, manifests and the protocol were the same.
+    A saved result is used again only if the model, labels, manifests and the protocol are the same.
 
     Args:
         rows: see `upstream_rows`.
         speech: folder that fairseq-stack prepare made.
-        seeds: numbers.
-        file: results.json; rows of it that are not asked for stay.
+        seeds: one probe per task is trained with each.
+        file: results.json; its other rows are kept.
 
     Returns:
-        the content of the file, with the rows that were asked for only.
+        the content of the file, with only the given rows.
 
     Raises:
-        InputError: something of it cannot be read, or the labels allow no task.
+        InputError: a file cannot be read, or the labels allow no task.
     """
     file = Path(file)
-    before = read_probe_results(file) if file.exists() else {"upstreams": {}}
-    known = before["upstreams"]
+    saved = read_probe_results(file) if file.exists() else {"upstreams": {}}
+    entries = saved["upstreams"]
     tasks, without = read_tasks(speech)
     results = {
-        **before,
+        **saved,
         "speech": str(speech),
         "tasks": {task.name: _describe(task) for task in tasks},
         "without": without,
@@ -123,15 +129,17 @@ def run_probes(rows, speech, seeds, file):
         data.update(Path(speech, name).read_bytes())
     for name, (weights, load) in rows.items():
         of = hashlib.sha256(f"{VERSION} {data.hexdigest()} {weights}".encode()).hexdigest()
-        entry = known[name] if name in known and known[name]["of"] == of else {"of": of, "tasks": {}}
-        known[name] = entry
-        for _ in _fill(entry, load, tasks, seeds, name):
-            write_probe_results(file, {**results, "upstreams": known})
-    return {**results, "upstreams": {name: known[name] for name in rows}}
+        if name not in entries or entries[name]["of"] != of:
+            entries[name] = {"of": of, "tasks": {}}
+        for _ in _fill(entries[name], load, tasks, seeds, name):
+            write_probe_results(file, {**results, "upstreams": entries})
+    return {**results, "upstreams": {name: entries[name] for name in rows}}
 
 
-def _fill(entry, load, tasks, seeds, name):
-    """Add to the entry of an upstream what it lacks, and yield after each addition."""
+def _fill(
+    entry: dict[str, Any], load: Callable[[], Any], tasks: Sequence[Task], seeds: Sequence[int], name: str
+) -> Iterator[None]:
+    """Adds the missing results to the entry of an upstream, and yields after each."""
     missing = [(task, seed) for task in tasks for seed in seeds if str(seed) not in entry["tasks"].get(task.name, {})]
     if not missing and "real_time_factor" in entry:
         return
@@ -144,12 +152,12 @@ def _fill(entry, load, tasks, seeds, name):
             real_time_factor=real_time_factor(upstream),
         )
         yield
-    recordings, spoken = {}, {}
+    recordings, with_frames = {}, {}
     for task in {task.name: task for task, _ in missing}.values():
         recordings.update(task.recordings)
         if not task.classes:
-            spoken = task.recordings
-    means, frames = extract(upstream, recordings, spoken, name)
+            with_frames = task.recordings
+    means, frames = extract(upstream, recordings, with_frames, name)
     for task, seed in tqdm(missing, desc=name, unit=" probes"):
         if task.classes:
             result = heads.classify(task, means, upstream, seed)
@@ -161,14 +169,17 @@ def _fill(entry, load, tasks, seeds, name):
         yield
 
 
-def add_held_out(file, held_out, checkpoint, speech):
-    """Add to results.json how much of the teacher a checkpoint's student predicts on test.tsv; return that entry.
+def add_held_out(file: str | Path, held_out: HeldOut, checkpoint: str | Path, speech: str | Path) -> dict[str, Any]:
+    """Adds the share of the teacher's variance that a student explains on test.tsv to results.json.
 
     Args:
         file: results.json.
-        held_out: what read_held_out has read of the checkpoint and the test set.
-        checkpoint: the file.
+        held_out: from read_held_out, for the checkpoint and test.tsv.
+        checkpoint: the student's file.
         speech: folder with test.tsv.
+
+    Returns:
+        the entry `held_out_variance`.
     """
     results = read_probe_results(file)
     of = " ".join(files_digest(path) for path in (checkpoint, held_out.teacher.name, Path(speech, "test.tsv")))
@@ -198,11 +209,11 @@ def _describe(task):
     }
 
 
-def read_probe_results(file):
-    """Read results.json.
+def read_probe_results(file: str | Path) -> dict[str, Any]:
+    """Returns the content of results.json.
 
     Raises:
-        InputError: it cannot be read, or is something else.
+        InputError: the file cannot be read, or does not hold such results.
     """
     try:
         results = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -213,13 +224,13 @@ def read_probe_results(file):
     raise InputError(f"{file} cannot be read as results of fairseq-stack evaluate; remove it, or give another --output")
 
 
-def write_probe_results(file, results):
-    """Write results.json as a whole or not at all."""
+def write_probe_results(file: str | Path, results: dict[str, Any]) -> None:
+    """Writes results.json, whole or not at all."""
     write_whole(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n", f"--output {file}")
 
 
-def probe_table(results, seeds):
-    """The results as Markdown: per cent with a 95 % interval over the seeds, and what each row costs."""
+def probe_table(results: dict[str, Any], seeds: Sequence[int]) -> str:
+    """Returns the results as Markdown: per cent with a 95 % interval over the seeds, and the cost of each row."""
     header = ["upstream"]
     for name, task in results["tasks"].items():
         error = task["metric"] != "accuracy"

@@ -1,16 +1,17 @@
-"""Results of s3prl's SUPERB problems, collected from the folders that they write.
+"""Collects the results of s3prl's SUPERB problems from the folders that they write.
 
-A run of `python -m s3prl.main PROBLEM --target_dir RUN` leaves in RUN
+A run of `python -m s3prl.main PROBLEM --target_dir RUN` writes to RUN
 
-    configs/TIME.yaml                          what it was started with, the learning rate among it
+    configs/TIME.yaml                          its configuration, with the learning rate
     train/valid_best/training_stats.yaml       its best result on the development set
     train/valid_best/model/problem_name
-    evaluate/valid_best/TEST/result.yaml       what that checkpoint reaches on a test set
+    evaluate/valid_best/TEST/result.yaml       the results of that checkpoint on a test set
 
-SUPERB searches the learning rate for every model and task and tests what is best on the development set.
+SUPERB searches the learning rate for every model and task and tests the run that is best on the development set.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import yaml
 
 from fairseq_stack.errors import InputError
 
-# Problem: the metric that chooses, whether higher is better, and {column: metric}, in the order of the table.
+# Problem: the metric on the development set, whether higher is better, and {column: metric}, in the table's order.
 PROBLEMS = {
     "SuperbPR": ("per", False, {"PR PER": "per"}),
     "SuperbASR": ("wer", False, {"ASR WER": "wer"}),
@@ -40,9 +41,9 @@ class SuperbRun:
         folder: its `--target_dir`.
         problem: a key of PROBLEMS.
         learning_rate: of the optimiser.
-        fold: of cross-validation (ER), "" elsewhere.
-        valid: the metric that chooses, of its best checkpoint on the development set.
-        test: {column: per cent} of that checkpoint; empty while it is not tested.
+        fold: of cross-validation (ER); "" for other problems.
+        valid: the metric of its best checkpoint on the development set.
+        test: {column: per cent} of that checkpoint; empty if it was not tested yet.
     """
 
     folder: Path
@@ -50,20 +51,17 @@ class SuperbRun:
     learning_rate: float
     fold: str
     valid: float
-    test: dict
+    test: dict[str, float]
 
 
-def find_runs(folder):
-    """Read every run below a folder.
+def find_runs(folder: str | Path) -> list[SuperbRun]:
+    """Returns every run below a folder, in the order of their paths.
 
     Args:
-        folder: of a model: any depth of folders, with runs of several problems and learning rates.
-
-    Returns:
-        [SuperbRun], in the order of their paths.
+        folder: of a model, with runs of several problems and learning rates at any depth.
 
     Raises:
-        InputError: there is none, one is of another problem, or one of its files cannot be read.
+        InputError: there is no run, a run is of another problem, or a file cannot be read.
     """
     folder = Path(folder)
     found = sorted(folder.rglob("train/valid_best/training_stats.yaml"))
@@ -75,16 +73,16 @@ def find_runs(folder):
     return [_read_run(stats.parents[2]) for stats in found]
 
 
-def best_runs(runs):
-    """The runs that SUPERB would test: of each problem and fold, the one that is best on the development set.
+def best_runs(runs: Sequence[SuperbRun]) -> list[SuperbRun]:
+    """Returns the best run on the development set for each problem and fold, as SUPERB chooses it.
 
-    The test results take no part. The first wins a tie, and a run that has diverged (nan) never wins.
+    Test results are not used. The first wins a tie. A diverged run (nan) is chosen only if all have diverged.
 
     Args:
-        runs: [SuperbRun].
+        runs: of one model.
 
     Returns:
-        [SuperbRun], in the order of PROBLEMS.
+        the runs in the order of PROBLEMS.
     """
     best = []
     for problem, (_, higher, _) in PROBLEMS.items():
@@ -95,10 +93,10 @@ def best_runs(runs):
     return best
 
 
-def scores(runs):
-    """{column: per cent} of the runs that best_runs chose: the mean over the folds where there are several.
+def scores(runs: Sequence[SuperbRun]) -> dict[str, float]:
+    """Returns {column: per cent} of the runs that best_runs chose, averaged over the folds.
 
-    A problem with a fold that is not tested yet is left out.
+    A problem with an untested fold is left out.
     """
     found = {}
     for column in COLUMNS:

@@ -1,4 +1,4 @@
-"""Published results on SUPERB's tasks of HuBERT Base and students of it that were trained on LibriSpeech 960 h.
+"""Published SUPERB results of HuBERT Base and its students, all trained on LibriSpeech 960 h.
 
 Sources: Yang et al., "SUPERB", Interspeech 2021 (HuBERT Base); Chang et al., "DistilHuBERT", ICASSP 2022; Lee et al.,
 "FitHuBERT", Interspeech 2022; Jang et al., "ARMHuBERT", Interspeech 2023; Peng et al., "DPHuBERT", Interspeech 2023;

@@ -1,7 +1,8 @@
-"""The tasks of the probes: which recordings are learned from, which are asked about, and the right answers."""
+"""The tasks of the probes: their training, validation and test recordings with the correct answers."""
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError
 from fairseq_stack.registry import Registry
 
-LONGEST_SECONDS = 10  # of a recording: longer ones are cut, or left out where their text would not fit
+LONGEST_SECONDS = 10  # longer recordings are cut, or left out if their whole text is needed
 
 
 @dataclass(frozen=True)
@@ -22,50 +23,53 @@ class LabelledRecording:
     Attributes:
         utterance: its id.
         path: the file.
-        samples: its length.
+        samples: its length in samples.
         split: train, valid or test.
-        labels: {column of labels.tsv: text}, empty where unknown.
+        labels: {column of labels.tsv: text}; "" if unknown.
     """
 
     utterance: str
     path: str
     samples: int
     split: str
-    labels: dict
+    labels: dict[str, str]
+
+
+Pairs = list[tuple[LabelledRecording, str]]  # recordings with their answers
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A training and its test: three lists of (recording, answer)."""
+    """The data for training and testing one probe."""
 
-    train: list
-    valid: list
-    test: list
+    train: Pairs
+    valid: Pairs
+    test: Pairs
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a probe has to find out.
+    """A task of a probe.
 
     Attributes:
         name: in TASKS.
-        folds: Folds; the score is that of all their test recordings together.
-        classes: the possible answers, sorted; empty where the answer is a text.
+        folds: the score is over the test recordings of all folds together.
+        classes: the possible answers, sorted; empty if the answers are texts.
     """
 
     name: str
-    folds: list
-    classes: tuple
+    folds: list[Fold]
+    classes: tuple[str, ...]
 
     @property
-    def recordings(self):
-        """{utterance: LabelledRecording} of all folds."""
+    def recordings(self) -> dict[str, LabelledRecording]:
+        """The recordings of all folds, by utterance."""
         parts = [part for fold in self.folds for part in (fold.train, fold.valid, fold.test)]
         return {recording.utterance: recording for part in parts for recording, _ in part}
 
     @property
-    def chance(self):
-        """The accuracy of always giving the most frequent answer of the training."""
+    def chance(self) -> float:
+        """The accuracy if every answer is the most frequent answer of the training set."""
         hits = [
             sum(answer == Counter(a for _, a in fold.train).most_common(1)[0][0] for _, answer in fold.test)
             for fold in self.folds
@@ -73,8 +77,8 @@ class Task:
         return sum(hits) / sum(len(fold.test) for fold in self.folds)
 
 
-def read_labelled_speech(folder):
-    """The recordings of a folder that fairseq-stack prepare made.
+def read_labelled_speech(folder: str | Path) -> list[LabelledRecording]:
+    """Returns the recordings of a folder that fairseq-stack prepare made.
 
     Raises:
         InputError: a manifest or labels.tsv is missing or malformed, or a recording has no labels.
@@ -108,8 +112,8 @@ def read_labelled_speech(folder):
     return recordings
 
 
-def read_tasks(folder):
-    """find_tasks of the recordings of a folder that fairseq-stack prepare made.
+def read_tasks(folder: str | Path) -> tuple[list[Task], dict[str, str]]:
+    """Returns find_tasks of the recordings of a folder that fairseq-stack prepare made.
 
     Raises:
         InputError: as read_labelled_speech, or the labels allow no task.
@@ -121,15 +125,12 @@ def read_tasks(folder):
     return tasks, without
 
 
-def find_tasks(recordings, most=1000):
-    """The tasks of TASKS that the labels allow.
+def find_tasks(recordings: Sequence[LabelledRecording], most: int = 1000) -> tuple[list[Task], dict[str, str]]:
+    """Returns the tasks of TASKS that the labels allow, and {name: reason} for the others.
 
     Args:
-        recordings: list of LabelledRecording.
-        most: recordings of a split to use at most; which ones is fixed by their names.
-
-    Returns:
-        [Task], and {name: why there is none} for the others.
+        recordings: of all splits.
+        most: recordings of a split to use at most, chosen by a hash of their names.
     """
     found, missing = [], {}
     for name, make in TASKS.items():
@@ -152,15 +153,15 @@ TASKS = Registry("probe task")
 def _speaker(recordings, most):
     """Who speaks.
 
-    The splits of the preparation put no prompt into two of them: what is tested was said by nobody in the training, nor
-    heard by the student in its own.
+    The prepared splits share no prompt, so the sentences of the test set are in no training set, neither the probe's
+    nor the student's.
     """
     return classification([(recording, recording.labels["speaker"]) for recording in recordings], most)
 
 
 @TASKS.register("language")
 def _language(recordings, most):
-    """Which language is spoken, in the same splits."""
+    """Which language is spoken, with the same splits."""
     return classification([(recording, recording.labels["language"]) for recording in recordings], most)
 
 
@@ -168,8 +169,8 @@ def _language(recordings, most):
 def _keyword(recordings, most):
     """Which digit or letter is spoken.
 
-    A keyword is its prompt, so the voice is what is new: of every voice (a speaker in a language) whose language
-    another voice speaks too, the keywords are tested in one fold, and learned from in the others.
+    A keyword is its own prompt, so a probe is tested on new voices instead of new prompts. A voice is a speaker in a
+    language. Each voice whose language has another voice is tested in one fold and is training data in the others.
     """
     folds = _voices([recording for recording in recordings if recording.labels["keyword"]])
     if not folds:
@@ -180,7 +181,7 @@ def _keyword(recordings, most):
 
 @TASKS.register("recognition")
 def _recognition(recordings, most):
-    """What is said, in the splits of the preparation."""
+    """What is said, with the prepared splits."""
     spoken = [
         (recording, text)
         for recording in recordings
@@ -192,35 +193,35 @@ def _recognition(recordings, most):
     return [fold], ()
 
 
-def classification(labelled, most):
-    """Folds and classes of a task that keeps the splits of the preparation.
+def classification(labelled: Pairs, most: int) -> tuple[list[Fold], tuple[str, ...]]:
+    """Returns folds and classes of a task that keeps the prepared splits.
 
     Args:
-        labelled: list of (LabelledRecording, answer); those with an empty answer are left out.
+        labelled: recordings with their answers; those with an empty answer are left out.
         most: recordings of a split to use at most.
 
     Raises:
-        NoTask: valid or test is empty or has answers that the training has not, or there is one answer.
+        NoTask: valid or test is empty or has answers that train does not have, or train has fewer than two answers.
     """
     fold = _split([(recording, answer) for recording, answer in labelled if answer], most)
     classes = {answer for _, answer in fold.train}
     if len(classes) < 2:
-        raise NoTask(f"the training has {len(classes)} of them, and two is the least")
+        raise NoTask(f"the number of different answers in train is {len(classes)}; at least two are needed")
     if not (fold.valid and fold.test):
-        raise NoTask("valid or test has none")
+        raise NoTask("valid or test has no labelled recording")
     if any(answer not in classes for _, answer in fold.valid + fold.test):
-        raise NoTask("valid and test have some that the training has not")
+        raise NoTask("valid or test has answers that train does not have")
     return [fold], tuple(sorted(classes))
 
 
-def plain_text(text):
-    """Lower case without punctuation, as ASR is scored: letters, digits and apostrophes in words."""
+def plain_text(text: str) -> str:
+    """Returns text in lower case without punctuation other than apostrophes, as ASR is scored."""
     kept = (sign if sign.isalnum() or sign == "'" else " " for sign in text.casefold())
     return " ".join("".join(kept).split())
 
 
 def _split(labelled, most):
-    """A Fold of the splits of the preparation."""
+    """A Fold of the prepared splits."""
 
     def order(pair):
         return hashlib.sha256(pair[0].utterance.encode("utf-8", "surrogateescape")).digest()
@@ -229,7 +230,7 @@ def _split(labelled, most):
 
 
 def _voices(recordings):
-    """One Fold for each voice with a companion: it is tested, and the next voice chooses the learning rate."""
+    """One Fold for each voice whose language has another voice: it is the test set, and the next voice is valid."""
     voices = defaultdict(list)
     for recording in recordings:
         voice = recording.labels["language"], recording.labels["speaker"]
@@ -239,11 +240,11 @@ def _voices(recordings):
     tested = sorted(voice for voice in voices if speakers[voice[0]] > 1)
     folds = []
     for voice in tested:
-        # Of another language, so that both keep a companion in the training.
+        # Valid has another language, so that train has a voice of both languages.
         others = [other for other in tested if other[0] != voice[0]]
         if not others:
             return []
-        after = next((other for other in others if other > voice), others[0])
-        train = [pair for other in sorted(voices) if other not in (voice, after) for pair in voices[other]]
-        folds.append(Fold(train, voices[after], voices[voice]))
+        valid = next((other for other in others if other > voice), others[0])
+        train = [pair for other in sorted(voices) if other not in (voice, valid) for pair in voices[other]]
+        folds.append(Fold(train, voices[valid], voices[voice]))
     return folds

@@ -1,7 +1,6 @@
-"""What is probed, as s3prl sees it: exported students, the same started at random, the teacher, log-mel.
+"""The probed models as s3prl's upstreams: exported students, a random student, the teacher and log-mel.
 
-s3prl calls a frozen model an upstream. It takes waveforms and gives hidden states 0 to N; all of them go to
-the probe, which learns how to weigh them.
+s3prl calls a frozen model an upstream. It maps waveforms to hidden states 0 to N. A probe learns a weight for each.
 """
 
 import hashlib
@@ -11,6 +10,7 @@ import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -21,6 +21,7 @@ from s3prl.upstream.hubert.hubert_model import (
     HubertModel,
     HubertPretrainingConfig,
 )
+from torch import Tensor
 
 from fairseq_stack.analysis.hidden_states import check_export
 from fairseq_stack.errors import InputError
@@ -29,17 +30,14 @@ from fairseq_stack.teachers import load_teacher
 SAMPLES_PER_FRAME = 320  # of every HuBERT that s3prl loads
 
 
-def load_export(path):
-    """Load a student that fairseq-stack export wrote, with s3prl's own loader.
+def load_export(path: str | Path) -> S3PRLUpstream:
+    """Returns a student that fairseq-stack export wrote, in eval mode, loaded by s3prl's own loader.
 
     Args:
         path: the folder of `--to huggingface`, or the file of `--to s3prl` or `--to s3prl-distiller`.
 
-    Returns:
-        an S3PRLUpstream in eval mode.
-
     Raises:
-        InputError: it is none of them, or cannot be loaded without running code from it.
+        InputError: the path is no such export, or cannot be loaded without running code from it.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,25 +46,22 @@ def load_export(path):
         hop = math.prod(upstream.upstream.model.config.conv_stride)
         if hop != SAMPLES_PER_FRAME:
             raise InputError(
-                f"{path} makes a frame of {hop} samples, and s3prl takes {SAMPLES_PER_FRAME} for granted; probe a"
-                " student with such frames"
+                f"{path} makes a frame of {hop} samples, but s3prl supports only {SAMPLES_PER_FRAME}; probe a student"
+                " with such frames"
             )
         return upstream
     return _load("hubert_local" if "model_weight" in _read(path) else "distiller_local", path)
 
 
-def load_random(path, seed=1):
-    """A model of the same shape as an export, with the weights that it would have before any training.
+def load_random(path: str | Path, seed: int = 1) -> S3PRLUpstream:
+    """Returns a model of an export's shape with random initial weights, in eval mode.
 
     Args:
         path: see load_export.
         seed: of the weights.
-
-    Returns:
-        an S3PRLUpstream in eval mode.
     """
     upstream = load_export(path)
-    expert = upstream.upstream
+    expert: Any = upstream.upstream
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         if Path(path).is_dir():
@@ -77,22 +72,22 @@ def load_random(path, seed=1):
             task = merge_with_parent(HubertPretrainingConfig, state["task_cfg"])
             model, fresh = expert.model, HubertModel(shape, task, state["dictionaries_symbols"])
         else:
-            # Here, because it needs distutils, which Python 3.12 has no more without setuptools.
+            # Imported here, because it needs distutils, which Python 3.12 has only with setuptools.
             from s3prl.upstream.distiller.model import DistillerModel
 
             with redirect_stdout(sys.stderr):
                 model, fresh = expert.model.model, DistillerModel(expert.model.model_config)
-    # s3prl's hooks hang on the modules that are there: these stay, and their weights go.
+    # s3prl has registered hooks on these modules, so the modules stay and only their weights are replaced.
     model.load_state_dict(fresh.state_dict())
     return upstream
 
 
-def load_log_mel(normalized=False):
-    """80 log-mel filters with their first and second differences, every 10 ms: s3prl's `fbank_no_cmvn`.
+def load_log_mel(normalized: bool = False) -> S3PRLUpstream:
+    """Returns 80 log-mel filters with their first and second differences, every 10 ms: s3prl's `fbank_no_cmvn`.
 
     Args:
-        normalized: take the mean and variance of every utterance away: s3prl's `fbank`, the row FBANK of
-            SUPERB's tables. Of the long-term spectrum a probe on the mean over time then sees little.
+        normalized: normalise the mean and variance of every utterance: s3prl's `fbank`, the row FBANK of SUPERB's
+            tables. A probe on the mean over time then gets little of the long-term spectrum.
     """
     return S3PRLUpstream("fbank" if normalized else "fbank_no_cmvn").eval()
 
@@ -101,10 +96,10 @@ class TeacherUpstream(nn.Module):
     """A teacher with the interface of S3PRLUpstream.
 
     Args:
-        path: what load_teacher takes. A checkpoint of fairseq needs fairseq.
+        path: see load_teacher. A fairseq checkpoint needs fairseq.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         super().__init__()
         self.teacher = load_teacher(path)
         self.model = self.teacher.model
@@ -112,15 +107,15 @@ class TeacherUpstream(nn.Module):
         self.hidden_sizes = [self.teacher.width] * self.num_layers
         self.downsample_rates = [SAMPLES_PER_FRAME] * self.num_layers
 
-    def forward(self, waveforms, lengths):
-        """[B, S] and [B] samples to N + 1 times [B, T, D] and [B] frames."""
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps waveforms [B, S] and their samples [B] to N + 1 hidden states [B, T, D] and their frames [B]."""
         states = self.teacher.hidden_states(waveforms, lengths, range(self.num_layers))
         frames = torch.tensor([self.teacher.frames(samples) for samples in lengths.tolist()])
         return list(states.values()), [frames] * self.num_layers
 
 
-def files_digest(path):
-    """The SHA-256 of a file, or of the files directly in a folder, as hexadecimal digits."""
+def files_digest(path: str | Path) -> str:
+    """Returns the SHA-256 of a file, or of the files directly in a folder, in hexadecimal digits."""
     path, digest = Path(path), hashlib.sha256()
     if not path.exists():
         raise InputError(f"{path} does not exist; give what fairseq-stack export wrote, or a teacher")
@@ -135,26 +130,26 @@ def files_digest(path):
 
 def _load(name, path):
     try:
-        with redirect_stdout(sys.stderr):  # s3prl's distiller tells its shape
+        with redirect_stdout(sys.stderr):  # s3prl's distiller prints its shape
             upstream = S3PRLUpstream(name, os.fspath(path)).eval()
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} cannot be loaded by s3prl ({reason}); export the student again") from None
     if len(set(upstream.hidden_sizes)) > 1:
         raise InputError(
-            f"{path} predicts features of another width than its hidden states have, which s3prl cannot weigh"
-            " in one sum; export it with --to huggingface"
+            f"{path} has predictions and hidden states of different widths, which s3prl cannot add in one"
+            " weighted sum; export it with --to huggingface"
         )
     return upstream
 
 
 def _read(path):
-    """What a file for s3prl holds. s3prl itself would unpickle anything."""
+    """The content of a file for s3prl. s3prl itself would unpickle anything."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; give what fairseq-stack export wrote")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # what a damaged file makes torch raise has no common class
+    except Exception:  # torch's errors for a damaged file have no common class
         state = None
     if not isinstance(state, dict) or not {"model_weight", "Distiller"} & state.keys():
         raise InputError(

@@ -1,1 +1,1 @@
-"""Experiments: a grid of students trained with several seeds, measured alike, in one table and one set of figures."""
+"""Experiments: a grid of students, trained with several seeds and compared in one table and figures."""

@@ -1,6 +1,7 @@
-"""Train the students of a grid, measure them and summarise what was measured."""
+"""Trains and measures the students of a grid, and summarises the results."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from tqdm import tqdm
 
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.errors import InputError, Preempted
+from fairseq_stack.experiment.grid import Grid
 from fairseq_stack.experiment.measures import cannot_measure, collect, is_measured, measure_training, write_results
 from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
 from fairseq_stack.experiment.training import Terminated, train_all, trainings
@@ -18,25 +20,33 @@ from fairseq_stack.training.stored_targets import store_targets
 
 
 class Comparison:
-    """The trainings of a grid on one speech and one teacher. What an earlier start has finished is not done again.
+    """The trainings of a grid with one teacher and one set of speech. Finished trainings are not repeated.
 
     Attributes:
         planned: all Trainings.
         due: those that are not finished and measured yet.
 
     Args:
-        grid: a Grid.
-        output: folder for all that is made.
-        speech: folder of manifests; test.tsv is for measuring.
+        grid: of the experiment.
+        output: folder for all results.
+        speech: folder of manifests; students are measured on test.tsv.
         teacher: file or folder of the teacher.
-        fields: what all trainings change besides what the grid says.
+        fields: FIELD=VALUE for all trainings besides those of the grid.
         probes: whether to train probes on every student; needs s3prl.
 
     Raises:
-        InputError: something of it cannot be used; found before anything is trained.
+        InputError: an input cannot be used. All are checked before the first training.
     """
 
-    def __init__(self, grid, output, speech, teacher, fields=(), probes=False):
+    def __init__(
+        self,
+        grid: Grid,
+        output: str | Path,
+        speech: str | Path,
+        teacher: str | Path,
+        fields: Sequence[str] = (),
+        probes: bool = False,
+    ):
         if not (Path(speech) / "test.tsv").is_file():
             raise InputError(f"--speech {speech} has no test.tsv; make it with fairseq-stack prepare")
         read_manifest(Path(speech) / "test.tsv")
@@ -49,8 +59,8 @@ class Comparison:
             compose_recipe(grid.recipe.parent, grid.recipe.stem, training.fields) for training in self.due
         ]
 
-    def notes(self):
-        """A sentence for each student of which something cannot be measured.
+    def notes(self) -> list[str]:
+        """Returns a sentence for each measure that a student does not have.
 
         Raises:
             InputError: the teacher cannot be loaded.
@@ -65,22 +75,22 @@ class Comparison:
             f"{student}: {reason}; its cells stay empty" for student, reasons in missing.items() for reason in reasons
         ]
 
-    def train(self, processes):
-        """Train and measure what is due.
+    def train(self, processes: int) -> list[str]:
+        """Trains and measures the due trainings.
 
         Args:
-            processes: trainings at a time, which share the cores.
+            processes: trainings to run at a time; they share the cores.
 
         Returns:
-            a list of lines, one for each training that has failed.
+            one line for each failed training.
 
         Raises:
-            Preempted: SIGTERM has ended it.
+            Preempted: SIGTERM was received.
         """
-        for cfg in self._configurations:  # so that all trainings find the targets that they will ask for
+        for cfg in self._configurations:  # before the trainings, which read them
             if cfg.task.get("target_store"):
                 store_targets(cfg, subsets(cfg.dataset))
-        torch.set_num_threads(max(1, os.cpu_count() // processes))  # for measuring beside the trainings
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))  # measures while trainings run
         failed, done = [], len(self.planned) - len(self.due)
         try:
             with tqdm(total=len(self.planned), initial=done, desc="trainings", unit="") as bar:
@@ -97,8 +107,8 @@ class Comparison:
             raise Preempted from None
         return failed
 
-    def summarise(self, command):
-        """Write results.json, figures and summary.md; returns the table, or None where nothing has been measured.
+    def summarise(self, command: str) -> str | None:
+        """Writes results.json, figures and summary.md. Returns the table, or None if no student is measured yet.
 
         Args:
             command: the command line, for results.json.
@@ -115,8 +125,8 @@ class Comparison:
         return table
 
 
-def check_probes(speech):
-    """Raise an InputError unless probes can be trained on the speech."""
+def check_probes(speech: str | Path) -> None:
+    """Raises an InputError unless probes can be trained on the speech."""
     try:
         import s3prl  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Which students an experiment compares: a file that names a recipe and what each student changes of it."""
+"""The grid of an experiment: a recipe and the fields that each student changes."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import yaml
 from fairseq_stack.errors import InputError
 from fairseq_stack.training.recipes import find_recipe
 
-# These fields decide what is trained and when, not what a layer costs.
+# These fields do not change the cost of a layer.
 _SAME_COST = ("model.stack_", "criterion.", "optimization.", "optimizer.", "lr_scheduler.")
 
 
@@ -19,10 +19,10 @@ class Grid:
 
     Attributes:
         recipe: path of a recipe, such as examples/interleaved/demo.yaml.
-        fields: what all students change of it, as on fairseq-hydra-train's command line.
-        students: {name: what this student changes}.
+        fields: FIELD=VALUE for all students, as on fairseq-hydra-train's command line.
+        students: {name: FIELD=VALUE for this student}.
         reference: the student that the others are compared with.
-        seeds: numbers; every student is trained with each.
+        seeds: every student is trained with each.
     """
 
     recipe: Path
@@ -31,16 +31,18 @@ class Grid:
     reference: str
     seeds: tuple[int, ...]
 
-    def cost_group(self, student):
-        """Equal for students of which a layer costs the same, so that their times can be pooled."""
+    def cost_group(self, student: str) -> tuple[str, ...]:
+        """Returns the fields that change the cost of a layer. Students with the same fields share their times."""
         return tuple(sorted(field for field in self.students[student] if not field.lstrip("+").startswith(_SAME_COST)))
 
 
-def read_grid(path):
-    """Read an experiment's file, a YAML of the fields of Grid; `recipe` is relative to the file, or one of the package's examples.
+def read_grid(path: str | Path) -> Grid:
+    """Reads the YAML file of an experiment, which has the fields of Grid.
+
+    `recipe` is relative to the file, or one of the package's examples.
 
     Raises:
-        InputError: the file cannot be read, or a field of it is missing, unknown or of the wrong kind.
+        InputError: the file cannot be read, or a field is missing, unknown or of the wrong type.
     """
     path = Path(path)
     try:

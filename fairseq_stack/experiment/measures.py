@@ -1,10 +1,12 @@
-"""What came of the trainings of an experiment: losses, variance explained, probes, and time."""
+"""Measures the trainings of an experiment: losses, variance explained, probes and time."""
 
 import json
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +17,15 @@ from fairseq_stack.analysis.runs import read_run
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.criterions.layer_mapping import predicted_layers, taught_layers
-from fairseq_stack.experiment.training import MEASURED
+from fairseq_stack.experiment.grid import Grid
+from fairseq_stack.experiment.training import MEASURED, Training
 from fairseq_stack.files import write_whole
 
-LOSS = "output_loss"  # the same whatever a student's intermediate loss is
+LOSS = "output_loss"  # does not depend on a student's intermediate loss
 
 
-def cannot_measure(cfg, teacher_depth):
-    """What a training of this configuration leaves empty in the table, as sentences; empty where nothing is missing.
+def cannot_measure(cfg: Any, teacher_depth: int) -> list[str]:
+    """Returns a sentence for each measure that a training of this configuration does not have.
 
     Args:
         cfg: the composed recipe.
@@ -38,22 +41,22 @@ def cannot_measure(cfg, teacher_depth):
     return missing
 
 
-def is_measured(training, probes=False):
-    """Whether a training is finished and measured, if need be with probes."""
+def is_measured(training: Training, probes: bool = False) -> bool:
+    """Returns whether a training is finished and measured; with `probes`, whether its probes are measured too."""
     file = training.folder / MEASURED
     return file.exists() and (not probes or bool(json.loads(file.read_text())["probes"]))
 
 
-def measure_training(training, speech, probes):
-    """Measure a finished training and keep the numbers in its folder. What a student does not have stays empty.
+def measure_training(training: Training, speech: str | Path, probes: bool) -> None:
+    """Measures a finished training and saves the numbers in its folder. Measures that it does not have stay empty.
 
     Args:
-        training: a Training.
+        training: finished.
         speech: folder with test.tsv and, for probes, labels.
-        probes: whether to train the probes of fairseq-stack evaluate, one seed each.
+        probes: whether to train the probes of fairseq-stack evaluate, with one seed each.
 
     Raises:
-        InputError: something of it cannot be read.
+        InputError: a file cannot be read.
     """
     checkpoint = training.folder / "checkpoints" / "checkpoint_last.pt"
     run = read_run(training.folder, f"{training.student} {training.seed}")
@@ -62,7 +65,7 @@ def measure_training(training, speech, probes):
         explained = explained_by_layer(*read_held_out(checkpoint, Path(speech) / "test.tsv"))
     except NoHeads:
         explained = {}
-    student = student_from_checkpoint(load_checkpoint(checkpoint), checkpoint)
+    student = student_from_checkpoint(load_checkpoint(checkpoint), str(checkpoint))
     found = {
         "depth": student.depth,
         "full_depth": student.config["encoder_layers"],
@@ -90,18 +93,18 @@ def _probes(training, checkpoint, speech):
     return {task: seeds["1"]["test"] for task, seeds in results["upstreams"]["student"]["tasks"].items()}
 
 
-def collect(grid, trainings, command):
-    """Everything that an experiment found, as plain values.
+def collect(grid: Grid, trainings: Iterable[Training], command: str) -> dict[str, Any]:
+    """Returns all results of an experiment as plain values.
 
-    What a student's update costs at a depth is the median over all trainings of its cost group: other work on the
-    machine meets trainings unequally, and a layer costs the same whoever it is copied from.
+    The cost of an update at a depth is the median over all trainings of the student's cost group. Other processes slow
+    down some trainings more than others, and the cost of a layer does not depend on its weights.
 
     Args:
-        grid: a Grid.
-        trainings: list of Training; those that are not measured yet are left out.
-        command: the command line, to be kept with the results.
+        grid: of the experiment.
+        trainings: of the grid; those that are not measured yet are left out.
+        command: the command line, which is saved with the results.
     """
-    found = {}
+    found: dict[str, dict[int, Any]] = {}
     for training in filter(is_measured, trainings):
         of_student = found.setdefault(training.student, {})
         of_student[training.seed] = json.loads((training.folder / MEASURED).read_text())
@@ -109,7 +112,7 @@ def collect(grid, trainings, command):
     for student, seeds in found.items():
         for measured in seeds.values():
             for (depth, _, _), seconds in zip(measured["stages"], measured["seconds_per_update"]):
-                if seconds == seconds:  # not nan, as of a stage shorter than two log entries
+                if seconds == seconds:  # not nan; a stage with fewer than two log entries has nan
                     costs.setdefault((grid.cost_group(student), depth), []).append(seconds)
     for student, seeds in found.items():
         for measured in seeds.values():
@@ -137,12 +140,15 @@ def collect(grid, trainings, command):
 
 
 def _seconds(update, stages):
-    """Of training up to an update."""
+    """Seconds of training up to an update."""
     return sum(max(0, min(update, end) - begin) * cost for begin, end, cost in stages)
 
 
-def time_to_reach(measured, loss):
-    """Seconds of training after which the held-out loss is at `loss`, between validations in proportion; else None."""
+def time_to_reach(measured: dict[str, Any], loss: float) -> float | None:
+    """Returns the seconds of training until the held-out loss is `loss`, interpolated between validations.
+
+    None if it never is.
+    """
     seconds, losses = measured["seconds"], measured["loss"]
     for number, value in enumerate(losses):
         if value <= loss:
@@ -152,8 +158,8 @@ def time_to_reach(measured, loss):
     return None
 
 
-def environment():
-    """What the numbers depend on, besides the command."""
+def environment() -> dict[str, Any]:
+    """Returns the versions and the hardware that the numbers depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -171,6 +177,6 @@ def _processor():
         return platform.processor()
 
 
-def write_results(results, folder):
-    """Write results.json into the experiment's folder."""
+def write_results(results: dict[str, Any], folder: str | Path) -> None:
+    """Writes results.json into the experiment's folder."""
     write_whole(Path(folder) / "results.json", json.dumps(results, indent=1) + "\n", f"--output {folder}")

@@ -1,24 +1,28 @@
-"""The results of an experiment as one table and a set of figures."""
+"""The results of an experiment as a table and figures."""
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fairseq_stack.analysis.intervals import mean_and_interval
-from fairseq_stack.analysis.objective import kinds_of, sentence
+from fairseq_stack.analysis.objective import Kind, describe_kinds, kinds_of
 from fairseq_stack.analysis.plots import COLOURS, STYLE
-from fairseq_stack.analysis.report import markdown_table
 from fairseq_stack.experiment.measures import time_to_reach
+from fairseq_stack.tables import markdown_table
 
 
-def summary_table(results):
-    """One row for each student, means with a 95 % interval over the seeds, as Markdown.
+def summary_table(results: dict[str, Any]) -> str:
+    """Returns a Markdown table: one row for each student, means with a 95 % interval over the seeds.
 
-    Compared with the reference is seed by seed, so that what a seed does to both drops out. What a student does not
-    have, and what cannot be compared with the reference, is an empty cell; lines below say which losses differ and who
-    ended before full depth.
+    Students are compared with the reference seed by seed, which cancels effects of the seed on both. A cell is empty if
+    the student does not have the measure or cannot be compared with the reference. Lines below the table name
+    different losses and trainings that ended before full depth.
+
+    Args:
+        results: from `collect`.
     """
     name, students = results["reference"], results["students"]
     reference = students.get(name, {"seeds": {}})["seeds"]
@@ -52,10 +56,10 @@ def summary_table(results):
         ])  # fmt: skip
     table = markdown_table(header, rows)
     if len(kinds) > 1:
-        table += f"\n\nThe output losses measure {len(kinds)} things and cannot be compared across:"
-        table += f" {sentence(kinds, having)}."
+        table += f"\n\nThe students have {len(kinds)} different output losses, which cannot be compared with each other"
+        table += f": {describe_kinds(kinds, having)}."
         if any("criterion.target_normalization" in (kind.fields or {}) for kind in kinds):
-            table += " Nor can the variance explained, which is that of the normalised targets."
+            table += " Nor can their variance explained, because their targets are normalised differently."
     short = [
         f"{student} with seed {seed} ({measured['depth']} of {measured['full_depth']} layers)"
         for student, content in students.items()
@@ -67,8 +71,8 @@ def summary_table(results):
     return table
 
 
-def kinds_of_students(results):
-    """Names of the students that have an output loss, and a list of Kind by what it measures."""
+def kinds_of_students(results: dict[str, Any]) -> tuple[list[str], list[Kind]]:
+    """Returns the students with an output loss, and their Kinds; see kinds_of."""
     having = [student for student, content in results["students"].items() if _ends(content["seeds"])]
     of = [next(iter(results["students"][student]["seeds"].values())).get("loss_of") for student in having]
     return having, kinds_of(of)
@@ -107,17 +111,14 @@ def _text(values, form):
     return format(mean, form) if math.isnan(interval) else f"{mean:{form}} ± {interval:{form.lstrip('+')}}"
 
 
-def draw_curves(results, by):
-    """Held-out output loss of every student, mean over the seeds in a band from the lowest to the highest.
+def draw_curves(results: dict[str, Any], by: str) -> Figure:
+    """Draws the held-out output loss of every student: the mean over the seeds, and a band from lowest to highest.
 
-    Students whose output losses measure something else have axes of their own.
+    Students with different output losses have separate axes.
 
     Args:
-        results: of `collect`.
+        results: from `collect`.
         by: "updates", or "minutes" of training.
-
-    Returns:
-        a matplotlib Figure.
     """
     name, scale = ("updates", 1) if by == "updates" else ("seconds", 60)
     with rc_context(STYLE):
@@ -126,13 +127,13 @@ def draw_curves(results, by):
             highest = 0.0
             for student, (colour, style) in members.items():
                 seeds = [one for one in results["students"][student]["seeds"].values() if one["loss"]]
-                # A seed that was stopped early has fewer validations than the others.
+                # A training that was stopped early has fewer validations.
                 number = min(len(measured["loss"]) for measured in seeds)
                 x = np.mean([measured[name][:number] for measured in seeds], axis=0) / scale
                 losses = np.array([measured["loss"][:number] for measured in seeds])
                 axis.plot(x, losses.mean(0), style, color=colour, linewidth=1.5, label=student)
                 axis.fill_between(x, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
-                # The first quarter falls steeply for all and would flatten what follows.
+                # The loss falls steeply in the first quarter, which would flatten the rest of the curves.
                 highest = max(highest, float(np.interp(x[-1] / 4, x, losses.mean(0))))
             if highest > 0:
                 axis.set_ylim(top=highest)
@@ -142,8 +143,14 @@ def draw_curves(results, by):
     return figure
 
 
-def draw_loss_and_time(results):
-    """Final held-out output loss against the time of training: every seed a dot, the mean with its 95 % interval."""
+def draw_loss_and_time(results: dict[str, Any]) -> Figure:
+    """Draws the final held-out output loss against the time of training.
+
+    Every seed is a dot. Means have a 95 % interval.
+
+    Args:
+        results: from `collect`.
+    """
     with rc_context(STYLE):
         figure, axes = _axes(results)
         for axis, members in axes:
@@ -162,7 +169,7 @@ def draw_loss_and_time(results):
 
 
 def _axes(results):
-    """A Figure, and (axis, {student: its look}) for each kind of output loss."""
+    """A Figure, and (axis, {student: its colour and line style}) for each kind of output loss."""
     looks = {student: _look(number) for number, student in enumerate(results["students"])}
     having, kinds = kinds_of_students(results)
     figure = Figure(figsize=(8.5, 6 * max(len(kinds), 1)))

@@ -1,16 +1,18 @@
-"""Train the students of a grid, each by fairseq-hydra-train in a process of its own."""
+"""Trains the students of a grid, each by fairseq-hydra-train in a process of its own."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import fairseq_stack
 from fairseq_stack.errors import InputError
+from fairseq_stack.experiment.grid import Grid
 from fairseq_stack.files import write_whole
 
 FIELDS = "fields.json"
@@ -18,7 +20,7 @@ MEASURED = "measured.json"
 
 
 class Terminated(BaseException):
-    """SIGTERM has come while trainings run; no handler of errors is to take it for one."""
+    """SIGTERM was received while trainings run. It is no Exception, so that no error handler catches it."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Training:
     Attributes:
         student: its name in the grid.
         seed: of its initialisation, crops and order.
-        folder: where it keeps checkpoints/, tensorboard/, train.log, what made it (FIELDS) and, once it is finished,
-            what came of it (MEASURED).
-        fields: what it changes of the recipe.
+        folder: holds checkpoints/, tensorboard/, train.log, the recipe and its fields (FIELDS) and, after it is
+            finished, its results (MEASURED).
+        fields: FIELD=VALUE that it changes in the recipe.
     """
 
     student: str
@@ -38,8 +40,8 @@ class Training:
     folder: Path
     fields: tuple[str, ...]
 
-    def command(self, recipe):
-        """The command that trains it, or goes on where it was."""
+    def command(self, recipe: Path) -> list[str]:
+        """Returns the command that starts or resumes it."""
         return [
             sys.executable,
             "-c",
@@ -55,23 +57,25 @@ class Training:
             *self.fields,
         ]
 
-    def keep_fields(self, recipe):
-        """Write down what makes it."""
+    def write_fields(self, recipe: Path) -> None:
+        """Writes the recipe and the fields to its folder."""
         write_whole(self.folder / FIELDS, json.dumps([recipe.name, *self.fields], indent=1) + "\n")
 
 
-def trainings(grid, folder, fields=()):
-    """All trainings of a grid, seed by seed, so that an experiment cut short compares all students with fewer seeds.
+def trainings(grid: Grid, folder: str | Path, fields: Sequence[str] = ()) -> list[Training]:
+    """Returns all trainings of a grid, ordered by seed.
+
+    In this order, an experiment that is stopped early compares all students with fewer seeds.
 
     Args:
-        grid: a Grid.
+        grid: of the experiment.
         folder: of the experiment.
-        fields: what all of them change besides what the grid says, such as task.data.
+        fields: FIELD=VALUE for all trainings besides those of the grid, such as task.data.
 
     Raises:
-        InputError: a training is there that was made with other fields.
+        InputError: a training in the folder was made with other fields.
     """
-    made = []
+    planned = []
     for seed in grid.seeds:
         for student, own in grid.students.items():
             place = Path(folder) / "runs" / student / str(seed)
@@ -79,30 +83,30 @@ def trainings(grid, folder, fields=()):
             known = place / FIELDS
             if known.exists() and json.loads(known.read_text()) != [grid.recipe.name, *training.fields]:
                 raise InputError(f"{place} was made with other fields; give another --output, or remove that folder")
-            made.append(training)
-    return made
+            planned.append(training)
+    return planned
 
 
-def train_all(grid, due, processes):
-    """Run trainings, several at a time, each with its share of the cores; yields each when it has ended.
+def train_all(grid: Grid, due: Sequence[Training], processes: int) -> Iterator[tuple[Training, str | None]]:
+    """Runs trainings, several at a time, which share the cores. Yields each when it has ended.
 
     Args:
-        grid: a Grid.
-        due: list of Training.
-        processes: how many to run at a time.
+        grid: of the experiment.
+        due: the trainings to run.
+        processes: trainings to run at a time.
 
     Yields:
-        a Training, and None if it has finished or the reason why it has not.
+        a Training, and None if it has finished or the reason why it has failed.
 
     Raises:
-        Terminated: SIGTERM has come. The trainings that run are told to end, too.
+        Terminated: SIGTERM was received. SIGTERM is sent to the running trainings, too.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     running = []
 
     def run(training):
         training.folder.mkdir(parents=True, exist_ok=True)
-        training.keep_fields(grid.recipe)
+        training.write_fields(grid.recipe)
         with open(training.folder / "output.log", "a", encoding="utf-8") as output:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
             process = subprocess.Popen(
@@ -111,8 +115,8 @@ def train_all(grid, due, processes):
             running.append(process)
             return process.wait()
 
-    # A job that is ended takes its trainings along; they save a checkpoint.
-    before = signal.signal(signal.SIGTERM, _end)
+    # If the job is stopped, its trainings are stopped too; they save a checkpoint.
+    previous = signal.signal(signal.SIGTERM, _end)
     pool = ThreadPoolExecutor(processes)
     try:
         started = {pool.submit(run, training): training for training in due}
@@ -124,7 +128,7 @@ def train_all(grid, due, processes):
         for process in running:
             if process.poll() is None:
                 process.terminate()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _end(number, frame):
@@ -132,6 +136,6 @@ def _end(number, frame):
 
 
 def _reason(log):
-    """What a training that failed has said last."""
+    """The last line of a failed training's log."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return f"{log} ends with {next((line.strip() for line in reversed(lines) if line.strip()), 'nothing')[:500]!r}"

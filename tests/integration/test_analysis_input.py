@@ -88,7 +88,10 @@ CASES = [
     ("held-out {s3prl.pt} --speech {test}", "{s3prl.pt} holds no model"),
     ("held-out {fairseq.pt} --speech {test}", "{fairseq.pt} is no checkpoint of a distillation"),
     ("held-out {teacher} --speech {test}", "{teacher} is no checkpoint of a distillation"),
-    ("held-out {moved} --speech {test}", "task.teacher=gone.pt, which is not there; give it with --teacher"),
+    (
+        "held-out {moved} --speech {test}",
+        "task.teacher=gone.pt, which does not exist; give its new path with --teacher",
+    ),
     ("held-out {checkpoint} --speech {test} --teacher {wide}", "{wide} is not the teacher of {checkpoint}"),
     (
         "held-out {checkpoint} --speech {test} --teacher {shallow}",

@@ -129,7 +129,7 @@ def test_a_folder_of_other_fields_is_not_gone_on_with(grid_file, tmp_path):
     grid = read_grid(grid_file)
     training = trainings(grid, tmp_path, ["task.data=a"])[0]
     training.folder.mkdir(parents=True)
-    training.keep_fields(grid.recipe)
+    training.write_fields(grid.recipe)
     trainings(grid, tmp_path, ["task.data=a"])
     with pytest.raises(InputError, match="runs/full/1 was made with other fields"):
         trainings(grid, tmp_path, ["task.data=b"])
@@ -191,7 +191,7 @@ def test_other_losses_are_told_apart_and_what_a_student_does_not_have_is_empty(g
         ["bare", "1", "", "", "", "", "1.00x", ""],
     ]
     assert note == (
-        "The output losses measure 2 things and cannot be compared across: A is full, grown (criterion.loss=mse);"
+        "The students have 2 different output losses, which cannot be compared with each other: A is full, grown (criterion.loss=mse);"
         " B is other (criterion.loss=l1)."
     )
     for figure in (draw_curves(results, "minutes"), draw_loss_and_time(results)):

@@ -225,7 +225,7 @@ def test_runs_with_different_losses_have_rows_and_axes_of_their_own(run, tmp_pat
     smaller = replace(runs[2], config={**config, "dataset": {"batch_size": 2}})
     text = write_report([smaller], tmp_path / "report", replace(runs[0], config=config))
     assert text.splitlines()[-1] == (
-        "alike_2: an update holds other speech than one of alike_1 (dataset.batch_size=2 and not 8), so the speed-up over"
+        "alike_2: updates differ in their speech from those of alike_1 (dataset.batch_size=2 and not 8), so the speed-up over"
         " alike_1 compares different work."
     )
 

@@ -7,7 +7,7 @@ import pytest
 
 from fairseq_stack.analysis.report import speedup, stage_table
 from fairseq_stack.analysis.scalars import Series
-from fairseq_stack.analysis.stages import Stage, dearer_stages, find_stages, seconds_per_update
+from fairseq_stack.analysis.stages import Stage, find_stages, seconds_per_update, slowed_stages
 from fairseq_stack.errors import InputError
 
 
@@ -83,11 +83,11 @@ def test_a_stretch_that_other_work_has_slowed_down_does_not_move_the_cost():
 
 def test_a_shallow_stage_that_is_dearer_than_a_deeper_one_is_named_with_both_times():
     stages = [Stage(1, 3, 0, 10), Stage(2, 6, 10, 30), Stage(3, 12, 30, 60)]
-    (sentence,) = dearer_stages(stages, [14.9, 5.0, 5.4])
+    (sentence,) = slowed_stages(stages, [14.9, 5.0, 5.4])
     assert sentence == "stage 1 took 14.900 s an update with 3 layers, and stage 2 5.000 s with 6"
-    assert dearer_stages(stages, [5.0, 5.0, 5.4]) == dearer_stages(stages, [math.nan, math.nan, 5.4]) == []
-    assert len(dearer_stages(stages, [math.nan, 5.5, 5.4])) == 1
-    assert dearer_stages(stages, [5.41, 5.4, 5.39]) == []  # updates that wait for data
+    assert slowed_stages(stages, [5.0, 5.0, 5.4]) == slowed_stages(stages, [math.nan, math.nan, 5.4]) == []
+    assert len(slowed_stages(stages, [math.nan, 5.5, 5.4])) == 1
+    assert slowed_stages(stages, [5.41, 5.4, 5.39]) == []  # updates that wait for data
 
 
 def test_a_stage_with_one_entry_has_no_known_cost():
