@@ -67,8 +67,8 @@ def test_the_entry_point_is_this_command():
 
 def test_choices_and_defaults_that_help_states_are_those_of_the_package(capsys):
     """They are written out, because help does not import what knows them."""
-    from fairseq_stack.benchmark.inputs import SIZES
     from fairseq_stack.benchmark.baselines import BASELINES
+    from fairseq_stack.benchmark.inputs import SIZES
     from fairseq_stack.benchmark.roofline import GPUS
     from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT
     from fairseq_stack.export.student import FORMATS
