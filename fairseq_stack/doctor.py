@@ -224,12 +224,12 @@ def _examine_manifest(path: Path) -> Finding:
     from fairseq_stack.errors import InputError
 
     manifest = read_manifest(path)
-    bad_audio = BadAudio(path, len(manifest), "skip", BAD_AUDIO_LIMIT)
+    bad_audio = BadAudio(str(path), len(manifest), "skip", BAD_AUDIO_LIMIT)
     problems = listed_problems(manifest, SHORTEST)
     bad_audio.report(problems)
     usable = np.flatnonzero([name not in problems for name in manifest.paths])
     lengths = manifest.samples[usable]
-    for index in {usable[0], usable[lengths.argmin()], usable[lengths.argmax()]}:
+    for index in {int(usable[0]), int(usable[lengths.argmin()]), int(usable[lengths.argmax()])}:
         try:
             read_audio(manifest.path(index), 0, int(manifest.samples[index]))
         except InputError as error:
