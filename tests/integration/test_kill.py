@@ -11,7 +11,7 @@ from fork_server import ForkServer
 from killing import Killer, cut_off, same_state
 from training import tiny, train
 
-from fairseq_stack.tasks import speech_distillation
+from fairseq_stack.training import growth_listeners
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_kills_at_random_moments_change_nothing(killer):
 
 def die_in_growth(config, overrides):
     """A training that is killed when a growth has copied the weights and not yet the optimiser's state."""
-    speech_distillation.copy_optimizer_state = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    growth_listeners.copy_optimizer_state = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     train(config, overrides)
 
 

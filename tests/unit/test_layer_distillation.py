@@ -242,7 +242,7 @@ def test_masked_and_unmasked_losses_are_logged_as_means_over_their_frames():
         {"loss": 6.0, "masked_loss": 4.0, "unmasked_loss": 2.0, "masked_share": 2, "sample_size": 10},
         {"loss": 8.0, "masked_loss": 5.0, "unmasked_loss": 3.0, "masked_share": 4, "sample_size": 10},
     ]
-    with metrics.aggregate() as logged:
+    with metrics.aggregate(new_root=True) as logged:
         LayerDistillation.reduce_metrics(logs)
     values = {name: round(float(value), 4) for name, value in logged.get_smoothed_values().items()}
     assert values == {"loss": 0.7, "masked_loss": 1.5, "unmasked_loss": 0.3571, "masked_share": 0.3}
