@@ -5,6 +5,8 @@ Importing the package, or any part of it, registers nothing and changes nothing 
 `fairseq_stack.register()`. Growth, losses, export and analysis need neither fairseq nor hydra.
 """
 
+import os
+
 __version__ = "0.2.0"
 
 
@@ -24,7 +26,7 @@ class _SearchPath(list):
     """
 
     def __contains__(self, folder: object) -> bool:
-        found = super().__contains__(folder)
+        found = isinstance(folder, str) and os.path.realpath(folder) in map(os.path.realpath, self)
         if found:
             register()
         return found

@@ -235,7 +235,6 @@ class SpeechDistillation(FairseqTask):
                 f" raise it to {samples} or more, or lower task.max_sample_size={self.cfg.max_sample_size}"
             )
         epochs = super().get_batch_iterator(dataset, max_tokens=max_tokens, **options)
-        epochs.persistent_workers = False  # see guards.py, which does the same for fairseq 0.12.2
         recordings, used = len(dataset.ordered_indices()), sum(map(len, epochs.frozen_batches))
         if used < recordings:
             line = (

@@ -1,5 +1,7 @@
 """Guards: replacements for functions of fairseq, for runs of this package's task.
 
+Those with `always` serve other tasks too, once --user-dir has named this package: fine-tuning a student needs them.
+
 Only this module replaces functions, and only where fairseq has no hook and a subclass (trainer.py) cannot help. Each
 guard calls fairseq's function and adds to it. tests/integration/test_guards.py fails if fairseq no longer calls it.
 
@@ -9,7 +11,7 @@ guard calls fairseq's function and adds to it. tests/integration/test_guards.py 
 - A checkpoint is copied to a temporary name and then renamed. fairseq copies in place, so a kill leaves half a file.
 - Before a run resumes, the newest whole checkpoint becomes checkpoint_last.pt (checkpoints/recovery.py).
 - A file is unpickled only if checkpoints/read.py finds that no code in it can run. (torch has refused other files
-  since 2.6, with a traceback.) This holds for every task, because fine-tuning a student loads a file, too.
+  since 2.6, with a traceback.)
 - A loaded checkpoint fits this configuration, or a one-line error says what does not fit.
 - A run does not resume in the middle of an epoch if its batches have changed (resume_state.py).
 - A finished run that is started again makes no update. fairseq would make one more.
@@ -17,14 +19,13 @@ guard calls fairseq's function and adds to it. tests/integration/test_guards.py 
 - A job that receives SIGTERM saves a checkpoint before it ends (preemption.py).
 - Validation subsets that no field names get a one-line error.
 - The wait for the batches of an update is measured (progress.py).
-- Data workers end with their epoch in fairseq 0.12.2; for later versions the task sets this. fairseq keeps them for the
-  next epoch, which starts its own workers. Python's garbage collector then breaks their queues before they know that
-  they shall end, and the training stands still for 5 s per worker.
+- Data workers end with their epoch. fairseq keeps them for the next epoch, which starts its own workers. Python's
+  garbage collector then breaks their queues before they know that they shall end, and the training stands still for
+  5 s per worker.
 """
 
 import difflib
 import functools
-import inspect
 import logging
 import os
 from argparse import Namespace
@@ -88,7 +89,9 @@ def _end_in_one_line(call_main: Callable, cfg: DictConfig | Namespace, main: Cal
         return call_main(cfg, main, **kwargs)
     try:
         return call_main(cfg, one_line_training, **kwargs)
-    except ProcessExitedException as error:  # the process has printed the reason
+    except ProcessExitedException as error:
+        if error.exit_code < 0:  # a signal has ended the process, which could print no reason
+            raise SystemExit(f"error: {error}") from None
         raise SystemExit(error.exit_code) from None
 
 
@@ -106,6 +109,7 @@ def _start_clean_and_checked(add_defaults: Callable, cfg: DictConfig) -> None:
     fairseq_train.Trainer = StudentTrainer if ours else Trainer
     reset_process_state()  # for another task too: the state may come from a run of our task
     if not ours:
+        preemption.unlisten()
         return add_defaults(cfg)
     load_extensions(getattr(cfg.task, "extensions", None) or [])  # they may register an optimizer with fairseq
     check_names(cfg)
@@ -113,7 +117,7 @@ def _start_clean_and_checked(add_defaults: Callable, cfg: DictConfig) -> None:
     check_configuration(cfg)
 
 
-@_guard(PathManager, "copy")
+@_guard(PathManager, "copy", always=True)
 def _copy_as_a_whole(copy: Callable, src_path: str, dst_path: str, overwrite: bool = False) -> bool | None:
     if not PathManager.supports_rename(dst_path):
         return copy(src_path, dst_path, overwrite=overwrite)
@@ -155,13 +159,8 @@ def _start_the_next_epoch(load: Callable, cfg: DictConfig, trainer: StudentTrain
 
 
 @_guard(checkpoint_utils, "load_checkpoint")
-def _resume_from_the_newest(load: Callable, cfg: DictConfig, trainer: StudentTrainer, **kwargs: Any) -> tuple[Any, Any]:
+def _check_the_start(load: Callable, cfg: DictConfig, trainer: StudentTrainer, **kwargs: Any) -> tuple[Any, Any]:
     preemption.listen()
-    if cfg.restore_file == LAST and not trainer.checkpoint_suffix:
-        if trainer.data_parallel_rank == 0:
-            recover(cfg.save_dir)
-        if trainer.data_parallel_world_size > 1:
-            torch.distributed.barrier()  # every process reads the file
     if not trainer.checkpoint_suffix:
         _check_where_from(cfg)
     state, epoch_itr = load(cfg, trainer, **kwargs)
@@ -177,6 +176,16 @@ def _resume_from_the_newest(load: Callable, cfg: DictConfig, trainer: StudentTra
     if 0 < trainer.cfg.optimization.max_epoch < epoch_itr.next_epoch_idx:
         trainer.log_depth(epoch_itr.next_epoch_idx)
     return state, epoch_itr
+
+
+@_guard(checkpoint_utils, "load_checkpoint", always=True)
+def _recover_the_newest(load: Callable, cfg: DictConfig, trainer: Trainer, **kwargs: Any) -> tuple[Any, Any]:
+    if cfg.restore_file == LAST and not trainer.checkpoint_suffix:
+        if trainer.data_parallel_rank == 0:
+            recover(cfg.save_dir)
+        if trainer.data_parallel_world_size > 1:
+            torch.distributed.barrier()  # every process reads the file
+    return load(cfg, trainer, **kwargs)
 
 
 def _check_where_from(cfg: DictConfig) -> None:
@@ -232,7 +241,7 @@ def _save_on_sigterm(
     return losses, should_stop
 
 
-@_guard(dataclass_utils, "merge_with_parent")
+@_guard(dataclass_utils, "merge_with_parent", always=True)
 def _name_the_field(merge: Callable, dc: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return merge(dc, cfg, *args, **kwargs)
@@ -291,15 +300,14 @@ def _unpickle_only_what_is_safe(load: Callable, path: str, *args: Any, **kwargs:
     return load(path, *args, **kwargs)
 
 
-if "persistent_workers" not in inspect.signature(iterators.EpochBatchIterator).parameters:
-
-    @_guard(iterators.EpochBatchIterator, "_get_iterator_for_epoch")
-    def _end_workers_with_their_epoch(get_iterator: Callable, *args: Any, **kwargs: Any) -> Any:
-        loader = torch.utils.data.DataLoader
-        torch.utils.data.DataLoader = lambda *given, **options: loader(
-            *given, **{**options, "persistent_workers": False}
-        )
-        try:
-            return get_iterator(*args, **kwargs)
-        finally:
-            torch.utils.data.DataLoader = loader
+@_guard(iterators.EpochBatchIterator, "_get_iterator_for_epoch", always=True)
+def _end_workers_with_their_epoch(get_iterator: Callable, epochs: Any, *args: Any, **kwargs: Any) -> Any:
+    if hasattr(epochs, "persistent_workers"):
+        epochs.persistent_workers = False
+        return get_iterator(epochs, *args, **kwargs)
+    loader = torch.utils.data.DataLoader  # of which fairseq 0.12.2 asks for persistent workers
+    torch.utils.data.DataLoader = lambda *given, **options: loader(*given, **{**options, "persistent_workers": False})
+    try:
+        return get_iterator(epochs, *args, **kwargs)
+    finally:
+        torch.utils.data.DataLoader = loader

@@ -18,7 +18,17 @@ def listen() -> None:
     In a sweep, a SIGTERM that came at the end of one training ends the next one.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda signum, frame: _requested.set())
+        signal.signal(signal.SIGTERM, _remember)
+
+
+def unlisten() -> None:
+    """Let a SIGTERM end the process again, if `listen` has been called."""
+    if signal.getsignal(signal.SIGTERM) is _remember:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _remember(signum: int, frame: object) -> None:
+    _requested.set()
 
 
 def requested() -> bool:

@@ -59,7 +59,7 @@ def compose_recipe(config_dir: str | Path, config_name: str, overrides: Iterable
         first, *others = str(error).splitlines()
         advice = next((f" {line}" for line in others if line.startswith("To append")), "")
         raise InputError(f"{config_dir}/{config_name}: {first}{advice}") from None
-    load_extensions(cfg.task.get("extensions") or [])
+    load_extensions(getattr(cfg.task, "extensions", None) or [])
     add_defaults(cfg)
     values: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     return DictConfig(values)

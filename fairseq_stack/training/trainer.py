@@ -70,7 +70,8 @@ class StudentTrainer(Trainer):
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> None:
         # fairseq saves a crash.pt after an error in an update. Bad input and a loss that is not finite need none.
-        if isinstance(sys.exc_info()[1], (InputError, TrainingStopped)):
+        crash = os.path.basename(filename) == "crash.pt"
+        if crash and isinstance(sys.exc_info()[1], (InputError, TrainingStopped)):
             return None
         return super().save_checkpoint(filename, extra_state)
 

@@ -14,31 +14,31 @@ from typing import Any
 
 def _change_the_command() -> None:
     for name in ("fairseq_cli.hydra_train", "__main__"):  # __main__ with python -m
-        module: Any = sys.modules.get(name)
-        if hasattr(module, "hydra_main") and hasattr(module, "_hydra_main"):
-            module._hydra_main = _user_dir_first(module, module._hydra_main)
+        module = sys.modules.get(name)
+        # A launcher of jobs pickles hydra_main, which finds this function by its name when the job runs.
+        if hasattr(module, "hydra_main") and hasattr(module, "add_defaults"):
+            module.add_defaults = _user_dir_first(module.add_defaults)
 
 
-def _user_dir_first(module: Any, train: Callable) -> Callable:
+def _user_dir_first(add_defaults: Callable) -> Callable:
     from fairseq.utils import import_user_module
 
-    @functools.wraps(train)
-    def checked(cfg: Any, **kwargs: Any) -> Any:
+    @functools.wraps(add_defaults)
+    def checked(cfg: Any) -> None:
         user_dir = cfg.common.user_dir
         if os.path.basename(os.path.normpath(user_dir or "")) != "fairseq_stack":
-            return train(cfg, **kwargs)
+            return add_defaults(cfg)
         try:
             import_user_module(cfg.common)
         except FileNotFoundError:
             raise SystemExit(
                 f"error: common.user_dir={user_dir} does not exist in {os.getcwd()}; give the whole path of the folder"
             ) from None
-        from fairseq_cli import train as fairseq_train
+        from fairseq_cli import train
 
         from fairseq_stack.errors import one_line_errors
 
-        module.add_defaults = fairseq_train.add_defaults  # importing the package has replaced it
-        return one_line_errors(train)(cfg, **kwargs)
+        return one_line_errors(train.add_defaults)(cfg)  # the package has replaced it by now
 
     return checked
 

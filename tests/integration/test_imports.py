@@ -67,12 +67,14 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_command_line_knows_the_task_after_any_import(order):
+def test_the_command_line_knows_the_task_after_any_import(order, tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    user_dir = tmp_path / "link/fairseq_stack" if order == "registered before" else ROOT / "fairseq_stack"
     python(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})",
         ORDERS[order],
         "from fairseq import options",
-        f"sys.argv = ['fairseq-train', 'data', '--user-dir', {str(ROOT / 'fairseq_stack')!r},"
+        f"sys.argv = ['fairseq-train', 'data', '--user-dir', {str(user_dir)!r},"
         " '--task', 'speech_distillation', '--arch', 'stacked_hubert', '--criterion', 'layer_distillation', '--stack-method', 'none']",
         "args = options.parse_args_and_arch(options.get_training_parser(), sys.argv[1:])",
         "assert args.stack_method == 'none' and args.teacher_layers == [4, 8, 12]",

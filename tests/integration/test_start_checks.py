@@ -4,15 +4,17 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from fairseq.data.data_utils import batch_by_size
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.registry import REGISTRIES
 from omegaconf import OmegaConf, open_dict
-from training import completed, composed, configuration, run_training, tiny, train
+from training import EXAMPLES, completed, composed, configuration, run_training, tiny, train
 
 from fairseq_stack.errors import InputError, input_errors, one_line_errors
 from fairseq_stack.models.stacked_hubert import StackedHubertConfig
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation, SpeechDistillationConfig
+from fairseq_stack.training.recipes import compose_recipe
 from fairseq_stack.training.start_checks import check_configuration
 
 # fairseq 0.12.2 keeps a last batch that is no multiple of dataset.required_batch_size_multiple.
@@ -203,6 +205,32 @@ def test_fields_that_a_recipe_does_not_name_need_a_plus_in_five_groups_and_in_no
 
 def fields_of(dataclass):
     return [name for name in dataclass.__dataclass_fields__ if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("override, line", [
+    ("+task.nothing=3", "task.nothing is no field of task._name=speech_distillation"),
+    ("task.max_sample_size=long", "task.max_sample_size: Value 'long'"),
+    ("+optimizer.nothing=1", "optimizer.nothing is no field of optimizer._name=adam"),
+])  # fmt: skip
+def test_a_recipe_that_a_program_composes_is_answered_as_the_commands(override, line):
+    with pytest.raises(InputError, match=f"^{line}"):
+        compose_recipe(EXAMPLES / "interleaved", "librispeech_base", ["task.data=x", "task.teacher=y", override])
+
+
+@pytest.mark.parametrize("status, code", [(1, 1), (-9, "error: process 0 terminated with signal SIGKILL")])
+def test_a_process_that_has_ended_ends_the_job_with_a_reason(monkeypatch, recipe, status, code):
+    """fairseq starts a process for each GPU; one prints its reason, unless a signal has ended it."""
+    text = "process 0 terminated with signal SIGKILL" if status < 0 else "process 0 terminated with exit code 1"
+
+    def spawn(*args, **kwargs):
+        raise torch.multiprocessing.ProcessExitedException(text, error_index=0, error_pid=1, exit_code=status)
+
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    cfg = OmegaConf.create(OmegaConf.to_container(recipe))
+    cfg.distributed_training.distributed_init_method = "tcp://localhost:1"
+    with pytest.raises(SystemExit) as ended:
+        run_training(cfg)
+    assert ended.value.code == code
 
 
 def test_the_reason_of_another_librarys_error_is_its_first_line_that_says_something():

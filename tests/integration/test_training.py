@@ -108,17 +108,20 @@ def test_woken_layers_learn_in_the_very_next_step(speech, teacher_file, tmp_path
 
 
 def test_the_older_command_line_trains_too(speech, teacher_file, tmp_path):
+    """As a module, as torchrun starts it: its functions are then those of __main__."""
     run = command(
-        "fairseq-train", speech, "--user-dir", "fairseq_stack", "--task", "speech_distillation",
+        "python", "-m", "fairseq_cli.train", speech, "--user-dir", "fairseq_stack", "--task", "speech_distillation",
         "--teacher", teacher_file, "--arch", "stacked_hubert", "--criterion", "layer_distillation",
         "--conv-feature-layers", "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2", "--encoder-embed-dim", 16,
         "--encoder-ffn-embed-dim", 32, "--encoder-attention-heads", 4, "--conv-pos", 8, "--conv-pos-groups", 4,
         "--stack-schedule", "equal", "--teacher-layers", "4,8,12", "--optimizer", "adam", "--lr", 0.0005,
         "--batch-size", 4, "--required-batch-size-multiple", 1, "--max-update", 8, "--save-dir", tmp_path, "--num-workers", 0, "--log-format", "simple",
+        "--store-ema", "--ema-decay", 0.9,
     )  # fmt: skip
     output, _ = run.communicate()
     assert run.returncode == 0, output
-    assert load(tmp_path / "checkpoint_last.pt")["model"]["stage"] == 3
+    last = load(tmp_path / "checkpoint_last.pt")
+    assert last["model"]["stage"] == last["extra_state"]["ema"]["stage"] == 3
 
 
 def test_recipes_work_from_any_folder_with_an_absolute_user_dir(speech, teacher_file, tmp_path):
