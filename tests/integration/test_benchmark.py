@@ -173,7 +173,9 @@ def test_an_update_that_runs_out_of_memory_has_no_time(inputs):
         (["--output", str(ROOT)], "is a folder; give a file"),
         (["--output", f"{ROOT}/setup.py/figures.json"], "setup.py is a file and no folder"),
         pytest.param(
-            ["--device", "cuda"], "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")
+            ["--device", "cuda"],
+            "--device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so cuda is no wrong device"),
         ),
     ],
 )
