@@ -48,6 +48,21 @@ def start_job(server, config, overrides, folder, misfortunes=None):
     ]
 
 
+def start_submitted(server, config, overrides, folder):
+    """Start `fairseq-hydra-train --multirun` on a recipe, which submits a job to this machine and waits for its end.
+
+    The job writes to folder/.submitit/JOB/JOB_0_log.out and JOB_0_log.err, hydra to folder/log.
+    """
+    folder.mkdir(exist_ok=True)
+    submitted = [
+        *overrides,
+        "hydra/launcher=submitit_local",
+        f"hydra.sweep.dir={folder}",
+        f"common.user_dir={ROOT}/fairseq_stack",
+    ]
+    return server.call(_submit, config, submitted, log=folder / "log")
+
+
 def wait(processes):
     """Exit codes of the processes; one that does not end within a minute is stopped and gives None."""
     codes = []
@@ -64,6 +79,15 @@ def _rank(rank, config, overrides, folder, misfortune):
         misfortune()
     sys.argv = ["fairseq-hydra-train", "--config-dir", str(ROOT / "examples/interleaved"), "--config-name", config,
                 *overrides, f"distributed_training.distributed_rank={rank}"]  # fmt: skip
+    hydra_train.cli_main()
+
+
+def _submit(config, overrides):
+    from submitit.core.core import Job
+
+    Job._results_timeout_s = 0  # of the 15 s in which the result of a job that failed may still appear
+    sys.argv = ["fairseq-hydra-train", "--multirun", "--config-dir", str(ROOT / "examples/interleaved"),
+                "--config-name", config, *overrides]  # fmt: skip
     hydra_train.cli_main()
 
 

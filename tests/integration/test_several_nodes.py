@@ -3,9 +3,13 @@
 import pytest
 from fairseq.dataclass.initialize import hydra_init
 from fairseq.distributed.utils import infer_init_method
-from training import EXAMPLES, composed
+from fork_server import ForkServer
+from processes import start_submitted, wait
+from training import EXAMPLES, composed, tiny
 
 SPEECH = ["task.data=manifests", "task.teacher=teacher.pt"]
+# The module to import, and the reason of the skip. It is part of [test] where fairseq has a hydra that it works with.
+SUBMITIT = ("hydra_plugins.hydra_submitit_launcher", None, "needs Python 3.11 and pip install -e .[slurm]")
 RECIPES = sorted(path.stem for path in (EXAMPLES / "interleaved").glob("*.yaml"))
 
 
@@ -20,7 +24,7 @@ def test_torchruns_configuration_leaves_the_number_of_processes_to_torchrun(reci
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_slurms_configuration_starts_a_process_for_each_gpu_of_all_nodes(recipe, tmp_path, monkeypatch):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs pip install -e .[slurm]")
+    pytest.importorskip(*SUBMITIT)
     hydra_init(recipe)
     overrides = [*SPEECH, "+run_config=slurm", "hydra/launcher=submitit_slurm"]
     cfg = composed(recipe, overrides, return_hydra_config=True)
@@ -42,3 +46,23 @@ def test_slurms_configuration_starts_a_process_for_each_gpu_of_all_nodes(recipe,
     infer_init_method(training)
     assert training.distributed_init_method == "tcp://node1:29671" and training.distributed_no_spawn
     assert (training.distributed_rank, training.device_id) == (rank, 0)
+
+
+def test_bad_input_of_a_submitted_job_is_one_line_in_its_log(speech, teacher_file, tmp_path):
+    pytest.importorskip(*SUBMITIT)
+    mistakes = {  # in what fairseq's command does first, and in fairseq's training
+        "+optimizer.bate=1": "error: optimizer.bate is no field of optimizer._name=adam; take it out",
+        "task.data=/nonexistent": "error: task.data=/nonexistent does not exist",
+    }
+    with ForkServer() as server:
+        jobs = [
+            start_submitted(
+                server, "librispeech_base", [*tiny(speech, teacher_file, tmp_path), mistake], tmp_path / str(number)
+            )
+            for number, mistake in enumerate(mistakes)
+        ]
+        assert wait(jobs) == [1, 1]
+    for number, line in enumerate(mistakes.values()):
+        (log,) = (tmp_path / str(number)).glob(".submitit/*/*_0_log.err")
+        assert log.read_text().splitlines()[-1].startswith(line)
+        assert "Traceback" not in log.read_text()
