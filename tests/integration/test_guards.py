@@ -12,6 +12,7 @@ from fairseq.data import iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from training import ROOT, run_training, tiny, train
 
+from fairseq_stack.errors import InputError, Preempted
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 
 
@@ -51,6 +52,15 @@ def test_no_checkpoint_is_ever_written_in_place(speech, teacher_file, tmp_path, 
     checkpoints = {name for name in written if name.startswith(f"{tmp_path}/checkpoints/checkpoint")}
     assert f"{tmp_path}/checkpoints/checkpoint_last.pt.tmp" in checkpoints  # the copy; fairseq opens it as it is
     assert len(checkpoints) >= 15 and all(name.endswith(".tmp") for name in checkpoints)
+
+
+@pytest.mark.parametrize("error", [InputError, Preempted])
+def test_a_training_that_answers_the_error_of_another_saves_its_checkpoints(speech, teacher_file, tmp_path, error):
+    try:
+        raise error
+    except error:
+        train("librispeech_base", tiny(speech, teacher_file, tmp_path, **{"optimization.max_update": 7}))
+    assert load(tmp_path / "checkpoints/checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 7
 
 
 @pytest.fixture(scope="module")
