@@ -1,6 +1,7 @@
 """The student: a HuBERT whose depth grows while it trains."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, List
 
@@ -358,6 +359,16 @@ class StackedHubert(HubertEncoder):
             self._unfinished.extend(growth)
             self._stage_index += 1
             self.stage.fill_(self._stage_index)
+
+    def matrices(self) -> Iterator[nn.Parameter]:
+        """Yield the trained matrices between hidden layers: projections, and kernels of the CNN after the first.
+
+        The heads and the positional convolution are not among them.
+        """
+        for name, parameter in self.named_parameters():
+            if not name.startswith(("heads.", "encoder.pos_conv.")) and parameter.requires_grad:
+                if parameter.dim() > 1 and min(parameter.shape[:2]) > 1:
+                    yield parameter
 
     def finish_growth(self) -> list[ParameterPair]:
         """The pairs (source, new) of parameters copied since the last call, whose optimizer state is to be copied."""

@@ -21,6 +21,7 @@ from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.errors import InputError, TrainingStopped, input_errors
 from fairseq_stack.training.full_depth import depth_at_end
 from fairseq_stack.training.moving_average import MovingAverage
+from fairseq_stack.training.muon import mark_matrices
 from fairseq_stack.training.nonfinite import gradient_stop, loss_scale_stop
 from fairseq_stack.training.optimizers import save_whole_state
 from fairseq_stack.training.resume import fit, saved_configuration
@@ -48,6 +49,8 @@ class StudentTrainer(Trainer):
     task: Any  # a SpeechDistillation
 
     def _build_optimizer(self) -> None:
+        if self.cfg.optimizer._name == "muon":
+            self._prepare_muon()
         fields = ", ".join(_chosen(self.cfg[group], group) for group in ("optimizer", "lr_scheduler"))
         with input_errors(f"fairseq cannot build the optimizer and the learning rate schedule from {fields}"):
             try:
@@ -60,6 +63,22 @@ class StudentTrainer(Trainer):
             if not all(0 <= beta < 1 for beta in betas):
                 raise InputError(f"optimizer.adam_betas={tuple(betas)} must be from 0 to below 1")
         save_whole_state(self.optimizer, self.cfg)
+
+    def _prepare_muon(self) -> None:
+        model, common = self.get_model(), self.cfg.common
+        for half in ("fp16", "bf16"):
+            if common[half] and common[f"memory_efficient_{half}"]:
+                raise InputError(
+                    f"common.memory_efficient_{half}=true keeps no fp32 weights, but optimizer._name=muon needs them;"
+                    " set it to false"
+                )
+        matrices = list(model.matrices())
+        mark_matrices(matrices)
+        count, total = (sum(each.numel() for each in parameters) for parameters in (matrices, model.parameters()))
+        logger.info(f"muon | updates {len(matrices)} matrices with {count:,} of {total:,} parameters, adamw the rest")
+        if common.fp16 and not common.fp16_no_flatten_grads:
+            common.fp16_no_flatten_grads = True
+            logger.info("muon | common.fp16_no_flatten_grads=true, because a flat buffer has no matrices")
 
     def _build_ema(self) -> None:
         if self.cfg.ema.store_ema:

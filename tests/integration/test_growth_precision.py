@@ -12,11 +12,15 @@ PRECISIONS = {
     "bf16": {"common.bf16": True},
     "memory-efficient bf16": {"common.bf16": True, "common.memory_efficient_bf16": True},
     "amp": {"common.amp": True, "common.amp_init_scale": 1024},
+    "bf16, muon": {"common.bf16": True, "optimizer._name": "muon"},
+    "amp, muon": {"common.amp": True, "common.amp_init_scale": 1024, "optimizer._name": "muon"},
 }
 OPTIMIZERS = {
     "bf16": FP16Optimizer,
     "memory-efficient bf16": MemoryEfficientFP16Optimizer,
     "amp": AMPOptimizer,
+    "bf16, muon": FP16Optimizer,
+    "amp, muon": AMPOptimizer,
 }
 
 

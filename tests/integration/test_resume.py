@@ -61,6 +61,11 @@ PRECISIONS = {
     "bf16": {"common.bf16": True},
     "memory-efficient bf16": {"common.bf16": True, "common.memory_efficient_bf16": True},
 }
+MUON = {"optimizer._name": "muon"}
+MUON_PRECISIONS = {
+    "fp32, Muon": MUON,
+    "bf16, Muon, reset moments": {**MUON, **PRECISIONS["bf16"], **PRECISIONS["fp32, reset moments"]},
+}
 STOPS = {
     "at epoch end": lambda growths: [EPOCH_END],
     "in mid-epoch": lambda growths: [MID_EPOCH],
@@ -77,7 +82,7 @@ def cells():
     """An orthogonal array of 25 runs in six factors of five levels: any two levels of two factors meet once.
 
     Row (a, b) holds a, b, a + b, a + 2 b, a + 3 b and a + 4 b modulo 5. The method without growth follows,
-    which has no schedule.
+    which has no schedule, and then another optimizer.
     """
     for a in range(5):
         for b in range(5):
@@ -85,6 +90,8 @@ def cells():
             yield tuple(factor[level] for factor, level in zip(FACTORS, levels))
     yield "none", "in mid-epoch", "equal", "2 workers", "average", "fp32"
     yield "none", "at epoch end", "equal", "2 workers, accumulation", "no average", "bf16"
+    yield "interleaved", "at each growth", "equal", "2 workers", "average", "fp32, Muon"
+    yield "midas", "after each growth", "milestones", "accumulation", "fp32 average", "bf16, Muon, reset moments"
 
 
 def test_every_level_of_each_factor_meets_every_level_of_each_other():
@@ -181,7 +188,7 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(
         **SCHEDULES[schedule],
         **LOADING[loading],
         **AVERAGES[average],
-        **PRECISIONS[precision],
+        **{**PRECISIONS, **MUON_PRECISIONS}[precision],
     }
     if schedule == "milestones":
         fields["+model.stack_milestones"] = MILESTONES[method]
