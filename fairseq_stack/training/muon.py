@@ -82,7 +82,8 @@ class Muon(torch.optim.AdamW):
             gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 if not self.state[parameter]:
-                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                    # torch's AdamW looks for `step` in every state that it loads.
+                    self.state[parameter].update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter))
             averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
             update = torch.stack(torch._foreach_lerp(gradients, averages, momentum))  # Nesterov's momentum
