@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from fairseq.models.wav2vec.wav2vec2 import TransformerEncoder, TransformerSentenceEncoderLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from fairseq_stack.models.dropout import dropout, kept
+from fairseq_stack.models.dropout import dropout, kept, masked
 from fairseq_stack.models.pos_conv import positions
 
 
@@ -114,33 +115,59 @@ def attention(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None,
     if query.is_cuda:
         mask = None if padding is None else ~padding[:, None, None]
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_probability)
-    scores = (query * query.size(-1) ** -0.5) @ key.transpose(2, 3)
-    if padding is not None:
-        scores = scores.masked_fill(padding[:, None, None], float("-inf"))
-    if not dropout_probability:
-        return scores.softmax(3) @ value
-    return DroppedAttention.apply(scores, value, *kept(scores.shape, dropout_probability))
+    keep, scale = None, 1.0
+    if dropout_probability:
+        keep, scale = kept((*query.shape[:3], key.size(2)), dropout_probability)
+    lengths = [key.size(2)] * len(key) if padding is None else (~padding).sum(1).tolist()
+    return Attention.apply(query, key, value, lengths, keep, scale)
 
 
-class DroppedAttention(torch.autograd.Function):
-    """(softmax(scores) * keep * scale) @ value, with scores [B, heads, T, T].
+class Attention(torch.autograd.Function):
+    """(softmax(query @ key.T / sqrt(features)) * keep * scale) @ value, each utterance over its own frames.
 
-    For the backward pass it keeps one tensor of the scores' size and a mask. Separate torch functions keep three such
-    tensors in every layer.
+    It computes one utterance after another, so that the scores stay in the processor's cache. For the backward pass it
+    keeps one tensor of the scores' size and the mask. Separate torch functions keep three such tensors in every layer.
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, value: Tensor, keep: Tensor, scale: float) -> Tensor:
-        weights = scores.softmax(3)
-        ctx.save_for_backward(weights, value, keep)
-        ctx.scale = scale
-        return (weights * keep) @ (value * scale)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], keep: Tensor | None, scale: float
+    ) -> Tensor:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+        ctx.factor, ctx.scale = query.size(3) ** -0.5, scale
+        all_weights = []
+        for row, length in enumerate(lengths):
+            weights = query.new_empty(*query.shape[1:3], length)
+            _product(query[row], key[row, :, :length].transpose(1, 2), ctx.factor, out=weights)
+            torch.softmax(weights, 2, out=weights)
+            dropped = weights if keep is None else masked(weights, keep[row, :, :, :length])
+            _product(dropped, value[row, :, :length], scale, out=output[row])
+            all_weights.append(weights)
+        ctx.save_for_backward(query, key, value, keep, *all_weights)
+        return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weights, value, keep = ctx.saved_tensors
-        gradient = gradient * ctx.scale
-        value_gradient = (weights * keep).transpose(2, 3) @ gradient
-        weights_gradient = (gradient @ value.transpose(2, 3)).mul_(keep)
-        scores_gradient = torch.ops.aten._softmax_backward_data(weights_gradient, weights, 3, weights.dtype)
-        return scores_gradient, value_gradient, None, None
+        query, key, value, keep, *all_weights = ctx.saved_tensors
+        query_gradient, key_gradient, value_gradient = (torch.zeros_like(x) for x in (query, key, value))
+        for row, weights in enumerate(all_weights):
+            length = weights.size(2)
+            mask = None if keep is None else keep[row, :, :, :length]
+            upstream = gradient[row].contiguous()
+            dropped = weights if mask is None else masked(weights, mask)
+            _product(dropped.transpose(1, 2), upstream, ctx.scale, out=value_gradient[row, :, :length])
+            scores = torch.empty_like(weights)
+            _product(upstream, value[row, :, :length].transpose(1, 2), ctx.scale, out=scores)
+            if mask is not None:
+                masked(scores, mask, out=scores)
+            torch.ops.aten._softmax_backward_data.out(scores, weights, 2, weights.dtype, grad_input=scores)
+            _product(scores, key[row, :, :length], ctx.factor, out=query_gradient[row])
+            _product(scores.transpose(1, 2), query[row], ctx.factor, out=key_gradient[row, :, :length])
+        return query_gradient, key_gradient, value_gradient, None, None, None
+
+
+def _product(x: Tensor, y: Tensor, factor: float, out: Tensor) -> None:
+    """Write factor * x @ y to `out`."""
+    torch.baddbmm(out, x, y, beta=0, alpha=factor, out=out)
