@@ -136,12 +136,15 @@ class Attention(torch.autograd.Function):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
         ctx.factor, ctx.scale = query.size(3) ** -0.5, scale
+        scratch = query.new_empty(query[0].size(0) * query.size(2) * max(lengths))
         all_weights = []
         for row, length in enumerate(lengths):
             weights = query.new_empty(*query.shape[1:3], length)
             _product(query[row], key[row, :, :length].transpose(1, 2), ctx.factor, out=weights)
             torch.softmax(weights, 2, out=weights)
-            dropped = weights if keep is None else masked(weights, keep[row, :, :, :length])
+            dropped = weights
+            if keep is not None:
+                dropped = masked(weights, keep[row, :, :, :length], scratch[: weights.numel()].view_as(weights))
             _product(dropped, value[row, :, :length], scale, out=output[row])
             all_weights.append(weights)
         ctx.save_for_backward(query, key, value, keep, *all_weights)
@@ -152,13 +155,14 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, keep, *all_weights = ctx.saved_tensors
         query_gradient, key_gradient, value_gradient = (torch.zeros_like(x) for x in (query, key, value))
+        scratch = query.new_empty(max(weights.numel() for weights in all_weights))
         for row, weights in enumerate(all_weights):
             length = weights.size(2)
+            scores = scratch[: weights.numel()].view_as(weights)
             mask = None if keep is None else keep[row, :, :, :length]
             upstream = gradient[row].contiguous()
-            dropped = weights if mask is None else masked(weights, mask)
+            dropped = weights if mask is None else masked(weights, mask, out=scores)
             _product(dropped.transpose(1, 2), upstream, ctx.scale, out=value_gradient[row, :, :length])
-            scores = torch.empty_like(weights)
             _product(upstream, value[row, :, :length].transpose(1, 2), ctx.scale, out=scores)
             if mask is not None:
                 masked(scores, mask, out=scores)
