@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,9 +50,8 @@ def kept(shape: Sequence[int], probability: float) -> tuple[Tensor, float]:
     """
     dropped = min(round(probability * _RANGE), _RANGE - 1)
     count = torch.Size(shape).numel()
-    generator = np.random.SFC64(int(torch.randint(1 << 62, ())))
-    drawn = torch.from_numpy(generator.random_raw((count + 3) // 4).view(np.int16))
-    numbers = drawn[:count].view(shape)
+    drawn = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
+    numbers = drawn.view(torch.int16)[:count].view(shape)
     return numbers.ge_(dropped - _RANGE // 2), _RANGE / (_RANGE - dropped)
 
 

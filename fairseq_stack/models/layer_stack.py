@@ -136,15 +136,13 @@ class Attention(torch.autograd.Function):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         output = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
         ctx.factor, ctx.scale = query.size(3) ** -0.5, scale
-        scratch = query.new_empty(query[0].size(0) * query.size(2) * max(lengths))
+        scratch = None if keep is None else query.new_empty(keep[0].numel())
         all_weights = []
         for row, length in enumerate(lengths):
             weights = query.new_empty(*query.shape[1:3], length)
             _product(query[row], key[row, :, :length].transpose(1, 2), ctx.factor, out=weights)
             torch.softmax(weights, 2, out=weights)
-            dropped = weights
-            if keep is not None:
-                dropped = masked(weights, keep[row, :, :, :length], scratch[: weights.numel()].view_as(weights))
+            dropped = _dropped(weights, keep, row, scratch)
             _product(dropped, value[row, :, :length], scale, out=output[row])
             all_weights.append(weights)
         ctx.save_for_backward(query, key, value, keep, *all_weights)
@@ -157,19 +155,23 @@ class Attention(torch.autograd.Function):
         query_gradient, key_gradient, value_gradient = (torch.zeros_like(x) for x in (query, key, value))
         scratch = query.new_empty(max(weights.numel() for weights in all_weights))
         for row, weights in enumerate(all_weights):
-            length = weights.size(2)
-            scores = scratch[: weights.numel()].view_as(weights)
-            mask = None if keep is None else keep[row, :, :, :length]
-            upstream = gradient[row].contiguous()
-            dropped = weights if mask is None else masked(weights, mask, out=scores)
+            length, upstream = weights.size(2), gradient[row].contiguous()
+            dropped = _dropped(weights, keep, row, scratch)
             _product(dropped.transpose(1, 2), upstream, ctx.scale, out=value_gradient[row, :, :length])
+            scores = scratch[: weights.numel()].view_as(weights)
             _product(upstream, value[row, :, :length].transpose(1, 2), ctx.scale, out=scores)
-            if mask is not None:
-                masked(scores, mask, out=scores)
+            scores = _dropped(scores, keep, row, scratch)
             torch.ops.aten._softmax_backward_data.out(scores, weights, 2, weights.dtype, grad_input=scores)
             _product(scores, key[row, :, :length], ctx.factor, out=query_gradient[row])
             _product(scores.transpose(1, 2), query[row], ctx.factor, out=key_gradient[row, :, :length])
         return query_gradient, key_gradient, value_gradient, None, None, None
+
+
+def _dropped(x: Tensor, keep: Tensor | None, row: int, scratch: Tensor | None) -> Tensor:
+    """Return x [heads, T, length] * keep[row] in the memory of `scratch`, or x itself if there is no mask."""
+    if keep is None or scratch is None:
+        return x
+    return masked(x, keep[row, :, :, : x.size(2)], scratch[: x.numel()].view_as(x))
 
 
 def _product(x: Tensor, y: Tensor, factor: float, out: Tensor) -> None:

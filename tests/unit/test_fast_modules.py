@@ -12,7 +12,7 @@ from fairseq.models.wav2vec.wav2vec2 import (
 
 from fairseq_stack.models.conv_extractor import ConvExtractor
 from fairseq_stack.models.conv_geometry import frames_from_samples
-from fairseq_stack.models.dropout import dropout, kept
+from fairseq_stack.models.dropout import dropout, kept, masked
 from fairseq_stack.models.layer_stack import EncoderLayer, attention
 from fairseq_stack.models.pos_conv import positions, smooth_size
 
@@ -213,6 +213,37 @@ def test_attention_with_dropout_is_that_of_its_mask():
     for ours, theirs in zip(found, torch.autograd.grad(expected, (q, k, v), upstream.double())):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
     assert keep.float().mean() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_mask_keeps_numbers_of_each_type_as_they_are(dtype):
+    x, (keep, _) = torch.randn(5, 7, 11).to(dtype).transpose(0, 1), kept((7, 5, 11), 0.3)
+    assert keep.unique().tolist() == [0, 1]
+    expected = torch.where(keep == 1, x, torch.zeros((), dtype=dtype))
+    assert torch.equal(masked(x, keep).abs(), expected.abs()) and masked(x, keep).dtype == dtype
+    assert masked(x, keep, out=x) is x and torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_attention_in_bf16_is_that_in_fp32_and_keeps_one_tensor_of_the_scores_and_a_mask(probability):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 40, 8).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    padding = torch.arange(40) >= torch.tensor([[29], [40]])
+    upstream = torch.randn(2, 3, 40, 8).bfloat16()
+    saved, found = [], []
+    for inputs in (tensors, exact):
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            output = attention(*inputs, padding, probability)
+        found.append([output, *torch.autograd.grad(output, inputs, upstream.to(output))])
+        if inputs is tensors:
+            large = [x for x in saved if x.numel() > tensors[0].numel()]
+            assert sum(x.numel() for x in large) <= (1 + (probability > 0)) * 2 * 3 * 40 * 40
+            assert all(x.element_size() == 2 for x in large)
+    for ours, theirs in zip(*found):
+        assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
+    assert not found[0][2][0, :, 29:].any() and not found[0][3][0, :, 29:].any()  # no gradient from padding
 
 
 @pytest.mark.parametrize("width", [64, 128, 384])
