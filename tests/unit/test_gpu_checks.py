@@ -1,0 +1,97 @@
+"""scripts/gpu_checks.sh, as far as it can be tried without a GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+from fairseq_stack.cli import benchmark
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("gpu_checks", ROOT / "scripts/gpu_checks.py")
+gpu_checks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu_checks)
+
+
+def script(*options):
+    return subprocess.run(
+        [ROOT / "scripts/gpu_checks.sh", "--here", *options], capture_output=True, text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="there is a GPU, and the checks take minutes")
+def test_without_a_gpu_one_line_says_so_at_once():
+    ended = script()
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "error: this machine has no GPU\n")
+
+
+def test_its_commands_are_those_of_the_benchmark_and_of_existing_tests():
+    tests, *measurements = script("--dry-run").stdout.splitlines()
+    assert (ROOT / tests.split()[-2]).is_dir()
+    parser = ArgumentParser()
+    benchmark.add_arguments(parser)
+    precisions = []
+    for line in measurements:
+        options = parser.parse_args(line.split()[4:])
+        assert (options.device, options.batch, options.seconds) == ("cuda", 64, 12)
+        precisions += options.precision
+    assert sorted(precisions) == ["bf16", "fp16", "fp32"]
+
+
+def test_an_unknown_option_ends_in_one_line():
+    ended = script("--fast")
+    assert ended.returncode == 1 and ended.stderr.startswith("error: --fast is no option")
+
+
+def test_all_missing_packages_are_named_at_once():
+    assert gpu_checks.lacking(["pytest", "no-such-a", "tensorboard", "no-such-b"]) == ["no-such-a", "no-such-b"]
+
+
+def test_one_table_holds_all_results(tmp_path):
+    xml = ("<testsuites><testsuite><testcase name='test_a_b[fp16]' time='2.2'/><testcase name='test_c' time='1'>"
+           "<failure/></testcase></testsuite></testsuites>")  # fmt: skip
+    figures = {
+        "update": {"3": 0.1, "12": 0.2},
+        "parts": {"12": {"targets": 0.05, "backward": 0.15}},
+        "peak_memory": 2**31,
+    }
+    cases = {
+        "fp16, live": figures,
+        "s3prl": {"update": {"12": 0.5}, "parts": {"12": {}}},
+        "big": {"update": {}, "parts": {}},
+    }
+    later = {"bf16, live": figures}
+    write = "import sys; open(sys.argv[1], 'w').write(sys.argv[2]); sys.exit(int(sys.argv[3]))"
+    todo = {
+        "tests": [sys.executable, "-c", write, tmp_path / "tests.xml", xml, "1"],
+        "fp16": [sys.executable, "-c", write, tmp_path / "fp16.json", json.dumps({"cases": cases}), "0"],
+        "bf16": [sys.executable, "-c", write, tmp_path / "bf16.json", json.dumps({"cases": later}), "0"],
+    }
+    rows, whole = gpu_checks.check(todo, tmp_path)
+    assert not whole
+    assert [row[:-1] for row in rows] == [
+        ["tests", f"failed: see {tmp_path}/tests.log", "", "", "", ""],
+        ["a b[fp16]", "passed", "", "", "", ""],
+        ["c", "failed", "", "", "", ""],
+        ["fp16", "passed", "", "", "", ""],
+        ["fp16, live", "measured", "200.0", "targets 50, backward 150", "2.0", "2.50x"],
+        ["s3prl", "measured", "500.0", "", "", "1.00x"],
+        ["big", "does not fit into memory", "", "", "", ""],
+        ["bf16", "passed", "", "", "", ""],
+        ["bf16, live", "measured", "200.0", "targets 50, backward 150", "2.0", "2.50x"],
+    ]
+    assert all(len(row) == 1 + len(gpu_checks.HEADER) for row in rows)
+
+
+def test_a_command_that_takes_too_long_ends_with_its_children(tmp_path):
+    command = ["bash", "-c", f"sleep 1000 & echo $! > {tmp_path}/child; wait"]
+    assert gpu_checks.run(command, tmp_path / "log", 1) == "out of time"
+    child = int((tmp_path / "child").read_text())
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] in "ZX"
