@@ -1,6 +1,7 @@
 """Start the processes of one job as a cluster's launcher does, each with fairseq's command."""
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -8,6 +9,7 @@ import time
 import torch
 from fairseq import tasks
 from fairseq_cli import hydra_train
+from torch.distributed import run
 from torch.nn.parallel import DistributedDataParallel
 from training import ROOT, configuration
 
@@ -48,6 +50,24 @@ def start_job(server, config, overrides, folder, misfortunes=None):
     ]
 
 
+def start_under_torchrun(server, config, overrides, folder, misfortune=None):
+    """Start `torchrun --nproc-per-node 2 --max-restarts 1 -m fairseq_cli.hydra_train` on a recipe.
+
+    All processes write to folder/log. torchrun forks the ranks, which saves their imports.
+
+    Args:
+        server: a ForkServer.
+        misfortune: a function that torchrun's process calls, whose changes the ranks inherit; see below.
+    """
+    arguments = [
+        *overrides,
+        f"common.user_dir={ROOT}/fairseq_stack",
+        f"hydra.output_subdir={folder}/.hydra",
+        f"hydra.job_logging.handlers.file.filename={folder}/train.log",
+    ]
+    return server.call(_torchrun, config, arguments, misfortune, log=folder / "log")
+
+
 def start_submitted(server, config, overrides, folder):
     """Start `fairseq-hydra-train --multirun` on a recipe, which submits a job to this machine and waits for its end.
 
@@ -80,6 +100,14 @@ def _rank(rank, config, overrides, folder, misfortune):
     sys.argv = ["fairseq-hydra-train", "--config-dir", str(ROOT / "examples/interleaved"), "--config-name", config,
                 *overrides, f"distributed_training.distributed_rank={rank}"]  # fmt: skip
     hydra_train.cli_main()
+
+
+def _torchrun(config, overrides, misfortune):
+    if misfortune is not None:
+        misfortune()
+    run.main(["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--start-method", "fork", "--run-path",
+              hydra_train.__file__, "--config-dir", str(ROOT / "examples/interleaved"), "--config-name", config,
+              *overrides])  # fmt: skip
 
 
 def _submit(config, overrides):
@@ -115,6 +143,21 @@ def record(folder, rank, setattr=setattr):
 def signal_before(update, number):
     """Let this process get a signal, as from outside, when `update` begins."""
     _before(update, lambda model: os.kill(os.getpid(), number))
+
+
+def kill_one_of_torchruns_before(update):
+    """Let rank 1 die without a word when `update` begins. It is started again and stays alive."""
+
+    def kill(model):
+        if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _before(update, kill)
+
+
+def end_torchrun_before(update):
+    """Let torchrun get a SIGTERM, as from outside, when `update` begins."""
+    _before(update, lambda model: os.environ["RANK"] == "0" and os.kill(os.getppid(), signal.SIGTERM))
 
 
 def damage_before(update):

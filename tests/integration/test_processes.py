@@ -11,11 +11,14 @@ from fork_server import ForkServer
 from killing import same_state
 from processes import (
     damage_before,
+    end_torchrun_before,
     free_port,
+    kill_one_of_torchruns_before,
     record,
     recover_late,
     signal_before,
     start_job,
+    start_under_torchrun,
     train_under_torchs_ddp,
     wait,
 )
@@ -145,6 +148,32 @@ def test_a_killed_process_ends_the_job_which_goes_on_afterwards_to_the_same_weig
     assert job(fields, {1: partial(signal_before, 5, signal.SIGKILL)}) == [1, -signal.SIGKILL], log(tmp_path)
     assert job(fields) == [0, 0], log(tmp_path)
     assert re.search(r"Loaded checkpoint \S+ \(epoch 2 @ 5 updates\)", log(tmp_path))
+    assert same_state(tmp_path, finished)
+
+
+def test_torchrun_starts_a_killed_process_again_and_the_job_ends_with_the_same_weights(
+    server, finished, speech, teacher_file, tmp_path
+):
+    overrides = tiny(speech, teacher_file, tmp_path, **FIELDS, **EVERY_UPDATE)
+    job = start_under_torchrun(
+        server, "librispeech_base", overrides, tmp_path, partial(kill_one_of_torchruns_before, 5)
+    )
+    output = tmp_path / "log"
+    assert wait([job]) == [0], output.read_text()
+    assert re.search(r"Loaded checkpoint \S+ \(epoch 2 @ 5 updates\)", output.read_text())
+    assert same_state(tmp_path, finished)
+
+
+def test_torchrun_passes_a_sigterm_on_and_the_same_command_goes_on_to_the_same_weights(
+    server, finished, speech, teacher_file, tmp_path
+):
+    start = partial(
+        start_under_torchrun, server, "librispeech_base", tiny(speech, teacher_file, tmp_path, **FIELDS), tmp_path
+    )
+    output = tmp_path / "log"
+    assert wait([start(partial(end_torchrun_before, 6))]) != [0]
+    assert "SIGTERM ends the run at update 7; the same command resumes it" in output.read_text()
+    assert wait([start()]) == [0], output.read_text()
     assert same_state(tmp_path, finished)
 
 
