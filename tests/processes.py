@@ -15,6 +15,7 @@ from training import ROOT, configuration
 
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 from fairseq_stack.training import guards as fairseq_guards
+from fairseq_stack.training.trainer import StudentTrainer
 
 
 def free_port():
@@ -146,13 +147,18 @@ def signal_before(update, number):
 
 
 def kill_one_of_torchruns_before(update):
-    """Let rank 1 die without a word when `update` begins. It is started again and stays alive."""
+    """Let rank 1 die without a word when `update` begins. It is started again, meets the other one late, and stays alive."""
+    new_group = torch.distributed.new_group
 
-    def kill(model):
-        if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
-            os.kill(os.getpid(), signal.SIGKILL)
+    def rank_1_at_start(start):
+        return (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", str(start))
 
-    _before(update, kill)
+    def met(*args, **kwargs):
+        time.sleep(rank_1_at_start(1))
+        return new_group(*args, **kwargs)
+
+    torch.distributed.new_group = met
+    _before(update, lambda model: rank_1_at_start(0) and os.kill(os.getpid(), signal.SIGKILL))
 
 
 def end_torchrun_before(update):
@@ -179,6 +185,18 @@ def recover_late(seconds):
         return recover(folder)
 
     fairseq_guards.recover = late
+
+
+def save_late(seconds, update):
+    """Let this process get a SIGTERM when `update` begins, and take its time to write the checkpoint."""
+    save = StudentTrainer.save_checkpoint
+
+    def late(trainer, *args):
+        time.sleep(seconds)
+        return save(trainer, *args)
+
+    StudentTrainer.save_checkpoint = late
+    signal_before(update, signal.SIGTERM)
 
 
 def _before(update, action):

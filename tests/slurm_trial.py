@@ -66,15 +66,25 @@ def wait_for(what, folder, job):
         time.sleep(0.1)
 
 
-def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_uninterrupted_one(submit, tmp_path):
-    reference, job = submit("uninterrupted")
-    finish(reference, job)
-    preempted, job = submit("preempted")
-    wait_for(r"num_updates=4,", preempted, job)
-    os.system("sbatch --quiet --partition high --nodes 2 --output /dev/null --wrap 'sleep 1'")
-    finish(preempted, job)
-    assert "DUE TO PREEMPTION" in log(preempted)
-    (ended,) = re.findall(r"SIGTERM ends the run at update (\d+)", log(preempted))
-    assert re.search(rf"Loaded checkpoint \S+ \(epoch \d+ @ {ended} updates\)", log(preempted))
-    assert same_state(preempted, reference)
-    print(f"preempted at update {ended}, requeued, finished with the same weights and optimizer state")
+@pytest.fixture
+def uninterrupted(submit):
+    folder, job = submit("uninterrupted")
+    finish(folder, job)
+    return folder
+
+
+def test_a_job_that_is_interrupted_is_requeued_and_ends_with_the_weights_of_an_uninterrupted_one(submit, uninterrupted):
+    interruptions = {
+        "SIGTERM": "sbatch --quiet --partition high --nodes 2 --output /dev/null --wrap 'sleep 1'",
+        "SIGUSR2": "scancel --signal USR2 {}",  # SLURM itself sends it some time before the time limit
+    }
+    for name, interrupt in interruptions.items():
+        folder, job = submit(name)
+        wait_for(r"num_updates=4,", folder, job)
+        (number,) = (path.name for path in (folder / "outputs/slurm").iterdir() if path.name.isdigit())
+        os.system(interrupt.format(number))
+        finish(folder, job)
+        (ended,) = re.findall(rf"{name} ends the run at update (\d+)", log(folder))
+        assert re.search(rf"Loaded checkpoint \S+ \(epoch \d+ @ {ended} updates\)", log(folder)), log(folder)
+        assert same_state(folder, uninterrupted)
+        print(f"{name} at update {ended}: requeued, finished with the same weights and optimizer state")

@@ -45,6 +45,8 @@ from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from fairseq_stack.checkpoints.read import load_checkpoint
@@ -105,9 +107,23 @@ def one_line_training(cfg: Any, **kwargs: Any) -> None:
 @_guard(distributed_utils, "infer_init_method", always=True)
 def _join_the_processes_of_torchrun(infer: Callable, cfg: Any, *args: Any, **kwargs: Any) -> None:
     """fairseq trains alone in a process whose configuration has one process, whatever torchrun has started."""
-    if torch.distributed.is_torchelastic_launched() and cfg.distributed_world_size == 1:
+    if not torch.distributed.is_torchelastic_launched():
+        return infer(cfg, *args, **kwargs)
+    if cfg.distributed_world_size == 1:
         cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
     infer(cfg, *args, **kwargs)
+    if cfg.distributed_init_method == "env://":
+        cfg.distributed_init_method = "torchrun://"
+
+
+def _meet_after_a_restart(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
+    """Newer versions of torchrun keep their store over a restart, and a process would find addresses of dead ones."""
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    for store, rank, size in rendezvous(url.replace("torchrun:", "env:", 1), **kwargs):
+        yield PrefixStore(f"attempt {attempt}", store), rank, size
+
+
+register_rendezvous_handler("torchrun", _meet_after_a_restart)
 
 
 @_guard(distributed_utils, "_infer_slurm_init", always=True)
@@ -259,10 +275,12 @@ def _save_on_sigterm(
     losses, should_stop = validate_and_save(cfg, trainer, task, epoch_itr, *args)
     if getattr(task, "preempted", False) and not should_stop:
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        if trainer.data_parallel_world_size > 1:
+            torch.distributed.barrier()  # SLURM kills a job once a process has ended, and the first one still saves
         if trainer.is_data_parallel_master:
             logger.warning(
-                f"SIGTERM ends the run at update {trainer.get_num_updates()}; the same command resumes it from its last"
-                " checkpoint"
+                f"{preemption.received()} ends the run at update {trainer.get_num_updates()}; the same command resumes"
+                " it from its last checkpoint"
             )
         preemption.stop()
     return losses, should_stop

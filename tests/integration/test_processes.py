@@ -16,6 +16,7 @@ from processes import (
     kill_one_of_torchruns_before,
     record,
     recover_late,
+    save_late,
     signal_before,
     start_job,
     start_under_torchrun,
@@ -189,6 +190,14 @@ def test_a_job_that_is_told_to_end_saves_one_checkpoint_and_goes_on_afterwards_t
     assert load(tmp_path / "checkpoints/checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 7
     assert job({}) == [0, 0], log(tmp_path)
     assert same_state(tmp_path, finished)
+
+
+def test_no_process_ends_before_the_checkpoint_is_written(server, speech, teacher_file, tmp_path):
+    overrides = tiny(speech, teacher_file, tmp_path, **FIELDS)
+    first, second = start_job(server, "librispeech_base", overrides, tmp_path, {0: partial(save_late, 1.0, 2)})
+    assert wait([second]) == [143], log(tmp_path, 1)
+    assert (tmp_path / "checkpoints/checkpoint_last.pt").exists()
+    assert wait([first]) == [143], log(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_the_job_with_its_line(job, tmp_path):

@@ -1,11 +1,14 @@
 """The launch configuration for SLURM fits the recipes, fairseq and its launcher."""
 
+import pickle
+
 import pytest
 import torch
 from fairseq.dataclass.configs import DistributedTrainingConfig
 from fairseq.dataclass.initialize import hydra_init
 from fairseq.distributed.utils import infer_init_method
 from fork_server import ForkServer
+from hydra.core.plugins import Plugins
 from processes import start_submitted, wait
 from training import EXAMPLES, composed, tiny
 
@@ -62,6 +65,11 @@ def test_without_a_gpu_each_process_that_slurm_starts_is_a_rank(tasks_per_node, 
     assert training.distributed_init_method == "tcp://node1:29671" and training.distributed_no_spawn
     assert (training.distributed_rank, training.distributed_world_size) == (3 * tasks_per_node - 1, 4 * tasks_per_node)
     assert (training.device_id, training.distributed_backend) == (0, "gloo")
+
+
+def test_a_requeued_job_imports_what_checks_its_fields():
+    """submitit pickles hydra's plugins with the job then, and the job does not look for them."""
+    assert b"hydra_plugins.fairseq_stack_fields" in pickle.dumps(Plugins.instance())
 
 
 def test_bad_input_of_a_submitted_job_is_one_line_in_its_log(speech, teacher_file, tmp_path):
