@@ -24,3 +24,6 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "$wanted" > .venv/installed
 fi
 PATH="$PWD/.venv/bin:$PATH"
+# torch's threads wait busily for each other. Beside other work on the cores, they shall give up sooner; see
+# docs/training.md.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}

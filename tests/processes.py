@@ -1,6 +1,7 @@
 """Start the processes of one job as a cluster's launcher does, each with fairseq's command."""
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -8,11 +9,13 @@ import time
 import torch
 from fairseq import tasks
 from fairseq_cli import hydra_train
+from torch.distributed import run
 from torch.nn.parallel import DistributedDataParallel
 from training import ROOT, configuration
 
 from fairseq_stack.tasks.speech_distillation import SpeechDistillation
 from fairseq_stack.training import guards as fairseq_guards
+from fairseq_stack.training.trainer import StudentTrainer
 
 
 def free_port():
@@ -48,6 +51,24 @@ def start_job(server, config, overrides, folder, misfortunes=None):
     ]
 
 
+def start_under_torchrun(server, config, overrides, folder, misfortune=None):
+    """Start `torchrun --nproc-per-node 2 --max-restarts 1 -m fairseq_cli.hydra_train` on a recipe.
+
+    All processes write to folder/log. torchrun forks the ranks, which saves their imports.
+
+    Args:
+        server: a ForkServer.
+        misfortune: a function that torchrun's process calls, whose changes the ranks inherit; see below.
+    """
+    arguments = [
+        *overrides,
+        f"common.user_dir={ROOT}/fairseq_stack",
+        f"hydra.output_subdir={folder}/.hydra",
+        f"hydra.job_logging.handlers.file.filename={folder}/train.log",
+    ]
+    return server.call(_torchrun, config, arguments, misfortune, log=folder / "log")
+
+
 def start_submitted(server, config, overrides, folder):
     """Start `fairseq-hydra-train --multirun` on a recipe, which submits a job to this machine and waits for its end.
 
@@ -80,6 +101,14 @@ def _rank(rank, config, overrides, folder, misfortune):
     sys.argv = ["fairseq-hydra-train", "--config-dir", str(ROOT / "examples/interleaved"), "--config-name", config,
                 *overrides, f"distributed_training.distributed_rank={rank}"]  # fmt: skip
     hydra_train.cli_main()
+
+
+def _torchrun(config, overrides, misfortune):
+    if misfortune is not None:
+        misfortune()
+    run.main(["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--start-method", "fork", "--run-path",
+              hydra_train.__file__, "--config-dir", str(ROOT / "examples/interleaved"), "--config-name", config,
+              *overrides])  # fmt: skip
 
 
 def _submit(config, overrides):
@@ -117,6 +146,26 @@ def signal_before(update, number):
     _before(update, lambda model: os.kill(os.getpid(), number))
 
 
+def kill_one_of_torchruns_before(update):
+    """Let rank 1 die without a word when `update` begins. It is started again, meets the other one late, and stays alive."""
+    new_group = torch.distributed.new_group
+
+    def rank_1_at_start(start):
+        return (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", str(start))
+
+    def met(*args, **kwargs):
+        time.sleep(rank_1_at_start(1))
+        return new_group(*args, **kwargs)
+
+    torch.distributed.new_group = met
+    _before(update, lambda model: rank_1_at_start(0) and os.kill(os.getpid(), signal.SIGKILL))
+
+
+def end_torchrun_before(update):
+    """Let torchrun get a SIGTERM, as from outside, when `update` begins."""
+    _before(update, lambda model: os.environ["RANK"] == "0" and os.kill(os.getppid(), signal.SIGTERM))
+
+
 def damage_before(update):
     """Let a weight of this process's student alone leave the range of numbers when `update` begins."""
 
@@ -136,6 +185,18 @@ def recover_late(seconds):
         return recover(folder)
 
     fairseq_guards.recover = late
+
+
+def save_late(seconds, update):
+    """Let this process get a SIGTERM when `update` begins, and take its time to write the checkpoint."""
+    save = StudentTrainer.save_checkpoint
+
+    def late(trainer, *args):
+        time.sleep(seconds)
+        return save(trainer, *args)
+
+    StudentTrainer.save_checkpoint = late
+    signal_before(update, signal.SIGTERM)
 
 
 def _before(update, action):

@@ -6,6 +6,7 @@ Only this module replaces functions, and only where fairseq has no hook and a su
 guard calls fairseq's function and adds to it. tests/integration/test_guards.py fails if fairseq no longer calls it.
 
 - Bad input ends every process of a job with a one-line message.
+- Under torchrun, all processes train together, and under torchrun and SLURM also without a GPU.
 - A training starts as in a new process (process_state.py). Its configuration is checked first (start_checks.py).
 - A field with a wrong type or name gets a one-line error.
 - A checkpoint is copied to a temporary name and then renamed. fairseq copies in place, so a kill leaves half a file.
@@ -44,6 +45,8 @@ from fairseq.trainer import Trainer
 from fairseq_cli import train as fairseq_train
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from fairseq_stack.checkpoints.read import load_checkpoint
@@ -99,6 +102,46 @@ def _end_in_one_line(call_main: Callable, cfg: DictConfig | Namespace, main: Cal
 def one_line_training(cfg: Any, **kwargs: Any) -> None:
     """Run fairseq's training. An InputError or TrainingStopped ends the process with its one-line message."""
     return fairseq_train.main(cfg, **kwargs)
+
+
+@_guard(distributed_utils, "infer_init_method", always=True)
+def _join_the_processes_of_torchrun(infer: Callable, cfg: Any, *args: Any, **kwargs: Any) -> None:
+    """fairseq trains alone in a process whose configuration has one process, whatever torchrun has started."""
+    if not torch.distributed.is_torchelastic_launched():
+        return infer(cfg, *args, **kwargs)
+    if cfg.distributed_world_size == 1:
+        cfg.distributed_world_size = int(os.environ["WORLD_SIZE"])
+    infer(cfg, *args, **kwargs)
+    if cfg.distributed_init_method == "env://":
+        cfg.distributed_init_method = "torchrun://"
+
+
+def _meet_after_a_restart(url: str, **kwargs: Any) -> Iterator[tuple[Store, int, int]]:
+    """Newer versions of torchrun keep their store over a restart, and a process would find addresses of dead ones."""
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    for store, rank, size in rendezvous(url.replace("torchrun:", "env:", 1), **kwargs):
+        yield PrefixStore(f"attempt {attempt}", store), rank, size
+
+
+register_rendezvous_handler("torchrun", _meet_after_a_restart)
+
+
+@_guard(distributed_utils, "_infer_slurm_init", always=True)
+@_guard(distributed_utils, "_infer_torch_distributed_launch_init", always=True)
+def _start_without_a_gpu(infer: Callable, cfg: Any, *args: Any) -> bool | None:
+    """fairseq counts the GPUs of a node. Without one, each process that the launcher has started is a rank."""
+    if torch.cuda.is_available():
+        return infer(cfg, *args)
+    device_count, torch.cuda.device_count = torch.cuda.device_count, lambda: 1
+    try:
+        found = infer(cfg, *args)
+    finally:
+        torch.cuda.device_count = device_count
+    if cfg.distributed_init_method is not None:
+        cfg.distributed_no_spawn, cfg.device_id = True, 0
+        if cfg.distributed_backend == "nccl":  # fairseq's default
+            cfg.distributed_backend = "gloo"
+    return found
 
 
 @_guard(fairseq_train, "add_defaults", always=True)
@@ -232,10 +275,12 @@ def _save_on_sigterm(
     losses, should_stop = validate_and_save(cfg, trainer, task, epoch_itr, *args)
     if getattr(task, "preempted", False) and not should_stop:
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        if trainer.data_parallel_world_size > 1:
+            torch.distributed.barrier()  # SLURM kills a job once a process has ended, and the first one still saves
         if trainer.is_data_parallel_master:
             logger.warning(
-                f"SIGTERM ends the run at update {trainer.get_num_updates()}; the same command resumes it from its last"
-                " checkpoint"
+                f"{preemption.received()} ends the run at update {trainer.get_num_updates()}; the same command resumes"
+                " it from its last checkpoint"
             )
         preemption.stop()
     return losses, should_stop

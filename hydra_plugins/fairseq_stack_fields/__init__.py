@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
 
 def _change_the_command() -> None:
     for name in ("fairseq_cli.hydra_train", "__main__"):  # __main__ with python -m
@@ -41,6 +43,13 @@ def _user_dir_first(add_defaults: Callable) -> Callable:
         return one_line_errors(train.add_defaults)(cfg)  # the package has replaced it by now
 
     return checked
+
+
+class FieldsPlugin(SearchPathPlugin):
+    """Changes no path. A job that submitit requeues loads hydra's plugins as a pickle, which imports their modules."""
+
+    def manipulate_search_path(self, search_path: Any) -> None:
+        pass
 
 
 _change_the_command()

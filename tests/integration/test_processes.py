@@ -11,11 +11,15 @@ from fork_server import ForkServer
 from killing import same_state
 from processes import (
     damage_before,
+    end_torchrun_before,
     free_port,
+    kill_one_of_torchruns_before,
     record,
     recover_late,
+    save_late,
     signal_before,
     start_job,
+    start_under_torchrun,
     train_under_torchs_ddp,
     wait,
 )
@@ -148,6 +152,32 @@ def test_a_killed_process_ends_the_job_which_goes_on_afterwards_to_the_same_weig
     assert same_state(tmp_path, finished)
 
 
+def test_torchrun_starts_a_killed_process_again_and_the_job_ends_with_the_same_weights(
+    server, finished, speech, teacher_file, tmp_path
+):
+    overrides = tiny(speech, teacher_file, tmp_path, **FIELDS, **EVERY_UPDATE)
+    job = start_under_torchrun(
+        server, "librispeech_base", overrides, tmp_path, partial(kill_one_of_torchruns_before, 5)
+    )
+    output = tmp_path / "log"
+    assert wait([job]) == [0], output.read_text()
+    assert re.search(r"Loaded checkpoint \S+ \(epoch 2 @ 5 updates\)", output.read_text())
+    assert same_state(tmp_path, finished)
+
+
+def test_torchrun_passes_a_sigterm_on_and_the_same_command_goes_on_to_the_same_weights(
+    server, finished, speech, teacher_file, tmp_path
+):
+    start = partial(
+        start_under_torchrun, server, "librispeech_base", tiny(speech, teacher_file, tmp_path, **FIELDS), tmp_path
+    )
+    output = tmp_path / "log"
+    assert wait([start(partial(end_torchrun_before, 6))]) != [0]
+    assert "SIGTERM ends the run at update 7; the same command resumes it" in output.read_text()
+    assert wait([start()]) == [0], output.read_text()
+    assert same_state(tmp_path, finished)
+
+
 @pytest.mark.parametrize("told", [{1: 6}, {0: 8, 1: 6}], ids=["one process", "both, at different updates"])
 def test_a_job_that_is_told_to_end_saves_one_checkpoint_and_goes_on_afterwards_to_the_same_weights(
     job, finished, tmp_path, told
@@ -160,6 +190,14 @@ def test_a_job_that_is_told_to_end_saves_one_checkpoint_and_goes_on_afterwards_t
     assert load(tmp_path / "checkpoints/checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == 7
     assert job({}) == [0, 0], log(tmp_path)
     assert same_state(tmp_path, finished)
+
+
+def test_no_process_ends_before_the_checkpoint_is_written(server, speech, teacher_file, tmp_path):
+    overrides = tiny(speech, teacher_file, tmp_path, **FIELDS)
+    first, second = start_job(server, "librispeech_base", overrides, tmp_path, {0: partial(save_late, 1.0, 2)})
+    assert wait([second]) == [143], log(tmp_path, 1)
+    assert (tmp_path / "checkpoints/checkpoint_last.pt").exists()
+    assert wait([first]) == [143], log(tmp_path)
 
 
 def test_a_loss_that_is_not_finite_in_one_process_ends_the_job_with_its_line(job, tmp_path):

@@ -72,3 +72,29 @@ def test_a_sigterm_ends_one_program_and_counts_once():
         assert not preemption.requested()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_submitits_signal_lets_the_training_save_before_submitit_requeues_the_job(monkeypatch):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    requeued = []
+
+    def requeue(number, frame):
+        requeued.append(preemption.received())
+        raise SystemExit(-1)
+
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGUSR2)]
+    try:
+        signal.signal(signal.SIGUSR2, requeue)
+        preemption.listen()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        preemption.listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested() and not requeued
+        with pytest.raises(SystemExit):
+            preemption.stop()
+        assert requeued == ["SIGUSR2"]
+        preemption.unlisten()
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
