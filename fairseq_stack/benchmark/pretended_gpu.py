@@ -172,6 +172,8 @@ class Machine(TorchDispatchMode):
         waits = operation in WAITING
         if operation in INDEXING:  # the size of the result depends on the numbers in a mask
             waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+            # torch calls masked_fill to set all of them to one number of the CPU.
+            waits = waits and not (len(args) > 2 and not isinstance(args[2], OnGpu) and args[2].numel() == 1)
         elif operation is aten._to_copy and device:
             to_gpu = device == "cuda"
             waits = to_gpu != isinstance(args[0], OnGpu) and not (to_gpu and kwargs.get("non_blocking"))

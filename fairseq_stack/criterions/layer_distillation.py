@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, List
 
+import torch
 from fairseq.criterions import FairseqCriterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
@@ -130,36 +131,37 @@ class LayerDistillation(FairseqCriterion):
 
         Args:
             model: the student.
-            sample: `waveforms` [B, S], `lengths` [B] in samples and `targets` {teacher layer: [B, T, D]};
+            sample: `waveforms` [B, S], `lengths` (B ints, in samples) and `targets` {teacher layer: [B, T, D]};
                 `mask` [B, T] bool if frames of the student's input are masked; `features` [B, C, T] if the
                 student shares the teacher's CNN.
             reduce: an argument of fairseq's that has no effect here.
 
         Returns:
             the loss summed over frames; the number of valid frames, by which fairseq divides the
-            gradient; and the sums to log.
+            gradient; and the sums to log. The CPU does not wait for any of them.
         """
         mask, last = sample.get("mask"), sample["targets"][self.layers[-1]]
         net = model(sample["waveforms"], sample["lengths"], mask, sample.get("features"))
-        valid = valid_frames(net["frames"], last.size(1))
+        valid = valid_frames(net["frames"], last.size(1)).to(last.device, non_blocking=True)
         targets = {
             layer: normalize_targets(target, valid, self.cfg.target_normalization)
             for layer, target in sample["targets"].items()
         }
-        if mask is None:
-            terms = self.terms(net, targets, valid)
-        else:
-            masked = self.terms(net, targets, valid & mask)
-            unmasked = self.terms(net, targets, valid & ~mask)
+        terms = everywhere = self.terms(net, targets, valid)
+        masked = {}
+        if mask is not None:
             weight = self.cfg.unmasked_weight
-            terms = {layer: masked[layer] + weight * unmasked[layer] for layer in self.layers}
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 1):
+                masked = self.terms(net, targets, valid & mask)
+            if weight != 1:
+                terms = {layer: weight * everywhere[layer] + (1 - weight) * masked[layer] for layer in self.layers}
         loss = self.total(terms)
 
         sample_size = int(net["frames"].sum())
         logging = {
             "loss": loss.detach(),
             "intermediate_loss": self.intermediate(terms).detach(),
-            "teacher_norm": last.float().norm(dim=-1)[valid].sum(),
+            "teacher_norm": last.norm(dim=-1, dtype=torch.float32).masked_fill(~valid, 0.0).sum(),
             "depth": float((len(net["hidden_states"]) - 1) * sample_size),
             "stage": float(net["stage"] * sample_size),
             "sample_size": sample_size,
@@ -172,8 +174,8 @@ class LayerDistillation(FairseqCriterion):
             logging[f"layer_{layer}"] = terms[layer].detach()
         if mask is not None:
             logging["masked_loss"] = self.total(masked).detach()
-            logging["unmasked_loss"] = self.total(unmasked).detach()
-            logging["masked_share"] = int((valid & mask).sum())
+            logging["unmasked_loss"] = self.total(everywhere).detach() - logging["masked_loss"]
+            logging["masked_share"] = (valid & mask).sum(dtype=torch.float32)
         return loss, sample_size, logging
 
     def terms(self, net: dict[str, Any], targets: dict[int, Tensor], frames: Tensor) -> dict[int, Tensor]:

@@ -53,15 +53,13 @@ def mse(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         prediction, target: [B, T, D].
         valid: [B, T] bool.
     """
-    prediction, target = _frames(valid, prediction, target)
-    return (prediction - target).pow(2).mean(-1).sum()
+    return _difference(prediction, target, valid).pow(2).mean(-1).sum()
 
 
 @LOSSES.register("l1")
 def l1(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Absolute error, averaged over features and summed over valid frames; arguments as for `mse`."""
-    prediction, target = _frames(valid, prediction, target)
-    return (prediction - target).abs().mean(-1).sum()
+    return _difference(prediction, target, valid).abs().mean(-1).sum()
 
 
 @LOSSES.register("l1_cosine", fields=("cosine_weight",))
@@ -75,13 +73,23 @@ def l1_cosine(prediction: Tensor, target: Tensor, valid: Tensor, cosine_weight: 
         valid: [B, T] bool.
         cosine_weight: lambda in the paper, which uses 1.
     """
-    similarity = F.cosine_similarity(*_frames(valid, prediction, target), dim=-1)
-    return l1(prediction, target, valid) - cosine_weight * F.logsigmoid(similarity).sum()
+    prediction, target = _without_padding(prediction, valid), _without_padding(target, valid)
+    similarity = F.logsigmoid(F.cosine_similarity(prediction, target, dim=-1))
+    return (prediction - target).abs().mean(-1).sum() - cosine_weight * (similarity * valid).sum()
 
 
-def _frames(valid: Tensor, *states: Tensor) -> list[Tensor]:
-    """The valid frames of each [B, T, D] as [N, D] in fp32. Not even NaN in padding reaches a gradient."""
-    return [each[valid].float() for each in states]
+def _difference(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """prediction - target in fp32, zero in padding."""
+    return (prediction.float() - target).masked_fill_(~valid[:, :, None], 0.0)
+
+
+def _without_padding(states: Tensor, valid: Tensor) -> Tensor:
+    """States [B, T, D] in fp32, with zeros in padding.
+
+    Not even NaN in padding reaches a value or a gradient. states[valid] would make the CPU wait for a GPU, because the
+    size of its result depends on the mask.
+    """
+    return states.float().masked_fill(~valid[:, :, None], 0.0)
 
 
 @LOSSES.register("temporal_gram", heads=False, whole_utterances=True)
@@ -108,8 +116,7 @@ def temporal_gram(
     # Autocast would run the matrix products in half precision.
     with torch.autocast(valid.device.type, enabled=False):
         student_input, student_output, teacher_input, teacher_output = (
-            states.float().masked_fill(~valid[:, :, None], 0.0)
-            for states in (student_input, student_output, teacher_input, teacher_output)
+            _without_padding(states, valid) for states in (student_input, student_output, teacher_input, teacher_output)
         )
         layer_wise = _gram(student_output, student_output) - _gram(teacher_output, teacher_output)
         intra_layer = _gram(student_input, student_output) - _gram(teacher_input, teacher_output)

@@ -157,7 +157,7 @@ class SpeechDataset(FairseqDataset):
         """Return a batch of samples, padded to the longest.
 
         Returns:
-            `split`, `id` [B], `utterances` (B names), `waveforms` [B, S], `lengths` [B] in samples,
+            `split`, `id` [B], `utterances` (B names), `waveforms` [B, S], `lengths` (B ints, in samples),
             `padded_samples` and `audio_samples`, the number of samples with and without padding, and
             `problems`, {name: line} of the recordings that cannot be read. If no recording can be read,
             `utterances` is empty and the waveform is silence, because every process of a distributed
@@ -188,7 +188,7 @@ class SpeechDataset(FairseqDataset):
             "id": torch.tensor([sample["index"] for sample in samples]),
             "utterances": [sample["utterance"] for sample in samples],
             "waveforms": _padded(waveforms) if waveforms else None,
-            "lengths": torch.tensor(lengths or [len(silence)]),
+            "lengths": lengths or [len(silence)],  # no tensor, which fairseq would copy to the GPU
             "audio_samples": sum(lengths),
             "padded_samples": max(lengths, default=0) * len(lengths),
             "problems": problems,

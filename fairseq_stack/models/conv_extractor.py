@@ -75,6 +75,7 @@ def normed_convolution(waveforms: Tensor, frames: Tensor, conv: nn.Conv1d, norm:
     Returns:
         [B, T, C].
     """
+    frames = frames.to(waveforms.device, non_blocking=True)
     kernel, stride = conv.kernel_size[0], conv.stride[0]
     # The norm would subtract any offset. It is subtracted first, because a quiet recording loses precision beside a
     # large offset.

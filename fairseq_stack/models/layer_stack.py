@@ -46,9 +46,8 @@ class LayerStack(TransformerEncoder):
         Returns:
             a list of 1 + min(upto, len(seats)) tensors [B, T, D].
         """
-        padding = torch.arange(x.size(1), device=x.device) >= frames[:, None]
-        if not bool(padding.any()):
-            padding = None
+        padding = torch.arange(x.size(1)) >= frames.cpu()[:, None]  # on a GPU, `any` would make the CPU wait
+        padding = padding.to(x.device, non_blocking=True) if bool(padding.any()) else None
         x = x + positions(self.pos_conv, x, padding)
         if not self.layer_norm_first:
             x = self.layer_norm(x)

@@ -1,7 +1,7 @@
 """The student: a HuBERT whose depth grows while it trains."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, List
 
@@ -412,18 +412,23 @@ class StackedHubert(HubertEncoder):
     # Forward pass
 
     def forward(
-        self, waveforms: Tensor, lengths: Tensor, mask: Tensor | None = None, features: Tensor | None = None
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | Sequence[int],
+        mask: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> dict[str, Any]:
         """Compute the hidden states, and from them the heads' predictions of the teacher's layers.
 
         Args:
             waveforms: [B, S], samples at 16 kHz.
-            lengths: [B], samples.
+            lengths: [B], samples. If they are on a GPU, the CPU waits for them.
             mask: [B, T] bool, the frames to replace with the mask embedding before the transformer.
             features: [B, C, T], of the CNN, if the teacher has computed them already.
 
         Returns:
-            a dict: `hidden_states`, a list of depth + 1 tensors [B, T, D]; `frames` [B]; `predictions`,
+            a dict: `hidden_states`, a list of depth + 1 tensors [B, T, D]; `frames` [B], where `lengths` are;
+            `predictions`,
             {teacher layer: [B, T, teacher width]}; `stage`, counted from 1.
         """
         hidden_states, frames = self.hidden_states(waveforms, lengths, mask, features)
@@ -439,12 +444,17 @@ class StackedHubert(HubertEncoder):
         }
 
     def hidden_states(
-        self, waveforms: Tensor, lengths: Tensor, mask: Tensor | None = None, features: Tensor | None = None
+        self,
+        waveforms: Tensor,
+        lengths: Tensor | Sequence[int],
+        mask: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> tuple[list[Tensor], Tensor]:
         """Compute the hidden states, a list of depth + 1 tensors [B, T, D], and the frame counts [B].
 
         The arguments are those of `forward`.
         """
+        lengths = torch.as_tensor(lengths)
         if features is None:
             features = self.features(waveforms, lengths)
         return self.encode(features.type_as(self.encoder.layer_norm.weight), lengths, self.seats, mask=mask)

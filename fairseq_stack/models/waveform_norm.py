@@ -22,6 +22,7 @@ def normalize_waveforms(waveforms: Tensor, lengths: Tensor, epsilon: float = FAI
     Returns:
         [B, S], with zeros after the end.
     """
+    lengths = lengths.to(waveforms.device, non_blocking=True)
     valid = torch.arange(waveforms.size(1), device=waveforms.device) < lengths[:, None]
     count = lengths[:, None]
     wide = waveforms.float()

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor
 
 from fairseq_stack.targets.formats import decode, encode
@@ -60,7 +61,7 @@ def stored_targets(sample: dict, teacher: "Teacher", store: TargetStore) -> dict
 
 
 def _computed(sample: dict, teacher: "Teacher", layers: Sequence[int], cnn: bool) -> dict[Array, Tensor]:
-    waveforms, lengths = sample["waveforms"], sample["lengths"]
+    waveforms, lengths = sample["waveforms"], torch.as_tensor(sample["lengths"])
     if not cnn:
         return {**teacher.hidden_states(waveforms, lengths, layers)}
     teacher = cast("CnnTeacher", teacher)

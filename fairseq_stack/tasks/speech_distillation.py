@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, check_bad_au
 from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifests
 from fairseq_stack.data.masking import span_mask
-from fairseq_stack.errors import InputError, check_choice
+from fairseq_stack.errors import InputError, TrainingStopped, check_choice
 from fairseq_stack.growth.events import Growth, announced
 from fairseq_stack.models.conv_geometry import receptive_field
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
@@ -34,7 +35,8 @@ from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import PRECISIONS, Teacher
 from fairseq_stack.teachers.lazy import described_teacher, weights_digest
 from fairseq_stack.training import growth_listeners, preemption  # noqa: F401  the former registers
-from fairseq_stack.training.nonfinite import check_loss
+from fairseq_stack.training.logs import read
+from fairseq_stack.training.nonfinite import loss_stop
 from fairseq_stack.training.progress import COUNTS, Progress
 
 logger = logging.getLogger(__name__)
@@ -145,6 +147,9 @@ class SpeechDistillation(FairseqTask):
         self.bad_audio: dict[str, BadAudio] = {}  # of each split
         self.left_out: set[str] = set()  # splits with a logged warning that batches leave recordings out
         self.update, self.utterances = 0, []  # the current update, and its utterances so far
+        # The losses of its batches in this process, and all that it logs; the trainer reads them.
+        self.losses: list[Tensor] = []
+        self.logs: list[dict[str, Any]] = []
         self.preempted = False  # whether a process has received SIGTERM; the same in all processes
         self.progress = Progress()
         self.depth, self.updates_left = 0, {}
@@ -278,16 +283,19 @@ class SpeechDistillation(FairseqTask):
     ) -> tuple[Tensor, Any, dict[str, Any]]:
         """Let the model grow if a new stage is due, then run forward and backward as every fairseq task does."""
         if update_num != self.update:
-            self.update, self.utterances = update_num, []
+            self.update, self.utterances, self.losses, self.logs = update_num, [], [], []
         self.utterances += sample["utterances"]
         sample = self.with_targets(sample, model)
         if self.cfg.mask_prob > 0:
-            sample["mask"] = self.mask(sample, model, update_num)
+            device = sample["targets"][self.target_layers[-1]].device
+            sample["mask"] = self.mask(sample, model, update_num).to(device, non_blocking=True)
         if model.due_stage(update_num) > model.stage_number:
             self.grow(sample, model, criterion, optimizer, update_num, ema_model)
         ignore_grad = ignore_grad or not sample["utterances"]
         output = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
-        loss, sample_size, logging_output = self.checked(output, sample, model, update_num)
+        loss, sample_size, logging_output = _counted(output, sample)
+        self.losses.append(output[0].detach())
+        self.logs.append(logging_output)
         logging_output["preempted"] = float(preemption.requested())
         logging_output.update(self.progress.count(sample))
         self.depth, self.updates_left = model.depth, model.updates_left(update_num + 1)
@@ -298,24 +306,19 @@ class SpeechDistillation(FairseqTask):
     ) -> tuple[Tensor, Any, dict[str, Any]]:
         sample = self.with_targets(sample, model)
         output = super().valid_step(sample, model, criterion)
-        return self.checked(output, sample, model, self.update + 1)
+        (loss,) = read([output[2]], output[0])
+        if not math.isfinite(loss):
+            raise loss_stop(loss, sample["targets"], sample["utterances"], self.update + 1, model.stage_number)
+        return _counted(output, sample)
 
-    def checked(
-        self, output: tuple[Tensor, Any, dict[str, Any]], sample: dict[str, Any], model: StackedHubert, update: int
-    ) -> tuple[Tensor, Any, dict[str, Any]]:
-        """Return loss, sample size and log of a batch. All are 0 for a batch without a readable recording.
-
-        Raises:
-            TrainingStopped: the loss is not finite.
-        """
-        loss, sample_size, logging_output = output
-        check_loss(loss, sample["targets"], sample["utterances"], update, model.stage_number)
-        if not sample["utterances"]:
-            return loss * 0, 0, {name: value * 0 for name, value in logging_output.items()}
-        return loss, sample_size, logging_output
+    def loss_stop(self, loss: float, sample: dict[str, Any], update: int, stage: int) -> TrainingStopped:
+        """Return the TrainingStopped for a batch of training whose loss is not finite."""
+        targets = targets_of(sample, self.teacher, self.target_layers, False, self.store)
+        return loss_stop(loss, targets, self.utterances, update, stage)
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: LayerDistillation) -> None:
         """Log an update or a validation. fairseq calls this with the sums over all processes."""
+        read(logging_outputs)  # those of a validation by several processes; the trainer has read those of an update
         preempted = [log.pop("preempted", 0.0) for log in logging_outputs]
         self.preempted = self.preempted or any(preempted)
         counts = [{name: log.pop(name) for name in COUNTS if name in log} for log in logging_outputs]
@@ -335,13 +338,15 @@ class SpeechDistillation(FairseqTask):
         features = targets.pop(CNN).transpose(1, 2) if self.shares_cnn else None
         waveforms = sample["waveforms"]
         if self.cfg.normalize and features is None:
-            waveforms = normalize_waveforms(waveforms, sample["lengths"], self.cfg.normalize_epsilon)
+            lengths = torch.as_tensor(sample["lengths"])
+            waveforms = normalize_waveforms(waveforms, lengths, self.cfg.normalize_epsilon)
         return {**sample, "waveforms": waveforms, "features": features, "targets": targets}
 
     def mask(self, sample: dict[str, Any], model: StackedHubert, update_num: int) -> Tensor:
         """Return [B, T] bool, the masked frames of a batch. They depend only on seed, update and utterance."""
         seeds = [(self.cfg.seed, update_num, zlib.crc32(name.encode())) for name in sample["utterances"]]
-        return span_mask(model.frames(sample["lengths"]), self.cfg.mask_prob, self.cfg.mask_length, seeds)
+        frames = model.frames(torch.as_tensor(sample["lengths"]))
+        return span_mask(frames, self.cfg.mask_prob, self.cfg.mask_length, seeds)
 
     def grow(
         self,
@@ -374,6 +379,14 @@ class SpeechDistillation(FairseqTask):
             loss, sample_size, _ = super().valid_step(sample, model, criterion)
         model.train()
         return loss.item() / sample_size
+
+
+def _counted(output: tuple[Tensor, Any, dict[str, Any]], sample: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Return loss, sample size and log of a batch. All are 0 for a batch without a readable recording."""
+    if sample["utterances"]:
+        return output
+    loss, _, logging_output = output
+    return loss * 0, 0, {name: value * 0 for name, value in logging_output.items()}
 
 
 def check_links(model_cfg: Any, node: str, cfg: Any, names: tuple[str, ...]) -> None:

@@ -51,7 +51,7 @@ class Teacher(ABC):
 
         Args:
             waveforms: [B, S], samples at 16 kHz, zeros after the end of an utterance.
-            lengths: [B], samples.
+            lengths: [B], samples, on the CPU. (On a GPU, the CPU would wait for them.)
             layers: numbers from 0 to depth; 0 is the input of the first layer.
 
         Returns:

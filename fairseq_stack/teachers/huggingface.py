@@ -101,8 +101,8 @@ class HuggingFaceTeacher(Teacher):
         x = self.model.feature_projection(features)
         x = x[0] if isinstance(x, tuple) else x
         frames = frames_from_samples(lengths, self.conv_layers)
-        valid = torch.arange(x.size(1), device=x.device) < frames[:, None]
-        valid = None if bool(valid.all()) else valid
+        valid = torch.arange(x.size(1)) < frames.cpu()[:, None]
+        valid = None if bool(valid.all()) else valid.to(x.device, non_blocking=True)
 
         outputs = {}
         with ExitStack() as hooks:

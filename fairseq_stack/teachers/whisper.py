@@ -79,9 +79,9 @@ class WhisperTeacher(Teacher):
         x = F.gelu(self.model.conv1(x))
         x = F.gelu(self.model.conv2(x * _valid(x, mel_frames)[:, None])).transpose(1, 2)
         x = x + self.model.embed_positions.weight[: x.size(1)]
-        valid = _valid(x.transpose(1, 2), (mel_frames + 1) // 2)
-        mask = None
-        if not bool(valid.all()):
+        frames, mask = (mel_frames + 1) // 2, None
+        if int(frames.min()) < x.size(1):
+            valid = _valid(x.transpose(1, 2), frames)
             mask = torch.where(valid, 0.0, torch.finfo(x.dtype).min).to(x.dtype)[:, None, None]
             mask = mask.expand(-1, -1, x.size(1), -1)  # [B, 1, T, T], added to the attention's scores
 
@@ -110,7 +110,7 @@ def log_mel(waveforms: Tensor, lengths: Tensor, filters: Tensor) -> Tensor:
         [B, mel bands, S // 160]; zeros after the lengths // 160 frames of an utterance.
     """
     ahead = torch.arange(WINDOW // 2, device=waveforms.device)
-    end = lengths[:, None]
+    end = lengths.to(waveforms.device, non_blocking=True)[:, None]
     padded = F.pad(F.pad(waveforms[:, None], (WINDOW // 2, 0), mode="reflect")[:, 0], (0, WINDOW // 2))
     padded = padded.scatter(1, end + ahead + WINDOW // 2, waveforms.gather(1, end - 2 - ahead))
     window = torch.hann_window(WINDOW, device=waveforms.device)
@@ -124,4 +124,4 @@ def log_mel(waveforms: Tensor, lengths: Tensor, filters: Tensor) -> Tensor:
 
 def _valid(x: Tensor, frames: Tensor) -> Tensor:
     """Return a mask [B, T] for [B, C, T], true on the first frames[b] frames of each row."""
-    return torch.arange(x.size(2), device=x.device) < frames[:, None]
+    return (torch.arange(x.size(2)) < frames.cpu()[:, None]).to(x.device, non_blocking=True)

@@ -1,6 +1,7 @@
 """Stops a training whose loss or gradient is not finite, and names the place."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,24 +11,27 @@ from fairseq_stack.errors import TrainingStopped
 LAST_CHECKPOINT = "the last checkpoint is from before"
 
 
-def check_loss(loss: Tensor, targets: Mapping[int, Tensor], utterances: Iterable[str], update: int, stage: int) -> None:
-    """Check that the loss of a batch is finite. The teacher's outputs are checked only if it is not.
+def loss_stop(
+    loss: float, targets: Mapping[Any, Tensor], utterances: Iterable[str], update: int, stage: int
+) -> TrainingStopped:
+    """Return the TrainingStopped for a loss that is not finite. It names the teacher's outputs that are not finite.
 
     Args:
-        loss: a scalar, before fp16's loss scaling.
+        loss: of a batch, before fp16's loss scaling.
         targets: {teacher layer: [B, T, D]}.
-        utterances: the ids of the batch's utterances.
+        utterances: the ids of the utterances.
         update: the number of updates done.
         stage: the student's stage, counted from 1.
-
-    Raises:
-        TrainingStopped: the loss is not finite.
     """
-    if torch.isfinite(loss):
-        return
     broken = [str(layer) for layer, target in targets.items() if not bool(torch.isfinite(target).all())]
-    what = f"output of teacher layer {', '.join(broken)}" if broken else f"loss ({loss.item()})"
-    raise TrainingStopped(f"{_where(what, update, stage, utterances)}; {LAST_CHECKPOINT}")
+    what = f"output of teacher layer {', '.join(broken)}" if broken else f"loss ({loss})"
+    return TrainingStopped(f"{_where(what, update, stage, utterances)}; {LAST_CHECKPOINT}")
+
+
+def loss_elsewhere_stop(update: int, stage: int) -> TrainingStopped:
+    """Return the TrainingStopped for a loss that is not finite in another process, which names the utterances."""
+    what = f"at update {update}, stage {stage}, the loss of another process is not finite"
+    return TrainingStopped(f"{what}, and the log of that process names the utterances; {LAST_CHECKPOINT}")
 
 
 def gradient_stop(norm: Tensor | float, utterances: Iterable[str], update: int, stage: int) -> TrainingStopped:

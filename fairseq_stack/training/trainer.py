@@ -1,6 +1,7 @@
 """fairseq's Trainer for a student that grows. It saves and restores the whole state of a run, or says why it cannot."""
 
 import logging
+import math
 import os
 import sys
 from argparse import Namespace
@@ -20,9 +21,10 @@ from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.errors import InputError, TrainingStopped, input_errors
 from fairseq_stack.training.full_depth import depth_at_end
+from fairseq_stack.training.logs import read
 from fairseq_stack.training.moving_average import MovingAverage
 from fairseq_stack.training.muon import mark_matrices
-from fairseq_stack.training.nonfinite import gradient_stop, loss_scale_stop
+from fairseq_stack.training.nonfinite import gradient_stop, loss_elsewhere_stop, loss_scale_stop
 from fairseq_stack.training.optimizers import save_whole_state
 from fairseq_stack.training.resume import fit, saved_configuration
 from fairseq_stack.training.resume_state import check_optimizer, plain_configuration
@@ -194,16 +196,44 @@ class StudentTrainer(Trainer):
 
     # Training
 
+    def train_step(self, samples: list[dict[str, Any]], raise_oom: bool = False) -> dict[str, Any] | None:
+        self._samples = samples
+        return super().train_step(samples, raise_oom)
+
+    def _aggregate_logging_outputs(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        self.task.logs, sums = super()._aggregate_logging_outputs(*args, **kwargs)
+        return self.task.logs, sums
+
     def clip_grad_norm(self, clip_norm: float) -> Tensor:
+        """Clip the gradient and return its norm, which is on the CPU.
+
+        The norm is read together with all that the update logs, so the CPU waits only once for the GPU.
+
+        Raises:
+            TrainingStopped: the loss is not finite, or the gradient although the loss is.
+        """
         where = (self.task.utterances, self.get_num_updates(), self.get_model().stage_number)
         try:
-            norm = super().clip_grad_norm(clip_norm)
+            norm = self.optimizer.clip_grad_norm(clip_norm, self._read)
         except FloatingPointError as error:  # fp16's loss scale has reached its minimum
             raise loss_scale_stop(error, *where) from None
         # With AMP the loss scaler handles an overflow. FP16Optimizer has raised an OverflowError for it.
         if not self.cfg.common.amp and not bool(torch.isfinite(norm)):
             raise gradient_stop(norm, *where)
         return norm
+
+    def _read(self, norm: Tensor) -> Tensor:
+        """Return the norm on the CPU, and read what the update logs; the optimizer calls this before it clips."""
+        losses, logs = self.task.losses, self.task.logs
+        self.task.losses, self.task.logs = [], []
+        number, *losses = read(logs, norm, *losses)
+        where = (self.get_num_updates(), self.get_model().stage_number)
+        for loss, sample in zip(losses, self._samples):
+            if not math.isfinite(loss):
+                raise self.task.loss_stop(loss, self._prepare_sample(sample)[0], *where)
+        if not all(math.isfinite(log["loss"]) for log in logs):
+            raise loss_elsewhere_stop(*where)
+        return torch.tensor(number)
 
     def get_valid_iterator(self, subset: str, *args: Any) -> EpochBatchIterator:
         datasets = self.task.datasets

@@ -87,10 +87,7 @@ def test_a_training_on_a_gpu_keeps_its_devices_and_types_apart(name, speech, tea
         "checkpoint.no_save": True,
         **TRAININGS[name],
     }
-    teacher = fields.pop("task.teacher", teacher_file)
-    if teacher in FOLDERS:
-        FOLDERS[teacher](tmp_path / "teacher")
-        teacher = tmp_path / "teacher"
+    teacher = made(fields.pop("task.teacher", teacher_file), tmp_path)
     if STORE in fields:
         fields |= {"+task.target_format": fields.pop(STORE), f"+{STORE}": tmp_path / "store"}
     with pretended_gpu() as machine:
@@ -98,6 +95,27 @@ def test_a_training_on_a_gpu_keeps_its_devices_and_types_apart(name, speech, tea
         assert student.depth == 4 and machine.launches
         for parameter in student.parameters():
             assert parameter.is_cuda and bool(parameter.isfinite().all())
+
+
+@pytest.mark.parametrize("teacher", ["HuBERT", WAVLM, WHISPER])
+def test_the_cpu_waits_once_for_each_update_of_padded_utterances(teacher, speech, teacher_file, tmp_path):
+    teacher = made(teacher_file if teacher == "HuBERT" else teacher, tmp_path)
+    fields = {"model.stack_method": "none", "model.stack_stages": 1, **FP16, "task.normalize": True}
+    waits = []
+    for updates in (2, 4):
+        fields |= {"optimization.max_update": updates, "checkpoint.no_save": True, "dataset.disable_validation": True}
+        with pretended_gpu() as machine:
+            train("librispeech_base", tiny(speech, teacher, tmp_path, **fields))
+            waits.append(machine.waits)
+    assert (waits[1] - waits[0]).total() == 2, waits[1] - waits[0]
+
+
+def made(teacher, folder):
+    """The path of a teacher, which is made in the folder if it is the name of one of FOLDERS."""
+    if teacher not in FOLDERS:
+        return teacher
+    FOLDERS[teacher](folder / "teacher")
+    return folder / "teacher"
 
 
 def wavlm(folder):
