@@ -9,6 +9,7 @@ torch's FakeTensorMode is no alternative: its tensors have no numbers, and `back
 """
 
 import contextlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -183,7 +184,7 @@ class Machine(TorchDispatchMode):
         if waits:
             self.waits[operation._qualified_op_name.split("::")[1], self.place()] += 1
         if not func.is_view and operation not in WITHOUT_KERNEL:
-            self.launches[self.place()] += 1
+            self.launches[self.place()] += launches(args)
 
     def place(self) -> str | None:
         """Returns FOLDER/FILE:LINE of the package that called an operation, else of the nearest code outside torch."""
@@ -250,6 +251,18 @@ def pretended_gpu(machine: Machine | None = None) -> Iterator[Machine]:
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
             torch._C._set_only_lift_cpu_tensors(lift_cpu_alone)
+
+
+def launches(args: tuple) -> int:
+    """Returns the number of kernels of an operation with these arguments: one, or several for lists of tensors.
+
+    A launch takes up to so many tensors and blocks of numbers as in torch's MultiTensorApply.cuh.
+    """
+    lists = [each for each in args if isinstance(each, (list, tuple)) and each and isinstance(each[0], torch.Tensor)]
+    if not lists:
+        return 1
+    blocks = sum(math.ceil(tensor.numel() / 65536) for tensor in lists[0])
+    return max(1, math.ceil(len(lists[0]) / (110, 64, 48, 36, 30)[len(lists) - 1]), math.ceil(blocks / 320))
 
 
 def _wrapped(cpu_tensor, wrappers):

@@ -34,6 +34,7 @@ from fairseq_stack.benchmark.pretended_gpu import (
     OnGpu,
     added_mask,
     aten,
+    launches,
     pretended_gpu,
 )
 from fairseq_stack.errors import InputError
@@ -195,7 +196,8 @@ class Shapes(Machine):
         given = {id(each): each for each in tensors}.values()
         moved = 0 if operation in WRITING_ALONE else sum(map(_bytes, given))
         moved += sum(_bytes(each) for each in tree_iter(made) if torch.is_tensor(each))
-        flops, seconds = 0, max(self.gpu.launch, moved / self.gpu.bandwidth)
+        kernels = launches(args)
+        flops, seconds = 0, max(kernels * self.gpu.launch, moved / self.gpu.bandwidth)
         if operation in flop_registry:
             if operation is aten.convolution_backward:
                 flops = _backward_flops(*args)
@@ -203,7 +205,7 @@ class Shapes(Machine):
                 flops = flop_registry[operation](*args, **kwargs, out_val=made)
             dtype = next(each.dtype for each in given if each.dtype.is_floating_point)
             seconds = max(seconds, flops / self.rate(operation._qualified_op_name, dtype))
-        self.counted += (seconds, 1, 0, flops, moved)
+        self.counted += (seconds, kernels, 0, flops, moved)
 
     def rate(self, operation: str, dtype: torch.dtype) -> float:
         """Returns the floating-point operations per second of a kernel."""

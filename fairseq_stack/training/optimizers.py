@@ -4,6 +4,8 @@ fairseq saves the weights in half precision. It does not save the fp32 masters a
 a resumed run would continue from rounded masters.
 """
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,14 +57,51 @@ class FP16Optimizer(_ScalerSaved, optim.FP16Optimizer):
             for master, saved in zip(self.masters, state_dict["masters"]):
                 master.data.copy_(saved)
 
+    @cached_property
+    def _parts(self) -> list[tuple[Tensor, Tensor]]:
+        """For each parameter, its part of the masters and a buffer for that part's gradient, in its shape."""
+        if not self.has_flat_params:
+            return [(master.data, torch.empty_like(master.data)) for master in self.masters]
+        (flat,) = self.masters  # one for each device, and all parameters of a process are on one
+        assert flat.grad is not None  # fairseq has made it
+        sizes = [half.numel() for half in self.fp16_params]
+        parts = zip(self.fp16_params, flat.data.split(sizes), flat.grad.split(sizes))
+        return [(master.view_as(half), gradient.view_as(half)) for half, master, gradient in parts]
+
+    # fairseq copies each parameter by itself.
+
     def _sync_fp16_grads_to_fp32(self) -> None:
+        if not self._needs_sync:
+            return
+        pairs = [(half.grad, buffer) for half, (_, buffer) in zip(self.fp16_params, self._parts)]
+        gradients = [gradient for gradient, _ in pairs if gradient is not None]
+        buffers = [buffer for gradient, buffer in pairs if gradient is not None]
+        torch._foreach_copy_(buffers, gradients)  # pyright: ignore[reportPrivateImportUsage]  not in the stubs
         if self.has_flat_params:
-            super()._sync_fp16_grads_to_fp32()
-        elif self._needs_sync:
+            self.masters[0].used = self._used()  # pyright: ignore[reportAttributeAccessIssue]  for adamw.FusedAdam
+        else:
             # fairseq gives the masters of unused layers a gradient of zeros, and Adam would process it.
-            for half, master in zip(self.fp16_params, self.fp32_params):
-                master.grad = None if half.grad is None else half.grad.float()
-            self._needs_sync = False
+            for master, (gradient, buffer) in zip(self.masters, pairs):
+                master.grad = None if gradient is None else buffer
+        self._needs_sync = False
+
+    def _used(self) -> list[slice]:
+        """The parts of the flat masters whose parameters have a gradient."""
+        used, end = [], 0
+        for half in self.fp16_params:
+            start, end = end, end + half.numel()
+            if half.grad is not None:
+                used.append(slice(used.pop().start if used and used[-1].stop == start else start, end))
+        return used
+
+    def _sync_fp32_params_to_fp16(self) -> None:
+        halves = [half.data for half in self.fp16_params]
+        torch._foreach_copy_(halves, [master for master, _ in self._parts])  # pyright: ignore[reportPrivateImportUsage]
+
+    def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        norm = super().clip_grad_norm(max_norm, aggregate_norm_fn)
+        self._multiply_factor = float(self._multiply_factor)  # a tensor would be copied to the GPU again
+        return norm
 
     def zero_grad(self) -> None:
         if not self.has_flat_params:

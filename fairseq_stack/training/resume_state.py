@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from fairseq_stack.errors import InputError
 
+_SAME = {"adamw": "adam"}  # their states are the same
 _PRECISION = ("common.fp16", "common.bf16", "common.amp")
 # These fields have no effect in fp32 and with AMP.
 _HALF = ("common.memory_efficient_fp16", "common.memory_efficient_bf16", "common.fp16_no_flatten_grads")
@@ -37,7 +38,8 @@ def check_optimizer(saved: Any, cfg: Any, path: str, reset_optimizer: bool, rese
         resets["lr_scheduler._name"] = "checkpoint.reset_lr_scheduler=true"
     for field, reset in resets.items():
         before, now = (_value(each, field) for each in (saved, cfg))
-        if before is not None and before != now:  # an older version may lack the field
+        differs = _SAME.get(before, before) != _SAME.get(now, now)
+        if before is not None and differs:  # an older version may lack the field
             before, now = _text(before), _text(now)
             raise InputError(
                 f"{field}={now} does not fit the state in {path}, which was saved with {field}={before}; set"

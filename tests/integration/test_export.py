@@ -667,7 +667,7 @@ def test_the_model_card_tells_the_papers_recipe():
     for row in (
         "| teacher | hubert.pt |",
         "| data | ls960 |",
-        "| optimiser | adam, learning rate 0.0005, weight decay 0.0001, polynomial decay, 23,074 updates of warm-up |",
+        "| optimiser | adamw, learning rate 0.0005, weight decay 0.0001, polynomial decay, 23,074 updates of warm-up |",
         "| batch | up to 64 utterances |",
         "| precision | fp16 |",
     ):

@@ -134,7 +134,7 @@ COSINE = ["lr_scheduler._name=cosine", "~lr_scheduler.total_num_update"]
 @pytest.mark.parametrize(
     "change, before, reset",
     [
-        (NAG, "optimizer._name=adam", "checkpoint.reset_optimizer=true"),
+        (NAG, "optimizer._name=adamw", "checkpoint.reset_optimizer=true"),
         (["common.bf16=true"], "common.bf16=false", "checkpoint.reset_optimizer=true"),
         (["common.amp=true"], "common.amp=false", "checkpoint.reset_optimizer=true"),
         (COSINE, "lr_scheduler._name=polynomial_decay", "checkpoint.reset_lr_scheduler=true"),
@@ -149,6 +149,17 @@ def test_another_optimizer_or_schedule_is_named_with_its_reset_which_works(
     assert f"was saved with {before}; set {before}, or" in message and reset in message
     trainer = train("librispeech_base", [*tiny(speech, teacher_file, run), *change, reset])
     assert trainer.get_num_updates() == 20
+
+
+def test_a_run_with_adam_resumes_with_adamw_and_ends_as_with_adam(speech, teacher_file, tmp_path):
+    ends = []
+    for name in ("adam", "adamw"):
+        fields = tiny(speech, teacher_file, tmp_path / name, **{"optimization.max_update": 8})
+        stopped = [*fields, "optimizer._name=adam", "optimization.max_update=6", "lr_scheduler.total_num_update=8"]
+        train("librispeech_base", stopped)
+        ends.append(train("librispeech_base", [*fields, f"optimizer._name={name}"]).get_model().state_dict())
+    for key, value in ends[0].items():
+        torch.testing.assert_close(ends[1][key], value, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_with_a_reset_optimizer_resumes_beside_the_checkpoints_before_it(speech, teacher_file, tmp_path, caplog):

@@ -77,7 +77,7 @@ CASES = [
     # fields
     ({"lr_scheduler._name": "cosine"}, "is no field of lr_scheduler._name=cosine; take it out (~lr_scheduler."),
     ({"optimizer._name": "nag"}, "optimizer.adam_betas is no field of optimizer._name=nag; take it out (~optimizer."),
-    ({"optimizer.adam_epsilon": 1.0}, "optimizer.adam_epsilon is no field of optimizer._name=adam; take it out"),
+    ({"optimizer.adam_epsilon": 1.0}, "optimizer.adam_epsilon is no field of optimizer._name=adamw; take it out"),
     ({"optimizer.adam_eps": "abc"}, "optimizer.adam_eps: Value 'abc'"),
     ({"lr_scheduler.warmup_updates": "abc"}, "lr_scheduler.warmup_updates: Value 'abc'"),
     ({"model.dropout": "abc"}, "model.dropout: Value 'abc'"),

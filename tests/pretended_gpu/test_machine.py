@@ -85,6 +85,19 @@ def test_waits_and_launches_are_counted():
         assert machine.waits.total() == before and machine.launches.total() == launches + 5
 
 
+def test_lists_of_tensors_take_as_many_launches_as_their_kernel():
+    with pretended_gpu() as machine:
+        for count, launches in ((64, 1), (65, 2), (215, 4)):
+            tensors = [torch.ones(2, device="cuda") for _ in range(count)]
+            before = machine.launches.total()
+            torch._foreach_copy_(tensors, [tensor.half() for tensor in tensors])
+            assert machine.launches.total() == before + count + launches  # each `half` is one, too
+        large = [torch.empty(65536 * 321, device="cuda")]
+        before = machine.launches.total()
+        torch._foreach_mul_(large, 2.0)
+        assert machine.launches.total() == before + 2
+
+
 def mask_on_the_cpu(monkeypatch):
     terms = LayerDistillation.terms
     monkeypatch.setattr(LayerDistillation, "terms", lambda *args: terms(*args[:-1], args[-1].cpu()))

@@ -36,6 +36,7 @@ WAVLM, WHISPER, STORE = "WavLM", "Whisper", "task.target_store"  # made for the 
 
 TRAININGS = {
     "fp32": {},
+    "fp16, adam": {**FP16, "optimizer._name": "adam"},
     "fp16": FP16,
     "fp16 without flat masters": {**FP16, "common.fp16_no_flatten_grads": True},
     "fp16, memory-efficient, moving average": {**FP16, "common.memory_efficient_fp16": True, **AVERAGED},
