@@ -32,7 +32,7 @@ from fairseq_stack.targets.formats import FORMATS
 from fairseq_stack.targets.source import targets_of
 from fairseq_stack.targets.store import CNN, TargetStore, size_text
 from fairseq_stack.teachers import load_teacher
-from fairseq_stack.teachers.base import PRECISIONS, Teacher
+from fairseq_stack.teachers.base import PRECISIONS, Teacher, default_precision
 from fairseq_stack.teachers.lazy import described_teacher, weights_digest
 from fairseq_stack.training import growth_listeners, preemption  # noqa: F401  the former registers
 from fairseq_stack.training.logs import read
@@ -58,9 +58,12 @@ class SpeechDistillationConfig(FairseqDataclass):
             "help": "pad the input of a Whisper teacher to 30 s, as in its pre-training (default: keep the true length)"
         },
     )
-    teacher_precision: str = field(
-        default="fp32",
-        metadata={"help": "precision of the teacher: fp32 (without TF32 on a GPU), or fp16 or bf16, which are faster"},
+    teacher_precision: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "precision of the teacher: bf16, fp16, or fp32 (without TF32 on a GPU; default: bf16 on a GPU, fp16"
+            " on one without bf16, and fp32 on a CPU)"
+        },
     )
     max_sample_size: int = field(
         default=250_000, metadata={"help": "crop longer recordings to this number of samples (at 16 kHz)"}
@@ -116,6 +119,7 @@ class SpeechDistillationConfig(FairseqDataclass):
     train_subset: str = II("dataset.train_subset")
     valid_subset: str = II("dataset.valid_subset")
     seed: int = II("common.seed")
+    cpu: bool = II("common.cpu")
     save_dir: str = II("checkpoint.save_dir")
     best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
 
@@ -168,6 +172,7 @@ class SpeechDistillation(FairseqTask):
             raise InputError(f"task.mask_prob={cfg.mask_prob} must lie between 0 and 1")
         if cfg.mask_length < 1:
             raise InputError(f"task.mask_length={cfg.mask_length} must be 1 or more")
+        cfg.teacher_precision = cfg.teacher_precision or default_precision(cfg.cpu)
         check_choice("task.teacher_precision", cfg.teacher_precision, PRECISIONS)
         check_bad_audio(cfg.bad_audio, cfg.bad_audio_limit)
         check_choice("task.target_format", cfg.target_format, FORMATS)

@@ -12,6 +12,13 @@ from fairseq_stack.errors import InputError
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def default_precision(cpu: bool = False) -> str:
+    """Return the teacher's precision if none is chosen: half precision on a GPU, unless the training uses the CPU."""
+    if cpu or not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"  # since Ampere
+
+
 class Teacher(ABC):
     """A frozen speech foundation model in eval mode that gives hidden states without gradient.
 
@@ -87,7 +94,7 @@ def exact_fp32() -> Iterator[None]:
     """Make a GPU compute fp32 with full precision, inside a `with` block or a decorated function.
 
     By default, torch computes convolutions in TF32, with 10 of the mantissa's 23 bits, and matrix products in fp32.
-    To run a teacher faster than fp32, set task.teacher_precision=bf16 or fp16.
+    A teacher in bf16 or fp16 (task.teacher_precision) is faster.
     """
     switches = fp32_switches()
     before = [getattr(owner, name) for owner, name, _ in switches]

@@ -53,6 +53,7 @@ from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.recovery import LAST, UNFINISHED, recover
 from fairseq_stack.errors import InputError, input_errors, one_line_errors
 from fairseq_stack.extensions import load_extensions
+from fairseq_stack.teachers.base import default_precision
 from fairseq_stack.training import preemption, progress
 from fairseq_stack.training.full_depth import check_depth
 from fairseq_stack.training.process_state import reset_process_state
@@ -158,6 +159,8 @@ def _start_clean_and_checked(add_defaults: Callable, cfg: DictConfig) -> None:
     check_names(cfg)
     add_defaults(cfg)
     check_configuration(cfg)
+    if name == TASK:  # checkpoints have the precision in use, so a resumed run on another device logs the change
+        cfg.task.teacher_precision = cfg.task.teacher_precision or default_precision(cfg.common.cpu)
 
 
 @_guard(PathManager, "copy", always=True)

@@ -3,12 +3,15 @@
 A pretended GPU computes what the CPU computes and refuses what a GPU refuses: see fairseq_stack/benchmark/pretended_gpu.py.
 """
 
+import contextlib
+
 import pytest
 import torch
 import transformers
 from training import tiny, train
 
 from fairseq_stack.benchmark.pretended_gpu import AVAILABLE, pretended_gpu
+from fairseq_stack.teachers.base import PRECISIONS
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs a torch that does not ask CUDA's driver, newer than 2.4")
 
@@ -111,6 +114,20 @@ def test_the_cpu_waits_once_for_each_update_of_padded_utterances(teacher, speech
     assert (waits[1] - waits[0]).total() == 2, waits[1] - waits[0]
 
 
+@pytest.mark.parametrize("capability, precision", [((9, 0), "bf16"), ((7, 0), "fp16"), (None, "fp32")])
+def test_a_teacher_is_in_half_precision_on_a_gpu_and_the_checkpoint_says_so(
+    capability, precision, speech, teacher_file, tmp_path, monkeypatch
+):
+    fields = {"model.stack_method": "none", "model.stack_stages": 1, "optimization.max_update": 1}
+    overrides = tiny(speech, teacher_file, tmp_path, **fields, **{"checkpoint.no_save": True})
+    with pretended_gpu() if capability else contextlib.nullcontext():
+        if capability:
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        trainer = train("librispeech_base", overrides)
+        assert trainer.task.teacher.dtype == PRECISIONS[precision]
+    assert trainer.cfg.task.teacher_precision == precision
+
+
 def made(teacher, folder):
     """The path of a teacher, which is made in the folder if it is the name of one of FOLDERS."""
     if teacher not in FOLDERS:
@@ -144,7 +161,7 @@ FOLDERS = {WAVLM: wavlm, WHISPER: whisper}
 
 def test_the_path_on_a_gpu_and_that_on_a_cpu_lead_to_the_same_weights(speech, teacher_file, tmp_path):
     fields = {"optimization.max_update": 4, "model.stack_stages": 2, "checkpoint.no_save": True, **MASKED}
-    fields |= {"model.dropout": 0.0, "model.attention_dropout": 0.0}
+    fields |= {"model.dropout": 0.0, "model.attention_dropout": 0.0, "+task.teacher_precision": "fp32"}
     overrides = tiny(speech, teacher_file, tmp_path, **fields)
     on_cpu = train("librispeech_base", overrides).get_model().state_dict()
     with pretended_gpu():
