@@ -94,7 +94,7 @@ def normed_kernels(windows: Tensor, frames: Tensor, weight: Tensor, norm: nn.Gro
     difference of large numbers.
 
     Args:
-        windows: [B, T, K], of the waveform.
+        windows: [B, T, K], of the waveform, whose own mean is near 0.
         frames: [B], the number of windows of each utterance without its padding.
         weight: [C, K].
         norm: an affine group norm over C channels, one in each group.
@@ -103,10 +103,10 @@ def normed_kernels(windows: Tensor, frames: Tensor, weight: Tensor, norm: nn.Gro
         [B, C, K] and [B, C], float64.
     """
     valid = torch.arange(windows.size(1), device=windows.device) < frames[:, None]
-    windows, count, weight = windows.double() * valid[:, :, None], frames[:, None, None], weight.double()
+    count, weight = frames[:, None, None], weight.double()
+    windows = windows * valid[:, :, None].double()  # the only copy in float64
     mean = windows.sum(1, keepdim=True) / count
-    centred = (windows - mean) * valid[:, :, None]
-    covariance = centred.transpose(1, 2) @ centred / count
+    covariance = windows.transpose(1, 2) @ windows / count - mean.transpose(1, 2) * mean
     variance = ((weight @ covariance) * weight).sum(2)
     kernels = weight * (norm.weight.double() * torch.rsqrt(variance + norm.eps))[:, :, None]
     return kernels, norm.bias.double() - (kernels * mean).sum(2)
@@ -122,8 +122,7 @@ def convolution(x: Tensor, conv: nn.Conv1d, after_gelu: bool = False) -> Tensor:
 class ChannelsLastConvolution(torch.autograd.Function):
     """A convolution of [B, T, C], optionally of its GELU, whose output it does not keep for the backward pass.
 
-    The gradient of the weight is a matrix product. On a CPU, oneDNN's gradient of the weight takes up to six times as
-    long in this layout.
+    On a CPU, the gradient of the weight is a matrix product: oneDNN's takes up to six times as long in this layout.
     """
 
     @staticmethod
@@ -138,43 +137,52 @@ class ChannelsLastConvolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         x_gradient = kernel_gradient = bias_gradient = None
         if ctx.needs_input_grad[1]:
-            kernel_gradient = weight_gradient(gradient, x, weight.size(2), ctx.stride, ctx.after_gelu)
+            kernel_gradient = weight_gradient(gradient, x, weight, ctx.stride, ctx.after_gelu)
         if ctx.has_bias:
             bias_gradient = gradient.sum((0, 1))
         if ctx.needs_input_grad[0]:
             # torch.nn.grad.conv2d_input would ignore the layout of x and copy twice.
-            x_gradient, _, _ = torch.ops.aten.convolution_backward(
-                as_image(gradient), as_image(x), as_image_kernel(weight), None, (1, ctx.stride), (0, 0), (1, 1), False,
-                (0, 0), 1, (True, False, False),
-            )  # fmt: skip
+            x_gradient = convolution_gradients(gradient, x, weight, ctx.stride, (True, False, False))[0]
             x_gradient = x_gradient.squeeze(2).transpose(1, 2)
             if ctx.after_gelu:
                 torch.ops.aten.gelu_backward(x_gradient, x, grad_input=x_gradient)  # in place
         return x_gradient, kernel_gradient, bias_gradient, None, None
 
 
-def weight_gradient(gradient: Tensor, x: Tensor, taps: int, stride: int, after_gelu: bool) -> Tensor:
-    """The gradient of a convolution's weight, computed one utterance at a time to save memory.
+def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, after_gelu: bool) -> Tensor:
+    """The gradient of a convolution's weight. On a CPU it is computed one utterance at a time to save memory.
 
     Args:
         gradient: [B, T', C'], of the convolution's output.
         x: [B, T, C], the convolution's input, before the GELU with `after_gelu`.
-        taps: K, the kernel's width.
+        weight: [C', C, K].
         stride: of the convolution.
         after_gelu: whether the convolution is one of GELU(x).
 
     Returns:
         [C', C, K].
     """
+    if gradient.is_cuda:
+        features = F.gelu(x) if after_gelu else x
+        return convolution_gradients(gradient, features, weight, stride, (False, True, False))[1].squeeze(2)
     gradients = []
     for output_gradient, features in zip(gradient, x):
         if after_gelu:
             features = F.gelu(features)
         frames = len(output_gradient)
-        gradients.append(
-            torch.stack([output_gradient.t() @ features[tap::stride][:frames] for tap in range(taps)], dim=2)
-        )
+        taps = [output_gradient.t() @ features[tap::stride][:frames] for tap in range(weight.size(2))]
+        gradients.append(torch.stack(taps, dim=2))
     return torch.stack(gradients).sum(0)
+
+
+def convolution_gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The wanted gradients of x, weight and bias, as images, of a convolution with x [B, T, C] without padding."""
+    return torch.ops.aten.convolution_backward(
+        as_image(gradient), as_image(x), as_image_kernel(weight), None, (1, stride), (0, 0), (1, 1), False, (0, 0), 1,
+        wanted,
+    )  # fmt: skip
 
 
 def as_image(x: Tensor) -> Tensor:
