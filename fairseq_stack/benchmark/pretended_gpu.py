@@ -283,6 +283,8 @@ def _backward(loss, gradient=None, **_):
                     continue
                 slots = gradients.setdefault(target, [None] * len(target._input_metadata))
                 if value is not None:
+                    if any(value is each for each in given):  # passed on, perhaps to several nodes
+                        value.shared = True
                     value = _checked(node, value, target._input_metadata[slot])
                     slots[slot] = value if slots[slot] is None else slots[slot] + value
                 waiting[target] -= 1
@@ -291,8 +293,15 @@ def _backward(loss, gradient=None, **_):
 
 
 def _accumulate(parameter, gradient):
-    if gradient is not None:
-        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+    """Adds to a parameter's gradient. The first one becomes it, or a copy if it is in use or has other strides."""
+    if gradient is None:
+        return
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad + gradient
+    elif hasattr(gradient, "shared") or gradient.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+    else:
+        parameter.grad = gradient.detach()
 
 
 def _checked(node, gradient, expected):
