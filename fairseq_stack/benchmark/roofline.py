@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from fairseq_stack.benchmark.clock import Clock
 from fairseq_stack.benchmark.inputs import make_inputs
 from fairseq_stack.benchmark.measure import DEPTHS, cases_of, growing
 from fairseq_stack.benchmark.ours import Ours, fill_store
+from fairseq_stack.benchmark.pretended_attention import chosen_kernel
 from fairseq_stack.benchmark.pretended_gpu import (
     INDEXING,
     WITHOUT_KERNEL,
@@ -171,14 +173,11 @@ class Shapes(Machine):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Computes attention by the fused kernel that torch would choose.
-
-        That is flash attention, or memory-efficient attention with a mask or in fp32.
-        """
+        """Computes attention by the fused kernel that torch would choose."""
         if not isinstance(query, OnGpu):
             return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         bias = added_mask(attn_mask, query)
-        if bias is None and query.dtype != torch.float32:
+        if chosen_kernel(query, key, value, bias) is SDPBackend.FLASH_ATTENTION:
             return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         if bias is not None:
             bias = bias.expand(*query.shape[:3], key.size(2))

@@ -9,7 +9,9 @@ from fairseq.models.wav2vec.wav2vec2 import TransformerEncoder, TransformerSente
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fairseq_stack.models.conv_extractor import autocast_dtype
 from fairseq_stack.models.dropout import dropout, kept, masked
+from fairseq_stack.models.gpu_attention import flash_spans, gpu_attention
 from fairseq_stack.models.pos_conv import positions
 
 
@@ -47,13 +49,17 @@ class LayerStack(TransformerEncoder):
             a list of 1 + min(upto, len(seats)) tensors [B, T, D].
         """
         padding = torch.arange(x.size(1), device=x.device) >= frames[:, None]
-        if not bool(padding.any()):
+        if not x.is_cuda and not bool(padding.any()):  # a GPU would have to finish its work first
             padding = None
         x = x + positions(self.pos_conv, x, padding)
         if not self.layer_norm_first:
             x = self.layer_norm(x)
         x = dropout(x, self.dropout, self.training)
 
+        if x.is_cuda:
+            head_size = self.layers[0].self_attn.head_dim
+            spans = flash_spans(x, autocast_dtype(x, x.dtype), head_size, frames)
+            padding = padding if spans is None else spans
         hidden_states = [x]
         for position, seat in enumerate(seats[:upto], start=1):
             x = self.layers[seat](x, padding)
@@ -79,7 +85,7 @@ class EncoderLayer(TransformerSentenceEncoderLayer):
             self.activation_fn = F.gelu  # the same result as fairseq's, which converts to fp32 and back
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Run the layer: [B, T, D] to [B, T, D]. `padding` [B, T] is true after the end of an utterance."""
+        """Run the layer: [B, T, D] to [B, T, D]. `padding` is that of `attention`."""
         if self.layer_norm_first:
             x = x + self.drop(self.attend(self.self_attn_layer_norm(x), padding), self.dropout1)
             return x + self.drop(self.feed_forward(self.final_layer_norm(x)), self.dropout3)
@@ -101,7 +107,7 @@ class EncoderLayer(TransformerSentenceEncoderLayer):
         weight, bias = (torch.cat([getattr(part, name) for part in projections]) for name in ("weight", "bias"))
         heads = F.linear(x, weight, bias).unflatten(2, (3, module.num_heads, module.head_dim))
         probability = module.dropout_module.p if self.training else 0.0
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
         x = attention(query, key, value, padding, probability)
         return module.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -109,12 +115,11 @@ class EncoderLayer(TransformerSentenceEncoderLayer):
 def attention(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_probability: float) -> Tensor:
     """Scaled dot-product attention of [B, heads, T, features of a head].
 
-    On a GPU this is torch's function. On a CPU plain matrix products are faster: torch's backward pass takes twice as
+    `padding` [B, T] is true after the end of an utterance; on a GPU it may also be flash_spans. On a CPU plain matrix products are faster: torch's backward pass takes twice as
     long in bf16, and torch has no fast kernel with dropout.
     """
     if query.is_cuda:
-        mask = None if padding is None else ~padding[:, None, None]
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_probability)
+        return gpu_attention(query, key, value, padding, dropout_probability)
     keep, scale = None, 1.0
     if dropout_probability:
         keep, scale = kept((*query.shape[:3], key.size(2)), dropout_probability)
