@@ -115,8 +115,9 @@ class EncoderLayer(TransformerSentenceEncoderLayer):
 def attention(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_probability: float) -> Tensor:
     """Scaled dot-product attention of [B, heads, T, features of a head].
 
-    `padding` [B, T] is true after the end of an utterance; on a GPU it may also be flash_spans. On a CPU plain matrix products are faster: torch's backward pass takes twice as
-    long in bf16, and torch has no fast kernel with dropout.
+    `padding` [B, T] is true after the end of an utterance; on a GPU it may also be the result of flash_spans. On a CPU
+    plain matrix products are faster: torch's backward pass takes twice as long in bf16, and torch has no fast kernel
+    with dropout.
     """
     if query.is_cuda:
         return gpu_attention(query, key, value, padding, dropout_probability)
