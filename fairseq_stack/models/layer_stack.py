@@ -22,6 +22,7 @@ class LayerStack(TransformerEncoder):
     """
 
     pos_conv: nn.Sequential
+    compiled: Any = None  # EncoderLayer.forward, after compile_layers
 
     def build_encoder_layer(self, args: Any, **kwargs: Any) -> "EncoderLayer":
         """Build one layer; fairseq's constructor calls this."""
@@ -35,6 +36,15 @@ class LayerStack(TransformerEncoder):
             activation_fn=args.activation_fn,
             layer_norm_first=args.layer_norm_first,
         )
+
+    def compile_layers(self, backend: Any = "inductor") -> None:
+        """Compile the layers with torch.compile.
+
+        One graph serves all layers, because their weights are its inputs, and batches of all lengths. So a growth
+        compiles nothing.
+        """
+        torch._dynamo.config.inline_inbuilt_nn_modules = True  # the default since torch 2.5
+        self.compiled = torch.compile(EncoderLayer.forward, dynamic=True, backend=backend)
 
     def forward(self, x: Tensor, frames: Tensor, seats: Sequence[int], upto: int | None = None) -> list[Tensor]:
         """Compute the hidden states of the layers in `seats`.
@@ -62,7 +72,8 @@ class LayerStack(TransformerEncoder):
             padding = padding if spans is None else spans
         hidden_states = [x]
         for position, seat in enumerate(seats[:upto], start=1):
-            x = self.layers[seat](x, padding)
+            layer = self.layers[seat]
+            x = self.compiled(layer, x, padding) if self.compiled else layer(x, padding)
             last = self.layer_norm_first and position == len(seats)
             hidden_states.append(self.layer_norm(x) if last else x)
         return hidden_states
