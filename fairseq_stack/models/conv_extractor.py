@@ -8,7 +8,8 @@ The parameters and the mathematics are those of fairseq's ConvFeatureExtractionM
   windows, ten by ten numbers. So the norm needs no pass over the largest tensor of the model.
 - The norm's statistics come from an utterance's own frames. fairseq, transformers and s3prl include the padding, so
   that features depend on the other utterances of the batch. Without padding all give the same features.
-- GELU is computed inside the convolution after it. Only its input is kept; the backward pass computes its output again.
+- GELU is computed inside the convolution after it. On a CPU only its input is kept, and the backward pass computes its
+  output again. On a GPU both are kept, because reading and writing these tensors takes as long as some of the products.
 """
 
 from typing import Any
@@ -120,69 +121,86 @@ def convolution(x: Tensor, conv: nn.Conv1d, after_gelu: bool = False) -> Tensor:
 
 
 class ChannelsLastConvolution(torch.autograd.Function):
-    """A convolution of [B, T, C], optionally of its GELU, whose output it does not keep for the backward pass.
+    """A convolution of [B, T, C], optionally of its GELU, whose output it keeps for the backward pass on a GPU alone.
 
     On a CPU, the gradient of the weight is a matrix product: oneDNN's takes up to six times as long in this layout.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, after_gelu: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        activated = F.gelu(x) if after_gelu else x
+        ctx.save_for_backward(x, weight, activated if x.is_cuda else None)
         ctx.stride, ctx.has_bias, ctx.after_gelu = stride, bias is not None, after_gelu
-        image = as_image(F.gelu(x) if after_gelu else x)
-        return F.conv2d(image, as_image_kernel(weight), bias, (1, stride)).squeeze(2).transpose(1, 2)
+        return F.conv2d(as_image(activated), as_image_kernel(weight), bias, (1, stride)).squeeze(2).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        x_gradient = kernel_gradient = bias_gradient = None
-        if ctx.needs_input_grad[1]:
-            kernel_gradient = weight_gradient(gradient, x, weight, ctx.stride, ctx.after_gelu)
-        if ctx.has_bias:
-            bias_gradient = gradient.sum((0, 1))
-        if ctx.needs_input_grad[0]:
-            # torch.nn.grad.conv2d_input would ignore the layout of x and copy twice.
-            x_gradient = convolution_gradients(gradient, x, weight, ctx.stride, (True, False, False))[0]
-            x_gradient = x_gradient.squeeze(2).transpose(1, 2)
-            if ctx.after_gelu:
-                torch.ops.aten.gelu_backward(x_gradient, x, grad_input=x_gradient)  # in place
+        x, weight, activated = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias
+        if gradient.is_cuda:
+            found = convolution_gradients(gradient, activated, weight, ctx.stride, wanted)
+        else:
+            found = (
+                convolution_gradients(gradient, x, weight, ctx.stride, (True, False, False))[0] if wanted[0] else None,
+                weight_gradient(gradient, x, weight.size(2), ctx.stride, ctx.after_gelu) if wanted[1] else None,
+                gradient.sum((0, 1)) if wanted[2] else None,
+            )
+        x_gradient, kernel_gradient, bias_gradient = found
+        if x_gradient is not None and ctx.after_gelu:
+            torch.ops.aten.gelu_backward(x_gradient, x, grad_input=x_gradient)  # in place
         return x_gradient, kernel_gradient, bias_gradient, None, None
 
 
-def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, after_gelu: bool) -> Tensor:
-    """The gradient of a convolution's weight. On a CPU it is computed one utterance at a time to save memory.
+def weight_gradient(gradient: Tensor, x: Tensor, taps: int, stride: int, after_gelu: bool) -> Tensor:
+    """The gradient of a convolution's weight, computed on a CPU, one utterance at a time to save memory.
 
     Args:
         gradient: [B, T', C'], of the convolution's output.
         x: [B, T, C], the convolution's input, before the GELU with `after_gelu`.
-        weight: [C', C, K].
+        taps: K, the kernel's width.
         stride: of the convolution.
         after_gelu: whether the convolution is one of GELU(x).
 
     Returns:
         [C', C, K].
     """
-    if gradient.is_cuda:
-        features = F.gelu(x) if after_gelu else x
-        return convolution_gradients(gradient, features, weight, stride, (False, True, False))[1].squeeze(2)
     gradients = []
     for output_gradient, features in zip(gradient, x):
         if after_gelu:
             features = F.gelu(features)
         frames = len(output_gradient)
-        taps = [output_gradient.t() @ features[tap::stride][:frames] for tap in range(weight.size(2))]
-        gradients.append(torch.stack(taps, dim=2))
+        gradients.append(
+            torch.stack([output_gradient.t() @ features[tap::stride][:frames] for tap in range(taps)], dim=2)
+        )
     return torch.stack(gradients).sum(0)
 
 
 def convolution_gradients(
     gradient: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The wanted gradients of x, weight and bias, as images, of a convolution with x [B, T, C] without padding."""
-    return torch.ops.aten.convolution_backward(
-        as_image(gradient), as_image(x), as_image_kernel(weight), None, (1, stride), (0, 0), (1, 1), False, (0, 0), 1,
-        wanted,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a convolution without padding, from one call of torch's.
+
+    torch.nn.grad would ignore the layout of x and copy twice.
+
+    Args:
+        gradient: [B, T', C'], of its output.
+        x: [B, T, C], its input.
+        weight: [C', C, K].
+        stride: of the convolution.
+        wanted: whether to compute the gradients of x, weight and bias.
+
+    Returns:
+        [B, T, C], [C', C, K] and [C']; None for those that are not wanted.
+    """
+    to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
+        as_image(gradient), as_image(x), as_image_kernel(weight), [len(weight)], (1, stride), (0, 0), (1, 1), False,
+        (0, 0), 1, wanted,
     )  # fmt: skip
+    return (
+        to_x.squeeze(2).transpose(1, 2) if wanted[0] else None,
+        to_weight.squeeze(2) if wanted[1] else None,
+        to_bias if wanted[2] else None,
+    )
 
 
 def as_image(x: Tensor) -> Tensor:
