@@ -101,6 +101,9 @@ class Machine(TorchDispatchMode):
     def __init__(self, package: str = "fairseq_stack"):
         super().__init__()
         self.package = package
+        self.here: str | None = None  # the place of the operation that was counted last
+        self.node: Any = None  # autograd's, while the backward pass computes
+        self.node_places: dict[int, str | None] = {}  # the lines of the forward pass, by the numbers of the nodes
         self.launches: Counter[str | None] = Counter()
         self.waits: Counter[tuple[str, str | None]] = Counter()
 
@@ -177,14 +180,27 @@ class Machine(TorchDispatchMode):
         elif operation is aten.copy_:
             to_gpu = isinstance(args[0], OnGpu)
             waits = to_gpu != isinstance(args[1], OnGpu) and not (to_gpu and args[2:] == (True,))
+        self.here = self.place()
         if waits:
-            self.waits[operation._qualified_op_name.split("::")[1], self.place()] += 1
+            self.waits[operation._qualified_op_name.split("::")[1], self.here] += 1
         if not func.is_view and operation not in WITHOUT_KERNEL:
-            self.launches[self.place()] += 1
+            self.launches[self.here] += 1
 
     def place(self) -> str | None:
-        """Returns FOLDER/FILE:LINE of the package that called an operation, else of the nearest code outside torch."""
-        frame, nearest = sys._getframe(2), None
+        """Returns FOLDER/FILE:LINE of the package that called an operation, else of the nearest code outside torch.
+
+        In the backward pass this is the line of the forward pass.
+        """
+        if self.node is not None:
+            return f"{self.node_places.get(self.node._sequence_nr(), self.node.name())}, backward"
+        place = self.caller()
+        # The node of an operation is older than the operation's first kernel.
+        self.node_places.setdefault(torch.autograd._get_sequence_nr() - 1, place)
+        return place
+
+    def caller(self) -> str | None:
+        """Returns the line that called an operation."""
+        frame, nearest = sys._getframe(3), None
         while frame is not None:
             name = frame.f_code.co_filename
             if name != __file__ and "/torch/" not in name and not name.startswith("<"):
@@ -267,7 +283,8 @@ def _backward(loss, gradient=None, **_):
                     found.append(node)
                 waiting[node] += 1
     gradients: dict[Any, list[Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
-    ready = [loss.grad_fn]
+    ready, machine = [loss.grad_fn], OnGpu.machine
+    assert machine is not None
     with torch.no_grad():
         while ready:
             node = ready.pop()
@@ -276,6 +293,7 @@ def _backward(loss, gradient=None, **_):
                 _accumulate(node.variable, *given)
                 continue
             call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+            machine.node = node
             made = call(*given)
             for (target, slot), value in zip(node.next_functions, made if isinstance(made, tuple) else (made,)):
                 if target is None:
@@ -289,6 +307,7 @@ def _backward(loss, gradient=None, **_):
                 waiting[target] -= 1
                 if not waiting[target]:
                     ready.append(target)
+    machine.node = None
 
 
 def _accumulate(parameter, gradient):
