@@ -8,8 +8,8 @@ The parameters and the mathematics are those of fairseq's ConvFeatureExtractionM
   windows, ten by ten numbers. So the norm needs no pass over the largest tensor of the model.
 - The norm's statistics come from an utterance's own frames. fairseq, transformers and s3prl include the padding, so
   that features depend on the other utterances of the batch. Without padding all give the same features.
-- GELU is computed inside the convolution after it. On a CPU only its input is kept, and the backward pass computes its
-  output again. On a GPU both are kept, because reading and writing these tensors takes as long as some of the products.
+- GELU is computed inside the convolution after it. Only its input is kept, and the backward pass computes its output
+  again. In half precision on a GPU both are kept, because this pass takes as long as the products of some layers there.
 """
 
 from typing import Any
@@ -121,7 +121,9 @@ def convolution(x: Tensor, conv: nn.Conv1d, after_gelu: bool = False) -> Tensor:
 
 
 class ChannelsLastConvolution(torch.autograd.Function):
-    """A convolution of [B, T, C], optionally of its GELU, whose output it keeps for the backward pass on a GPU alone.
+    """A convolution of [B, T, C], optionally of its GELU.
+
+    It keeps GELU's output for the backward pass only in half precision on a GPU.
 
     On a CPU, the gradient of the weight is a matrix product: oneDNN's takes up to six times as long in this layout.
     """
@@ -129,7 +131,8 @@ class ChannelsLastConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, after_gelu: bool) -> Tensor:
         activated = F.gelu(x) if after_gelu else x
-        ctx.save_for_backward(x, weight, activated if x.is_cuda else None)
+        keeps = x.is_cuda and x.dtype != torch.float32
+        ctx.save_for_backward(x, weight, activated if keeps else None)
         ctx.stride, ctx.has_bias, ctx.after_gelu = stride, bias is not None, after_gelu
         return F.conv2d(as_image(activated), as_image_kernel(weight), bias, (1, stride)).squeeze(2).transpose(1, 2)
 
@@ -138,6 +141,8 @@ class ChannelsLastConvolution(torch.autograd.Function):
         x, weight, activated = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias
         if gradient.is_cuda:
+            if activated is None:
+                activated = F.gelu(x) if ctx.after_gelu else x
             found = convolution_gradients(gradient, activated, weight, ctx.stride, wanted)
         else:
             found = (

@@ -67,8 +67,8 @@ class LayerStack(TransformerEncoder):
         x = dropout(x, self.dropout, self.training)
 
         if x.is_cuda:
-            head_size = self.layers[0].self_attn.head_dim
-            spans = flash_spans(x, autocast_dtype(x, x.dtype), head_size, frames)
+            first: Any = self.layers[0]
+            spans = flash_spans(x, autocast_dtype(x, x.dtype), first.self_attn.head_dim, frames)
             padding = padding if spans is None else spans
         hidden_states = [x]
         for position, seat in enumerate(seats[:upto], start=1):
