@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.criterions.layer_mapping import student_position
 from fairseq_stack.errors import InputError
+from fairseq_stack.models import layer_stack
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 
 TEACHER = SimpleNamespace(name="teacher.pt", depth=12, width=16)
@@ -295,6 +296,10 @@ def test_compiled_layers_are_one_graph_over_all_growths_with_the_same_numbers_an
             found += [*states, *gradients]
         return found
 
+    def as_on_a_gpu(query, key, value, padding, dropout):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, ~padding[:, None, None], dropout)
+
+    monkeypatch.setattr(layer_stack, "attention", as_on_a_gpu)
     student, compiled = tiny_student(), tiny_student()
     compiled.encoder.compile_layers(backend=count)
     expected, found = results(student), results(compiled)
