@@ -102,7 +102,7 @@ def test_the_products_of_an_update_are_those_of_its_layers(update):
 
 
 def test_an_update_of_the_recipe_stays_within_its_launches_waits_time_and_memory(update):
-    for depth, launches in ((3, 1303), (12, 1474)):
+    for depth, launches in ((3, 1319), (12, 1490)):
         assert total(update, depth, "launches") <= launches
         assert total(update, depth, "waits") <= 25
     assert total(update, 12, "seconds") < 0.0967
