@@ -195,7 +195,8 @@ class Machine(TorchDispatchMode):
             return f"{self.node_places.get(self.node._sequence_nr(), self.node.name())}, backward"
         place = self.caller()
         # The node of an operation is older than the operation's first kernel.
-        self.node_places.setdefault(torch._C._autograd._get_sequence_nr() - 1, place)
+        autograd: Any = torch.autograd
+        self.node_places.setdefault(autograd._get_sequence_nr() - 1, place)
         return place
 
     def caller(self) -> str | None:
