@@ -24,9 +24,12 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from fairseq_stack.benchmark.pretended_attention import chosen_kernel, flash_backward, flash_forward
 from fairseq_stack.errors import InputError
 
 aten = torch.ops.aten
+# Operations that have no kernel for a CPU.
+KERNELS = {aten._flash_attention_forward: flash_forward, aten._flash_attention_backward: flash_backward}
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put)
 # These accept tensors on the CPU together with tensors on a GPU.
 BOTH_DEVICES = (aten.copy_, aten._to_copy, *INDEXING)
@@ -99,6 +102,9 @@ class Machine(TorchDispatchMode):
     def __init__(self, package: str = "fairseq_stack"):
         super().__init__()
         self.package = package
+        self.here: str | None = None  # the place of the operation that was counted last
+        self.node: Any = None  # autograd's, while the backward pass computes
+        self.node_places: dict[int, str | None] = {}  # the lines of the forward pass, by the numbers of the nodes
         self.launches: Counter[str | None] = Counter()
         self.waits: Counter[tuple[str, str | None]] = Counter()
 
@@ -130,7 +136,7 @@ class Machine(TorchDispatchMode):
 
     def compute(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Returns the result of an operation on tensors of the CPU."""
-        return func(*args, **kwargs)
+        return KERNELS.get(func.overloadpacket, func)(*args, **kwargs)
 
     def attention(
         self,
@@ -146,14 +152,10 @@ class Machine(TorchDispatchMode):
         """Computes F.scaled_dot_product_attention by matrix products. torch would ask the driver for a kernel.
 
         Raises:
-            RuntimeError: no fused kernel supports these types or this size of a head.
+            RuntimeError: see chosen_kernel.
         """
         if isinstance(query, OnGpu):
-            size = query.size(-1)
-            if not query.dtype == key.dtype == value.dtype:
-                raise RuntimeError(f"attention of {query.dtype}, {key.dtype} and {value.dtype} has no fused kernel")
-            if size % 8 and size > 8:
-                raise RuntimeError(f"attention with heads of {size} features has no fused kernel")
+            chosen_kernel(query, key, value, attn_mask)
         products = aten._scaled_dot_product_attention_math
         return products(query, key, value, added_mask(attn_mask, query), dropout_p, is_causal, scale=scale)[0]
 
@@ -181,14 +183,28 @@ class Machine(TorchDispatchMode):
         elif operation is aten.copy_:
             to_gpu = isinstance(args[0], OnGpu)
             waits = to_gpu != isinstance(args[1], OnGpu) and not (to_gpu and args[2:] == (True,))
+        self.here = self.place()
         if waits:
-            self.waits[operation._qualified_op_name.split("::")[1], self.place()] += 1
+            self.waits[operation._qualified_op_name.split("::")[1], self.here] += 1
         if not func.is_view and operation not in WITHOUT_KERNEL:
-            self.launches[self.place()] += launches(args)
+            self.launches[self.here] += launches(args)
 
     def place(self) -> str | None:
-        """Returns FOLDER/FILE:LINE of the package that called an operation, else of the nearest code outside torch."""
-        frame, nearest = sys._getframe(2), None
+        """Returns FOLDER/FILE:LINE of the package that called an operation, else of the nearest code outside torch.
+
+        In the backward pass this is the line of the forward pass.
+        """
+        if self.node is not None:
+            return f"{self.node_places.get(self.node._sequence_nr(), self.node.name())}, backward"
+        place = self.caller()
+        # The node of an operation is older than the operation's first kernel.
+        autograd: Any = torch.autograd
+        self.node_places.setdefault(autograd._get_sequence_nr() - 1, place)
+        return place
+
+    def caller(self) -> str | None:
+        """Returns the line that called an operation."""
+        frame, nearest = sys._getframe(3), None
         while frame is not None:
             name = frame.f_code.co_filename
             if name != __file__ and "/torch/" not in name and not name.startswith("<"):
@@ -283,7 +299,8 @@ def _backward(loss, gradient=None, **_):
                     found.append(node)
                 waiting[node] += 1
     gradients: dict[Any, list[Tensor | None]] = {loss.grad_fn: [torch.ones_like(loss)]}
-    ready = [loss.grad_fn]
+    ready, machine = [loss.grad_fn], OnGpu.machine
+    assert machine is not None
     with torch.no_grad():
         while ready:
             node = ready.pop()
@@ -292,22 +309,33 @@ def _backward(loss, gradient=None, **_):
                 _accumulate(node.variable, *given)
                 continue
             call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+            machine.node = node
             made = call(*given)
             for (target, slot), value in zip(node.next_functions, made if isinstance(made, tuple) else (made,)):
                 if target is None:
                     continue
                 slots = gradients.setdefault(target, [None] * len(target._input_metadata))
                 if value is not None:
+                    if any(value is each for each in given):  # passed on, perhaps to several nodes
+                        value.shared = True
                     value = _checked(node, value, target._input_metadata[slot])
                     slots[slot] = value if slots[slot] is None else slots[slot] + value
                 waiting[target] -= 1
                 if not waiting[target]:
                     ready.append(target)
+    machine.node = None
 
 
 def _accumulate(parameter, gradient):
-    if gradient is not None:
-        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+    """Adds to a parameter's gradient. The first one becomes it, or a copy if it is in use or has other strides."""
+    if gradient is None:
+        return
+    if parameter.grad is not None:
+        parameter.grad = parameter.grad + gradient
+    elif hasattr(gradient, "shared") or gradient.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+    else:
+        parameter.grad = gradient.detach()
 
 
 def _checked(node, gradient, expected):

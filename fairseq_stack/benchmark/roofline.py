@@ -9,6 +9,7 @@ caches may save some of the bytes.
 import json
 import tempfile
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
@@ -27,6 +29,7 @@ from fairseq_stack.benchmark.clock import Clock
 from fairseq_stack.benchmark.inputs import make_inputs
 from fairseq_stack.benchmark.measure import DEPTHS, cases_of, growing
 from fairseq_stack.benchmark.ours import Ours, fill_store
+from fairseq_stack.benchmark.pretended_attention import chosen_kernel
 from fairseq_stack.benchmark.pretended_gpu import (
     INDEXING,
     WITHOUT_KERNEL,
@@ -53,6 +56,8 @@ WRITING_ALONE = (
 # The entries of Shapes.counted, in this order.
 COUNTS = ("seconds", "launches", "waits", "flops", "bytes")
 
+LINES = 12  # of the code, in a table
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -61,7 +66,7 @@ class Gpu:
     Attributes:
         bandwidth: of its memory, in bytes per second.
         half, tf32, fp32: of matrix products, in floating-point operations per second.
-        attention: of fused attention in half precision, forward and backward, in the same unit.
+        attention: of fused attention in half precision, in the same unit.
         launch: seconds from the start of a small kernel to the start of the next.
     """
 
@@ -74,12 +79,16 @@ class Gpu:
 
 
 # About 90 % of the bandwidth in the data sheets and, in half precision and TF32 without sparsity, 50 to 75 % of the
-# rates: H100 SXM 3.35 TB/s and 989 TFLOP/s, A100 SXM 80 GB 2.04 and 312, RTX 4090 1.01 and 165.
+# rates: H100 SXM 3.35 TB/s and 989 TFLOP/s, A100 SXM 80 GB 2.04 and 312, RTX 4090 1.01 and 165. FlashAttention-2
+# reaches 282 TFLOP/s forward and 198 backward on an H100 (512 frames, heads of 64 features: Shah et al. 2024, figures 5
+# and 6), and half of the data sheet's rate or more on an A100 (Dao 2023); the RTX 4090 gets half, too.
 GPUS = {
-    "h100": Gpu(bandwidth=3.0e12, half=520e12, tf32=260e12, fp32=50e12, attention=110e12),
-    "a100": Gpu(bandwidth=1.8e12, half=230e12, tf32=115e12, fp32=18e12, attention=60e12),
-    "rtx4090": Gpu(bandwidth=0.9e12, half=125e12, tf32=62e12, fp32=60e12, attention=50e12),
+    "h100": Gpu(bandwidth=3.0e12, half=520e12, tf32=260e12, fp32=50e12, attention=280e12),
+    "a100": Gpu(bandwidth=1.8e12, half=230e12, tf32=115e12, fp32=18e12, attention=156e12),
+    "rtx4090": Gpu(bandwidth=0.9e12, half=125e12, tf32=62e12, fp32=60e12, attention=82e12),
 }
+# Flash attention computes heads of other sizes as if they had the next of these numbers of features.
+HEAD_SIZES = (32, 64, 96, 128, 192, 256)
 
 
 def named_gpu(name: str) -> Gpu:
@@ -116,6 +125,7 @@ class Shapes(Machine):
 
     Attributes:
         counted: COUNTS since the beginning; its waits are set by `now`.
+        lines: {line of the package: COUNTS without waits} since the beginning.
         held, peak: bytes of the memory in use, now and at most.
     """
 
@@ -123,6 +133,7 @@ class Shapes(Machine):
         super().__init__()
         self.gpu = gpu
         self.counted = np.zeros(len(COUNTS))
+        self.lines: defaultdict[str | None, np.ndarray] = defaultdict(lambda: np.zeros(len(COUNTS)))
         self.held = self.peak = 0
         self._storages: set[int] = set()
 
@@ -172,14 +183,11 @@ class Shapes(Machine):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Computes attention by the fused kernel that torch would choose.
-
-        That is flash attention, or memory-efficient attention with a mask or in fp32.
-        """
+        """Computes attention by the fused kernel that torch would choose."""
         if not isinstance(query, OnGpu):
             return super().attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         bias = added_mask(attn_mask, query)
-        if bias is None and query.dtype != torch.float32:
+        if chosen_kernel(query, key, value, bias) is SDPBackend.FLASH_ATTENTION:
             return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         if bias is not None:
             bias = bias.expand(*query.shape[:3], key.size(2))
@@ -204,8 +212,12 @@ class Shapes(Machine):
             else:
                 flops = flop_registry[operation](*args, **kwargs, out_val=made)
             dtype = next(each.dtype for each in given if each.dtype.is_floating_point)
-            seconds = max(seconds, flops / self.rate(operation._qualified_op_name, dtype))
+            name = operation._qualified_op_name
+            size = args[0].size(-1)
+            computed = next((each for each in HEAD_SIZES if each >= size), size) if "flash" in name else size
+            seconds = max(seconds, flops * computed / size / self.rate(name, dtype))
         self.counted += (seconds, kernels, 0, flops, moved)
+        self.lines[self.here] += (seconds, kernels, 0, flops, moved)
 
     def rate(self, operation: str, dtype: torch.dtype) -> float:
         """Returns the floating-point operations per second of a kernel."""
@@ -251,7 +263,7 @@ def rooflines(
         gpu: the rates.
 
     Returns:
-        {name: {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}}, from `roofline`.
+        {name: what `roofline` returns}.
     """
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -277,7 +289,8 @@ def roofline(make: Callable[..., Any], depths: Sequence[int], gpu: Gpu) -> dict[
         gpu: the rates.
 
     Returns:
-        {depth: {"parts": {part: {count: number}}, "peak_memory": bytes}}, with COUNTS of the second update.
+        {depth: {"parts": {part: {count: number}}, "lines": {line of the code: {count: number}}, "peak_memory": bytes}},
+        with COUNTS of the second update.
     """
     machine = Shapes(gpu)
     found = {}
@@ -286,16 +299,21 @@ def roofline(make: Callable[..., Any], depths: Sequence[int], gpu: Gpu) -> dict[
         for depth in depths:
             training.update(depth)  # the first update also makes the optimiser's moments
             machine.peak = machine.held
+            machine.lines.clear()
             parts = training.update(depth)
+            longest = sorted(machine.lines, key=lambda line: -machine.lines[line][0])
             found[depth] = {
                 "parts": {part: dict(zip(COUNTS, counts.tolist())) for part, counts in parts.items()},
+                "lines": {line: dict(zip(COUNTS, machine.lines[line].tolist())) for line in longest},
                 "peak_memory": machine.peak,
             }
     return found
 
 
 def roofline_tables(found: dict[str, dict[int, dict[str, Any]]], size: str, batch: int) -> str:
-    """Returns Markdown tables of each update, of its parts at full depth, and for size `paper` of the paper's recipe.
+    """Returns Markdown tables of each update, of its parts and of the LINES longest lines of the code at full depth.
+
+    For the size `paper` there is a table of the paper's recipe, too.
 
     Args:
         found: from `rooflines`.
@@ -313,9 +331,14 @@ def roofline_tables(found: dict[str, dict[int, dict[str, Any]]], size: str, batc
         for part, counts in by_depth[DEPTHS[-1]]["parts"].items():
             if counts["launches"]:
                 parts.append([name, part, *_cells(counts)])
+    lines = []
+    for name, by_depth in found.items():
+        for line, counts in list(by_depth[DEPTHS[-1]]["lines"].items())[:LINES]:
+            lines.append([name, str(line), *_cells(counts)[:4]])
     sections = [
         markdown_table(["", "layers", *titles], updates),
         markdown_table(["parts at full depth", "part", *titles[:-1]], parts),
+        markdown_table(["lines at full depth", "line", *titles[:4]], lines),
     ]
     if size == "paper":
         sections.append(_recipe(found, batch))

@@ -8,7 +8,8 @@ The parameters and the mathematics are those of fairseq's ConvFeatureExtractionM
   windows, ten by ten numbers. So the norm needs no pass over the largest tensor of the model.
 - The norm's statistics come from an utterance's own frames. fairseq, transformers and s3prl include the padding, so
   that features depend on the other utterances of the batch. Without padding all give the same features.
-- GELU is computed inside the convolution after it. Only its input is kept; the backward pass computes its output again.
+- GELU is computed inside the convolution after it. Only its input is kept, and the backward pass computes its output
+  again. In half precision on a GPU both are kept, because this pass takes as long as the products of some layers there.
 """
 
 from typing import Any
@@ -95,7 +96,7 @@ def normed_kernels(windows: Tensor, frames: Tensor, weight: Tensor, norm: nn.Gro
     difference of large numbers.
 
     Args:
-        windows: [B, T, K], of the waveform.
+        windows: [B, T, K], of the waveform, whose own mean is near 0.
         frames: [B], the number of windows of each utterance without its padding.
         weight: [C, K].
         norm: an affine group norm over C channels, one in each group.
@@ -104,10 +105,10 @@ def normed_kernels(windows: Tensor, frames: Tensor, weight: Tensor, norm: nn.Gro
         [B, C, K] and [B, C], float64.
     """
     valid = torch.arange(windows.size(1), device=windows.device) < frames[:, None]
-    windows, count, weight = windows.double() * valid[:, :, None], frames[:, None, None], weight.double()
+    count, weight = frames[:, None, None], weight.double()
+    windows = windows * valid[:, :, None].double()  # the only copy in float64
     mean = windows.sum(1, keepdim=True) / count
-    centred = (windows - mean) * valid[:, :, None]
-    covariance = centred.transpose(1, 2) @ centred / count
+    covariance = windows.transpose(1, 2) @ windows / count - mean.transpose(1, 2) * mean
     variance = ((weight @ covariance) * weight).sum(2)
     kernels = weight * (norm.weight.double() * torch.rsqrt(variance + norm.eps))[:, :, None]
     return kernels, norm.bias.double() - (kernels * mean).sum(2)
@@ -121,41 +122,43 @@ def convolution(x: Tensor, conv: nn.Conv1d, after_gelu: bool = False) -> Tensor:
 
 
 class ChannelsLastConvolution(torch.autograd.Function):
-    """A convolution of [B, T, C], optionally of its GELU, whose output it does not keep for the backward pass.
+    """A convolution of [B, T, C], optionally of its GELU.
 
-    The gradient of the weight is a matrix product. On a CPU, oneDNN's gradient of the weight takes up to six times as
-    long in this layout.
+    It keeps GELU's output for the backward pass only in half precision on a GPU.
+
+    On a CPU, the gradient of the weight is a matrix product: oneDNN's takes up to six times as long in this layout.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, after_gelu: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        activated = F.gelu(x) if after_gelu else x
+        keeps = x.is_cuda and x.dtype != torch.float32
+        ctx.save_for_backward(x, weight, activated if keeps else None)
         ctx.stride, ctx.has_bias, ctx.after_gelu = stride, bias is not None, after_gelu
-        image = as_image(F.gelu(x) if after_gelu else x)
-        return F.conv2d(image, as_image_kernel(weight), bias, (1, stride)).squeeze(2).transpose(1, 2)
+        return F.conv2d(as_image(activated), as_image_kernel(weight), bias, (1, stride)).squeeze(2).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        x_gradient = kernel_gradient = bias_gradient = None
-        if ctx.needs_input_grad[1]:
-            kernel_gradient = weight_gradient(gradient, x, weight.size(2), ctx.stride, ctx.after_gelu)
-        if ctx.has_bias:
-            bias_gradient = gradient.sum((0, 1))
-        if ctx.needs_input_grad[0]:
-            # torch.nn.grad.conv2d_input would ignore the layout of x and copy twice.
-            x_gradient, _, _ = torch.ops.aten.convolution_backward(
-                as_image(gradient), as_image(x), as_image_kernel(weight), None, (1, ctx.stride), (0, 0), (1, 1), False,
-                (0, 0), 1, (True, False, False),
-            )  # fmt: skip
-            x_gradient = x_gradient.squeeze(2).transpose(1, 2)
-            if ctx.after_gelu:
-                torch.ops.aten.gelu_backward(x_gradient, x, grad_input=x_gradient)  # in place
+        x, weight, activated = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias
+        if gradient.is_cuda:
+            if activated is None:
+                activated = F.gelu(x) if ctx.after_gelu else x
+            found = convolution_gradients(gradient, activated, weight, ctx.stride, wanted)
+        else:
+            found = (
+                convolution_gradients(gradient, x, weight, ctx.stride, (True, False, False))[0] if wanted[0] else None,
+                weight_gradient(gradient, x, weight.size(2), ctx.stride, ctx.after_gelu) if wanted[1] else None,
+                gradient.sum((0, 1)) if wanted[2] else None,
+            )
+        x_gradient, kernel_gradient, bias_gradient = found
+        if x_gradient is not None and ctx.after_gelu:
+            torch.ops.aten.gelu_backward(x_gradient, x, grad_input=x_gradient)  # in place
         return x_gradient, kernel_gradient, bias_gradient, None, None
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, taps: int, stride: int, after_gelu: bool) -> Tensor:
-    """The gradient of a convolution's weight, computed one utterance at a time to save memory.
+    """The gradient of a convolution's weight, computed on a CPU, one utterance at a time to save memory.
 
     Args:
         gradient: [B, T', C'], of the convolution's output.
@@ -176,6 +179,34 @@ def weight_gradient(gradient: Tensor, x: Tensor, taps: int, stride: int, after_g
             torch.stack([output_gradient.t() @ features[tap::stride][:frames] for tap in range(taps)], dim=2)
         )
     return torch.stack(gradients).sum(0)
+
+
+def convolution_gradients(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a convolution without padding, from one call of torch's.
+
+    torch.nn.grad would ignore the layout of x and copy twice.
+
+    Args:
+        gradient: [B, T', C'], of its output.
+        x: [B, T, C], its input.
+        weight: [C', C, K].
+        stride: of the convolution.
+        wanted: whether to compute the gradients of x, weight and bias.
+
+    Returns:
+        [B, T, C], [C', C, K] and [C']; None for those that are not wanted.
+    """
+    to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
+        as_image(gradient), as_image(x), as_image_kernel(weight), [len(weight)], (1, stride), (0, 0), (1, 1), False,
+        (0, 0), 1, wanted,
+    )  # fmt: skip
+    return (
+        to_x.squeeze(2).transpose(1, 2) if wanted[0] else None,
+        to_weight.squeeze(2) if wanted[1] else None,
+        to_bias if wanted[2] else None,
+    )
 
 
 def as_image(x: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from fairseq.models.wav2vec.wav2vec2 import TransformerEncoder, TransformerSente
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fairseq_stack.models.conv_extractor import autocast_dtype
 from fairseq_stack.models.dropout import dropout, kept, masked
+from fairseq_stack.models.gpu_attention import flash_spans, gpu_attention
 from fairseq_stack.models.pos_conv import positions
 
 
@@ -20,6 +22,7 @@ class LayerStack(TransformerEncoder):
     """
 
     pos_conv: nn.Sequential
+    compiled: Any = None  # EncoderLayer.forward, after compile_layers
 
     def build_encoder_layer(self, args: Any, **kwargs: Any) -> "EncoderLayer":
         """Build one layer; fairseq's constructor calls this."""
@@ -33,6 +36,15 @@ class LayerStack(TransformerEncoder):
             activation_fn=args.activation_fn,
             layer_norm_first=args.layer_norm_first,
         )
+
+    def compile_layers(self, backend: Any = "inductor") -> None:
+        """Compile the layers with torch.compile.
+
+        One graph serves all layers, because their weights are its inputs, and batches of all lengths. So a growth
+        compiles nothing.
+        """
+        torch._dynamo.config.inline_inbuilt_nn_modules = True  # the default since torch 2.5
+        self.compiled = torch.compile(EncoderLayer.forward, dynamic=True, backend=backend)
 
     def forward(self, x: Tensor, frames: Tensor, seats: Sequence[int], upto: int | None = None) -> list[Tensor]:
         """Compute the hidden states of the layers in `seats`.
@@ -53,9 +65,14 @@ class LayerStack(TransformerEncoder):
             x = self.layer_norm(x)
         x = dropout(x, self.dropout, self.training)
 
+        if x.is_cuda:
+            first: Any = self.layers[0]
+            spans = flash_spans(x, autocast_dtype(x, x.dtype), first.self_attn.head_dim, frames)
+            padding = padding if spans is None else spans
         hidden_states = [x]
         for position, seat in enumerate(seats[:upto], start=1):
-            x = self.layers[seat](x, padding)
+            layer = self.layers[seat]
+            x = self.compiled(layer, x, padding) if self.compiled else layer(x, padding)
             last = self.layer_norm_first and position == len(seats)
             hidden_states.append(self.layer_norm(x) if last else x)
         return hidden_states
@@ -78,7 +95,7 @@ class EncoderLayer(TransformerSentenceEncoderLayer):
             self.activation_fn = F.gelu  # the same result as fairseq's, which converts to fp32 and back
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Run the layer: [B, T, D] to [B, T, D]. `padding` [B, T] is true after the end of an utterance."""
+        """Run the layer: [B, T, D] to [B, T, D]. `padding` is that of `attention`."""
         if self.layer_norm_first:
             x = x + self.drop(self.attend(self.self_attn_layer_norm(x), padding), self.dropout1)
             return x + self.drop(self.feed_forward(self.final_layer_norm(x)), self.dropout3)
@@ -100,7 +117,7 @@ class EncoderLayer(TransformerSentenceEncoderLayer):
         weight, bias = (torch.cat([getattr(part, name) for part in projections]) for name in ("weight", "bias"))
         heads = F.linear(x, weight, bias).unflatten(2, (3, module.num_heads, module.head_dim))
         probability = module.dropout_module.p if self.training else 0.0
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
         x = attention(query, key, value, padding, probability)
         return module.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -108,12 +125,12 @@ class EncoderLayer(TransformerSentenceEncoderLayer):
 def attention(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, dropout_probability: float) -> Tensor:
     """Scaled dot-product attention of [B, heads, T, features of a head].
 
-    On a GPU this is torch's function. On a CPU plain matrix products are faster: torch's backward pass takes twice as
-    long in bf16, and torch has no fast kernel with dropout.
+    `padding` [B, T] is true after the end of an utterance; on a GPU it may also be the result of flash_spans. On a CPU
+    plain matrix products are faster: torch's backward pass takes twice as long in bf16, and torch has no fast kernel
+    with dropout.
     """
     if query.is_cuda:
-        mask = None if padding is None else ~padding[:, None, None]
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_probability)
+        return gpu_attention(query, key, value, padding, dropout_probability)
     keep, scale = None, 1.0
     if dropout_probability:
         keep, scale = kept((*query.shape[:3], key.size(2)), dropout_probability)

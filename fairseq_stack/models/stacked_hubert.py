@@ -140,6 +140,14 @@ class StackedHubertConfig(FairseqDataclass):
         },
     )
 
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "compile the transformer layers with torch.compile at the start of a training on a GPU; a growth"
+            " compiles nothing more"
+        },
+    )
+
     loss: str = II("criterion.loss")
     teacher_layers: Any = II("criterion.teacher_layers")
     intermediate_style: str = II("criterion.intermediate_style")
@@ -250,6 +258,10 @@ class StackedHubert(HubertEncoder):
             start_cnn(model, teacher)
         if cfg.init_layers_from_teacher:
             start_layers(model, model.seats, teacher, cfg.init_layers_from_teacher)
+        if cfg.compile_layers:
+            if not torch.cuda.is_available():
+                raise InputError("model.compile_layers=true needs a GPU, and torch finds none; set it to false")
+            model.encoder.compile_layers()
         return model
 
     @classmethod

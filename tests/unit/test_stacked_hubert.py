@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.criterions.layer_mapping import student_position
 from fairseq_stack.errors import InputError
+from fairseq_stack.models import layer_stack
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 
 TEACHER = SimpleNamespace(name="teacher.pt", depth=12, width=16)
@@ -276,3 +277,37 @@ def test_an_impossible_student_ends_with_one_line(fields, message):
 def test_errors_inside_the_package_stay_exceptions():
     with pytest.raises(InputError):
         student_position(5, 12, 3)
+
+
+def test_compiled_layers_are_one_graph_over_all_growths_with_the_same_numbers_and_keys(monkeypatch):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def results(student):
+        """Hidden states and gradients at each stage; the lengths of the batches differ."""
+        found = []
+        for stage in (1, 2, 3, 4):
+            student.grow_to(stage)
+            states, _ = student.hidden_states(WAVEFORMS[:, : 4100 - 100 * stage], LENGTHS - 100 * (stage - 1))
+            gradients = torch.autograd.grad(states[-1].square().mean(), student.encoder.layers[0].fc1.weight)
+            found += [*states, *gradients]
+        return found
+
+    def as_on_a_gpu(query, key, value, padding, dropout):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, ~padding[:, None, None], dropout)
+
+    monkeypatch.setattr(layer_stack, "attention", as_on_a_gpu)
+    student, compiled = tiny_student(), tiny_student()
+    compiled.encoder.compile_layers(backend=count)
+    expected, found = results(student), results(compiled)
+    assert len(graphs) == 1
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs)
+    assert compiled.state_dict().keys() == student.state_dict().keys()
+    assert copy.deepcopy(compiled).state_dict().keys() == student.state_dict().keys()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="compile_layers=true needs a GPU"):
+        tiny_student(compile_layers=True)
