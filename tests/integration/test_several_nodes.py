@@ -75,7 +75,7 @@ def test_a_requeued_job_imports_what_checks_its_fields():
 def test_bad_input_of_a_submitted_job_is_one_line_in_its_log(speech, teacher_file, tmp_path):
     pytest.importorskip(*SUBMITIT)
     mistakes = {  # in what fairseq's command does first, and in fairseq's training
-        "+optimizer.bate=1": "error: optimizer.bate is no field of optimizer._name=adam; take it out",
+        "+optimizer.bate=1": "error: optimizer.bate is no field of optimizer._name=adamw; take it out",
         "task.data=/nonexistent": "error: task.data=/nonexistent does not exist",
     }
     with ForkServer() as server:
