@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from fairseq.optim import FairseqOptimizer
-from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from torch import Tensor
+
+from fairseq_stack.training.adamw import AdamWConfig, FairseqAdam, FusedAdam
 
 # fairseq copies the attribute `param_group` of a parameter to its fp32 master.
 MATRIX = "matrix"
@@ -28,8 +29,8 @@ STEPS = 5
 
 
 @dataclass
-class MuonConfig(FairseqAdamConfig):
-    """Muon's momentum, beside the fields of fairseq's adam for the other parameters."""
+class MuonConfig(AdamWConfig):
+    """Muon's momentum, beside the fields of `adamw` for the other parameters."""
 
     momentum: float = field(default=0.95, metadata={"help": "momentum of the matrices that Muon updates"})
 
@@ -41,17 +42,17 @@ class FairseqMuon(FairseqAdam):
     supports_flat_params = False  # pyright: ignore[reportAssignmentType]  a property in fairseq
 
     def __init__(self, cfg: MuonConfig, params: Iterable[Tensor]) -> None:
-        FairseqOptimizer.__init__(self, cfg)  # FairseqAdam's would build fairseq's Adam
+        FairseqOptimizer.__init__(self, cfg)  # FairseqAdam's would build AdamW for all
         self._optimizer = Muon(params, cfg.momentum, **self.optimizer_config)
 
 
-class Muon(torch.optim.AdamW):
-    """torch's AdamW, except for the parameters that `mark_matrices` has marked.
+class Muon(FusedAdam):
+    """FusedAdam, except for the parameters that `mark_matrices` has marked.
 
     Args:
         params: all parameters. One of more than two dimensions is a matrix of its first dimension and the others.
         momentum: of Muon, between 0 and 1.
-        options: of torch's AdamW.
+        options: of FusedAdam.
     """
 
     def __init__(self, params: Iterable[Tensor], momentum: float, **options: Any) -> None:
@@ -69,10 +70,10 @@ class Muon(torch.optim.AdamW):
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        self._update(matrices)
+        self._update_matrices(matrices)
         return loss
 
-    def _update(self, group: dict[str, Any]) -> None:
+    def _update_matrices(self, group: dict[str, Any]) -> None:
         shapes = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -82,8 +83,7 @@ class Muon(torch.optim.AdamW):
             gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
                 if not self.state[parameter]:
-                    # torch's AdamW looks for `step` in every state that it loads.
-                    self.state[parameter].update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter))
+                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
             averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
             update = torch.stack(torch._foreach_lerp(gradients, averages, momentum))  # Nesterov's momentum
