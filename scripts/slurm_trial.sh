@@ -14,7 +14,7 @@ if [ "${1:-}" != inside ]; then
   wanted=$(apt-get --no-install-recommends --simulate install slurmd slurmctld slurm-client munge | awk '/^Inst/ {print $2}')
   # apt-get warns as root that it downloads as root.
   (cd "$work" && apt-get -qq download $wanted 2> >(grep -v unsandboxed >&2))
-  for package in "$work"/*.deb; do dpkg -x "$package" "$work/root"; done
+  for package in "$work"/*.deb; do dpkg -x "$package" "$work/unpacked"; done
   # In namespaces of its own, the trial has its own network and its own /etc/hosts, and all that it starts ends with it.
   user=()
   [ "$(id -u)" = 0 ] || user=(--map-root-user)
@@ -23,8 +23,8 @@ if [ "${1:-}" != inside ]; then
 fi
 
 work=$2
-libraries=$(dirname "$work"/root/usr/lib/*/slurm-wlm)
-export PATH="$work/root/usr/sbin:$work/root/usr/bin:$PATH" SLURM_CONF="$work/slurm.conf"
+libraries=$(dirname "$work"/unpacked/usr/lib/*/slurm-wlm)
+export PATH="$work/unpacked/usr/sbin:$work/unpacked/usr/bin:$PATH" SLURM_CONF="$work/slurm.conf"
 export LD_LIBRARY_PATH="$libraries:$libraries/slurm-wlm${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 host=$(hostname)
 ip link set lo up
@@ -65,7 +65,7 @@ munged --foreground --force --key-file "$work/munge.key" --socket "$work/munge.s
 until [ -S "$work/munge.socket" ]; do sleep 0.1; done
 slurmctld-wlm -D &> "$work/slurmctld.log" &
 for node in node1 node2; do
-  slurmd-wlm -D -N $node -d "$work/root/usr/sbin/slurmstepd-wlm" &> "$work/$node.log" &
+  slurmd-wlm -D -N $node -d "$work/unpacked/usr/sbin/slurmstepd-wlm" &> "$work/$node.log" &
 done
 if ! timeout 60 srun --nodes 2 true; then
   tail -n 20 "$work"/*.log
