@@ -9,8 +9,8 @@ import yaml
 from fairseq_stack.errors import InputError
 from fairseq_stack.training.recipes import find_recipe
 
-# These fields do not change the cost of a layer.
-_SAME_COST = ("model.stack_", "criterion.", "optimization.", "optimizer.", "lr_scheduler.")
+# These fields do not change the cost of an update at a depth; optimizer._name does.
+_SAME_COST = re.compile(r"\+*(model\.stack_|criterion\.|optimization\.|optimizer\.(?!_name)|lr_scheduler\.)")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Grid:
     seeds: tuple[int, ...]
 
     def cost_group(self, student: str) -> tuple[str, ...]:
-        """Returns the fields that change the cost of a layer. Students with the same fields share their times."""
-        return tuple(sorted(field for field in self.students[student] if not field.lstrip("+").startswith(_SAME_COST)))
+        """Returns the fields that change the cost of an update at a depth. Students with the same ones share times."""
+        return tuple(sorted(field for field in self.students[student] if not _SAME_COST.match(field)))
 
 
 def read_grid(path: str | Path) -> Grid:

@@ -26,7 +26,7 @@ def summary_table(results: dict[str, Any]) -> str:
     """
     name, students = results["reference"], results["students"]
     reference = students.get(name, {"seeds": {}})["seeds"]
-    goal, seconds = _mean(_ends(reference)), _mean(_times(reference))
+    seconds = _mean(_times(reference))
     measured = [one for content in students.values() for one in content["seeds"].values()]
     layers = sorted({layer for one in measured for layer in one["explained"]}, key=int)
     tasks = list(dict.fromkeys(task for one in measured for task in one["probes"]))
@@ -52,7 +52,7 @@ def summary_table(results: dict[str, Any]) -> str:
             *(_text(_shares(seeds, "explained", layer), ".1f") for layer in layers),
             *(_text(_shares(seeds, "probes", task), ".1f") for task in tasks),
             _finite(seconds / _mean(_times(seeds)), ".2f", "x"),
-            _reaches(seeds, goal, seconds) if compared else "",
+            _reaches([(seeds[seed], reference[seed]) for seed in compared]),
         ])  # fmt: skip
     table = markdown_table(header, rows)
     if len(kinds) > 1:
@@ -98,10 +98,13 @@ def _finite(value, form, unit):
     return f"{value:{form}}{unit}" if math.isfinite(value) else ""
 
 
-def _reaches(seeds, goal, seconds):
-    times = [time_to_reach(measured, goal) for measured in seeds.values()]
-    reached = [100 * time / seconds for time in times if time is not None]
-    return f"{np.mean(reached):.0f} ({len(reached)} of {len(times)} seeds)" if reached else "never"
+def _reaches(pairs):
+    """When each seed reaches the final loss of the reference with the same seed."""
+    times = [(time_to_reach(one, other["loss"][-1]), other["seconds_of_all"]) for one, other in pairs]
+    reached = [100 * time / whole for time, whole in times if time is not None]
+    if not times:
+        return ""
+    return f"{_text(reached, '.0f')} ({len(reached)} of {len(times)} seeds)" if reached else "never"
 
 
 def _text(values, form):

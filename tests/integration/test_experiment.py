@@ -164,8 +164,8 @@ def test_the_table_compares_seed_by_seed_and_takes_the_median_cost_of_a_depth(gr
     header, _, full, grown = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in summary_table(results).splitlines()
     ]
-    # Full ends at a mean of 3, which the other passes half-way from 5 to 1, after 0.75 + 1.125 of 6 s.
-    assert grown == ["grown", "1", "1.0000", "-50.0", "50.0", "2.00x", "31 (1 of 1 seeds)"]
+    # With seed 1, full ends at 2, which the other passes at 3/4 of the way from 5 to 1, after 0.75 + 1.6875 of 6 s.
+    assert grown == ["grown", "1", "1.0000", "-50.0", "50.0", "2.00x", "41 (1 of 1 seeds)"]
     assert full[:2] == ["full", "2"] and full[2].startswith("3.0000 ± 12.7") and full[3] == "" and full[5] == "1.00x"
     assert len(header) == len(full)
 
@@ -211,11 +211,32 @@ def test_seeds_that_ended_before_full_depth_are_named_and_drawn(grid_file, tmp_p
     assert draw_loss_and_time(results).axes
 
 
+def test_the_time_to_the_final_loss_of_the_reference_has_an_interval_over_the_seeds(grid_file, tmp_path):
+    grid_file.write_text(GRID.replace("seeds: [1, 2]", "seeds: [1, 2, 3]"))
+    grid, whole = read_grid(grid_file), [[12, 0, 6]]
+    for seed, end in ((1, 2.0), (2, 3.0), (3, 1.0)):
+        written(grid, tmp_path, "full", seed, [9.0, end], [1.0], whole)
+    # From 4 to 0 between 3 s and 6 s, so the goals 2, 3 and 1 are reached after 4.5, 3.75 and 5.25 of 6 s.
+    for seed in (1, 2, 3):
+        written(grid, tmp_path, "grown", seed, [4.0, 0.0], [1.0], whole)
+    results = collect(grid, trainings(grid, tmp_path), "command")
+    grown = [cell.strip() for cell in summary_table(results).splitlines()[3].split("|")[1:-1]]
+    # 75 +- t(0.975, 2) * 12.5 / sqrt(3)
+    assert grown[-1] == "75 ± 31 (3 of 3 seeds)"
+
+
 def test_students_that_cost_something_else_are_timed_apart(grid_file):
-    students = "full: [model.dropout=0.1]\n  grown: [+criterion.loss=l1, model.stack_stages=2]\n  narrow: [model.encoder_embed_dim=8]"
-    grid_file.write_text(GRID.split("students:")[0] + f"students:\n  {students}\n")
+    students = {
+        "full": "[model.dropout=0.1]",
+        "grown": "[+criterion.loss=l1, model.stack_stages=2, optimizer.weight_decay=0.1]",
+        "narrow": "[model.encoder_embed_dim=8]",
+        "muon": "[optimizer._name=muon]",
+    }
+    lines = "".join(f"  {name}: {fields}\n" for name, fields in students.items())
+    grid_file.write_text(GRID.split("students:")[0] + f"students:\n{lines}")
     grid = read_grid(grid_file)
-    assert grid.cost_group("grown") == () and grid.cost_group("narrow") != grid.cost_group("full") != ()
+    assert grid.cost_group("grown") == ()
+    assert len({grid.cost_group(student) for student in students}) == 4
 
 
 @pytest.mark.parametrize(
