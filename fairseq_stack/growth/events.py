@@ -20,7 +20,7 @@ class Growth:
         sample: the batch of this update, with its targets.
         loss: a function without arguments that returns the loss per frame of that batch, without dropout or gradient.
         folder: the run's folder of checkpoints.
-        copied: after the growth, the pairs (source, copy) of parameters.
+        copied: after the growth, a ParameterPair (surgery.py) for each new parameter.
     """
 
     update: int

@@ -6,28 +6,43 @@ copy all of these, otherwise the new layer would not be a copy of its source.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Parameters of the model: (source, copy).
-ParameterPair = tuple[nn.Parameter, nn.Parameter]
+
+class ParameterPair(NamedTuple):
+    """A parameter of the model and its copy. A silent copy starts at zero, and so do its moments."""
+
+    source: Tensor
+    new: Tensor
+    silent: bool = False
 
 
 def paired_parameters(
-    layers: Sequence[nn.Module] | nn.ModuleList, growth: Iterable[tuple[int, int]]
+    layers: Sequence[nn.Module] | nn.ModuleList, growth: Iterable[tuple[int, int]], silent: Iterable[str] = ()
 ) -> Iterator[ParameterPair]:
-    """Pairs (source, new) of parameters, in order, for the pairs (source seat, new seat) of a growth."""
+    """The pairs of parameters, in order, for the pairs (source seat, new seat) of a growth.
+
+    Args:
+        layers: of the model; seats are their indices.
+        growth: the pairs of seats.
+        silent: names in a layer of the modules whose copies are silent, such as `fc2`.
+    """
     for source_seat, new_seat in growth:
-        yield from zip(layers[source_seat].parameters(), layers[new_seat].parameters())
+        copies = dict(layers[new_seat].named_parameters())
+        for name, source in layers[source_seat].named_parameters():
+            yield ParameterPair(source, copies[name], name.rpartition(".")[0] in silent)
 
 
 @torch.no_grad()
 def copy_weights(pairs: Iterable[ParameterPair]) -> None:
     """Copy each source parameter to the new one, in place."""
-    for source, new in pairs:
+    for source, new, silent in pairs:
         new.copy_(source)
+        if silent:
+            new.zero_()
 
 
 @torch.no_grad()
@@ -37,17 +52,19 @@ def copy_optimizer_state(optimizer: Any, pairs: Iterable[ParameterPair], moments
     Args:
         optimizer: a fairseq optimizer: plain, fp16, bf16 (masters flat or one per parameter),
             memory-efficient or AMP.
-        pairs: pairs (source, new) of the model's parameters.
+        pairs: the pairs of the model's parameters.
         moments: `copy`, or `reset` for zeros. A new parameter takes over Adam's step count either way: if one flat
             buffer holds all parameters, they share it.
     """
     slots = _master_slots(optimizer)
     state = optimizer.optimizer.state
-    for source, new in pairs:
+    for source, new, silent in pairs:
         source_owner, source_part = slots.get(source, (source, ...))
         new_owner, new_part = slots.get(new, (new, ...))
         if new_owner is not new:
             new_owner.data[new_part].copy_(source_owner.data[source_part])
+            if silent:
+                new_owner.data[new_part].zero_()
         if new_owner is not source_owner and source_owner in state:
             state[new_owner] = {
                 name: value.clone() if torch.is_tensor(value) else value for name, value in state[source_owner].items()
@@ -55,7 +72,7 @@ def copy_optimizer_state(optimizer: Any, pairs: Iterable[ParameterPair], moments
         for value in state[new_owner].values() if new_owner in state else ():
             if not torch.is_tensor(value) or value.shape != new_owner.shape:
                 continue
-            if moments == "reset":
+            if silent or moments == "reset":
                 value[new_part].zero_()
             elif new_owner is source_owner:
                 value[new_part].copy_(value[source_part])

@@ -14,6 +14,9 @@ from fairseq_stack.models.dropout import dropout, kept, masked
 from fairseq_stack.models.gpu_attention import flash_spans, gpu_attention
 from fairseq_stack.models.pos_conv import positions
 
+# Of a layer: what they return is added to the layer's input.
+OUTPUT_PROJECTIONS = ("self_attn.out_proj", "fc2")
+
 
 class LayerStack(TransformerEncoder):
     """fairseq's transformer with its positional convolution. It runs only chosen layers.

@@ -24,6 +24,7 @@ from fairseq_stack.growth.schedule import SCHEDULES, Plateau, stage_at, stage_st
 from fairseq_stack.growth.surgery import ParameterPair, copy_weights, paired_parameters
 from fairseq_stack.models.hubert_encoder import HubertEncoder
 from fairseq_stack.models.init_from_teacher import start_cnn, start_layers
+from fairseq_stack.models.layer_stack import OUTPUT_PROJECTIONS
 from fairseq_stack.models.shape import LARGEST_WIDTH
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,14 @@ class StackedHubertConfig(FairseqDataclass):
     stack_optimizer_state: str = field(
         default="copy",
         metadata={"help": "the optimizer's moments of a new layer: copy (those of its original) or reset (zeros)"},
+    )
+
+    stack_silent_copies: bool = field(
+        default=False,
+        metadata={
+            "help": "whether new layers start silent: the output projections of their attention and feed-forward start"
+            " at zero instead of as copies, so a new layer adds nothing to its input at first"
+        },
     )
 
     head_shared: bool = field(
@@ -367,7 +376,7 @@ class StackedHubert(HubertEncoder):
         """Add layers until `stage` (from 1) is reached. `finish_growth` returns the parameters that were copied."""
         while self.stage_number < stage:
             growth = self.plan.growths[self._stage_index]
-            copy_weights(paired_parameters(self.encoder.layers, growth))
+            copy_weights(self._pairs(growth))
             self._unfinished.extend(growth)
             self._stage_index += 1
             self.stage.fill_(self._stage_index)
@@ -383,9 +392,13 @@ class StackedHubert(HubertEncoder):
                     yield parameter
 
     def finish_growth(self) -> list[ParameterPair]:
-        """The pairs (source, new) of parameters copied since the last call, whose optimizer state is to be copied."""
+        """The pairs of parameters copied since the last call, whose optimizer state is to be copied."""
         growth, self._unfinished = self._unfinished, []
-        return list(paired_parameters(self.encoder.layers, growth))
+        return self._pairs(growth)
+
+    def _pairs(self, growth: Sequence[tuple[int, int]]) -> list[ParameterPair]:
+        silent = OUTPUT_PROJECTIONS if self.cfg.stack_silent_copies else ()
+        return list(paired_parameters(self.encoder.layers, growth, silent))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fairseq_stack.errors import input_errors
 from fairseq_stack.growth.plan import SEATS
-from fairseq_stack.growth.surgery import copy_weights
+from fairseq_stack.growth.surgery import ParameterPair, copy_weights
 from fairseq_stack.models.stacked_hubert import StackedHubert
 
 
@@ -61,5 +61,5 @@ class MovingAverage(EMA):
         self.model.grow_to(stage)
         pairs = self.model.finish_growth()
         if self.fp32_params:
-            names = {parameter: name for name, parameter in self.model.named_parameters()}
-            copy_weights([tuple(self.fp32_params[names[parameter]] for parameter in pair) for pair in pairs])
+            averages = {parameter: self.fp32_params[name] for name, parameter in self.model.named_parameters()}
+            copy_weights(ParameterPair(averages[source], averages[new], silent) for source, new, silent in pairs)

@@ -21,7 +21,7 @@ def growths(monkeypatch):
     def watched(task, sample, model, criterion, optimizer, update_num, ema_model):
         grow(task, sample, model, criterion, optimizer, update_num, ema_model)
         pairs = paired_parameters(model.encoder.layers, model.plan.growths[model.stage_number - 2])
-        seen.append((update_num, model.depth, all(torch.equal(source, woken) for source, woken in pairs)))
+        seen.append((update_num, model.depth, all(torch.equal(source, woken) for source, woken, _ in pairs)))
 
     monkeypatch.setattr(SpeechDistillation, "grow", watched)
     return seen
@@ -110,3 +110,22 @@ def test_a_plateau_wakes_layers_early_and_a_resumed_run_does_so_at_the_same_upda
     assert [update for update, _, _ in growths] == [4, 4]
     assert whole.keys() == resumed.keys() and "plateau" in whole
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_silent_copies_change_nothing_at_first(speech, teacher_file, tmp_path, caplog):
+    """Exactly so in pre-norm. In post-norm, the norms of a new layer still apply."""
+    caplog.set_level("INFO")
+    fields = {
+        "+model.layer_norm_first": True,
+        "+model.extractor_mode": "layer_norm",
+        "model.stack_schedule": "equal",
+        "+model.stack_silent_copies": True,
+        "optimization.max_update": 8,
+        "optimization.lr": "[0.05]",
+        "criterion.teacher_layers": "[12]",
+        "checkpoint.no_save": True,
+    }
+    model = train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields)).model
+    losses = re.findall(r"loss on this batch ([\d.]+) -> ([\d.]+)", caplog.text)
+    assert model.depth == 12 and len(losses) == 3
+    assert all(before == after for before, after in losses)

@@ -63,7 +63,7 @@ PRECISIONS = {
 }
 MUON = {"optimizer._name": "muon"}
 MUON_PRECISIONS = {
-    "fp32, Muon": MUON,
+    "fp32, Muon, silent copies": {**MUON, "+model.stack_silent_copies": True},
     "bf16, Muon, reset moments": {**MUON, **PRECISIONS["bf16"], **PRECISIONS["fp32, reset moments"]},
 }
 STOPS = {
@@ -90,7 +90,7 @@ def cells():
             yield tuple(factor[level] for factor, level in zip(FACTORS, levels))
     yield "none", "in mid-epoch", "equal", "2 workers", "average", "fp32"
     yield "none", "at epoch end", "equal", "2 workers, accumulation", "no average", "bf16"
-    yield "interleaved", "at each growth", "equal", "2 workers", "average", "fp32, Muon"
+    yield "interleaved", "at each growth", "equal", "2 workers", "average", "fp32, Muon, silent copies"
     yield "midas", "after each growth", "milestones", "accumulation", "fp32 average", "bf16, Muon, reset moments"
 
 
