@@ -17,7 +17,7 @@ RECIPES = sorted(
     for path in EXAMPLES.glob("*/*.yaml")
     if path.parent.name not in ("demo_teacher", "experiments", "finetuning")
 )
-GROWN = {"librispeech_base", "librispeech_base_equal", "librispeech_base_star", "hubert_large", "wavlm_base", "demo",
+GROWN = {"librispeech_base", "librispeech_base_equal", "librispeech_base_fast", "librispeech_base_star", "hubert_large", "wavlm_base", "demo",
          "gradstack_equal", "gradstack_prop", "midas_equal", "midas_prop"}  # fmt: skip
 
 
