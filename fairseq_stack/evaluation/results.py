@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from fairseq_stack.analysis.held_out import HeldOut, explained_before_and_after
 from fairseq_stack.analysis.intervals import mean_and_interval
-from fairseq_stack.data.prepare import SPLITS
+from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation import heads
 from fairseq_stack.evaluation.cost import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.manifest import read_manifest
-from fairseq_stack.data.prepare import LABELS
+from fairseq_stack.data.recordings import LABELS
 from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError
 from fairseq_stack.registry import Registry

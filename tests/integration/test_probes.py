@@ -18,8 +18,8 @@ from transformers import HubertModel
 from fairseq_stack.analysis.intervals import mean_and_interval
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.cli import main
-from fairseq_stack.data import prepare
 from fairseq_stack.data.manifest import write_lines, write_manifest
+from fairseq_stack.data.recordings import LABELS, Recording
 from fairseq_stack.data.splits import SPLITS, choose_splits
 from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation import heads
@@ -84,10 +84,10 @@ def labelled(tmp_path_factory):
             soundfile.write(folder / f"audio/{utterance}.flac", wave, 16_000)
             samples[utterance] = len(wave)
             text = f"Number {number}, please!" if speaker == "low" else ""
-            recordings.append(prepare.Recording(None, utterance, speaker, "en", text))
+            recordings.append(Recording(None, utterance, speaker, "en", text))
     split = choose_splits(recordings, {})
-    rows = ("\t".join(getattr(recording, label) for label in prepare.LABELS) for recording in recordings)
-    write_lines(folder / "labels.tsv", ["\t".join(prepare.LABELS), *rows])
+    rows = ("\t".join(getattr(recording, label) for label in LABELS) for recording in recordings)
+    write_lines(folder / "labels.tsv", ["\t".join(LABELS), *rows])
     for name in SPLITS:
         entries = [(f"{utterance}.flac", samples[utterance]) for utterance in samples if split[utterance] == name]
         write_manifest(folder / f"{name}.tsv", folder / "audio", entries)
