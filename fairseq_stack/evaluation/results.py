@@ -3,7 +3,7 @@
 The file, results.json, holds
 
     {"speech": folder,
-     "tasks": {task: {"metric": "accuracy" or "character error rate", "classes": number or null,
+     "tasks": {task: {"metric": one of tasks.METRICS, "classes": number or null,
                       "chance": accuracy of the most frequent answer or null,
                       "train": recordings, "valid": recordings, "test": recordings}},
      "without": {task: reason why it was left out},
@@ -28,8 +28,8 @@ an accuracy of 0.9, an error rate of 0.7.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,14 @@ from fairseq_stack.analysis.held_out import HeldOut, explained_before_and_after
 from fairseq_stack.analysis.intervals import mean_and_interval
 from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError
-from fairseq_stack.evaluation import heads
+from fairseq_stack.evaluation import ctc, heads
 from fairseq_stack.evaluation.cost import (
     count_parameters,
     multiply_adds,
     real_time_factor,
 )
 from fairseq_stack.evaluation.features import extract
-from fairseq_stack.evaluation.tasks import Task, read_tasks
+from fairseq_stack.evaluation.tasks import METRICS, Task, read_tasks
 from fairseq_stack.evaluation.upstreams import (
     TeacherUpstream,
     files_digest,
@@ -61,6 +61,12 @@ from fairseq_stack.tables import markdown_table
 from fairseq_stack.teachers import load_teacher
 
 VERSION = 1  # of the protocol; results of another version are measured again
+# {metric of a Task: a function of (task, features, upstream, seed), and whether it takes all frames as features}.
+PROBES = {
+    "accuracy": (heads.classify, False),
+    "character error rate": (partial(ctc.recognize, units_of=ctc.text_units), True),
+    "phoneme error rate": (partial(ctc.recognize, units_of=ctc.phone_units), True),
+}
 
 # What a row depends on, as a hash, and a function that loads its upstream.
 Row = tuple[str, Callable[[], nn.Module]]
@@ -125,7 +131,8 @@ def run_probes(rows: Mapping[str, Row], speech: str | Path, seeds: Sequence[int]
         "threads": torch.get_num_threads(),
     }
     data = hashlib.sha256()
-    for name in ("labels.tsv", *(f"{split}.tsv" for split in SPLITS)):
+    phones = ["phones.tsv"] if Path(speech, "phones.tsv").exists() else []
+    for name in ("labels.tsv", *phones, *(f"{split}.tsv" for split in SPLITS)):
         data.update(Path(speech, name).read_bytes())
     for name, (weights, load) in rows.items():
         of = hashlib.sha256(f"{VERSION} {data.hexdigest()} {weights}".encode()).hexdigest()
@@ -155,16 +162,12 @@ def _fill(
     recordings, with_frames = {}, {}
     for task in {task.name: task for task, _ in missing}.values():
         recordings.update(task.recordings)
-        if not task.classes:
-            with_frames = task.recordings
+        if PROBES[task.metric][1]:
+            with_frames.update(task.recordings)
     means, frames = extract(upstream, recordings, with_frames, name)
     for task, seed in tqdm(missing, desc=name, unit=" probes"):
-        if task.classes:
-            result = heads.classify(task, means, upstream, seed)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                units = heads.train_units([text for _, text in task.folds[0].train], Path(folder, "units"))
-            result = heads.recognize(task, frames, upstream, units, seed)
+        probe, of_frames = PROBES[task.metric]
+        result = probe(task, frames if of_frames else means, upstream, seed)
         entry["tasks"].setdefault(task.name, {})[str(seed)] = result
         yield
 
@@ -202,7 +205,7 @@ def _describe(task):
         for split in SPLITS
     }
     return {
-        "metric": "accuracy" if task.classes else "character error rate",
+        "metric": task.metric,
         "classes": len(task.classes) or None,
         "chance": task.chance if task.classes else None,
         **parts,
@@ -233,8 +236,8 @@ def probe_table(results: dict[str, Any], seeds: Sequence[int]) -> str:
     """Returns the results as Markdown: per cent with a 95 % interval over the seeds, and the cost of each row."""
     header = ["upstream"]
     for name, task in results["tasks"].items():
-        error = task["metric"] != "accuracy"
-        header.append(f"{name}, {'CER % (lower is better)' if error else 'accuracy %'}")
+        lower = "" if task["metric"] == "accuracy" else " (lower is better)"
+        header.append(f"{name}, {METRICS[task['metric']]} %{lower}")
     header += ["M parameters", "G multiply-adds / s", "real-time factor"]
     rows = []
     for name, entry in results["upstreams"].items():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from fairseq_stack.data.manifest import write_lines, write_manifest
 from fairseq_stack.data.recordings import LABELS, Recording
 from fairseq_stack.data.splits import SPLITS, choose_splits
 from fairseq_stack.errors import InputError
-from fairseq_stack.evaluation import heads
+from fairseq_stack.evaluation import ctc, heads
 from fairseq_stack.evaluation.cost import count_parameters, multiply_adds
 from fairseq_stack.evaluation.results import run_probes, upstream_rows
 from fairseq_stack.evaluation.tasks import (
@@ -97,7 +98,7 @@ def labelled(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(heads, "STEPS", 16)
-    monkeypatch.setattr(heads, "CTC_STEPS", 16)
+    monkeypatch.setattr(ctc, "STEPS", 16)
 
 
 # Tasks
@@ -106,7 +107,7 @@ def quick(monkeypatch):
 def test_no_prompt_of_the_test_was_learned_from(labelled):
     tasks, without = find_tasks(read_labelled_speech(labelled))
     assert [task.name for task in tasks] == ["speaker", "recognition"]
-    assert without.keys() == {"language", "keyword"}
+    assert without.keys() == {"language", "keyword", "phoneme"}
     for task in tasks:
         (fold,) = task.folds
         prompts = [
@@ -149,6 +150,33 @@ def test_a_test_speaker_whom_the_training_lacks_leaves_no_speaker_task():
     assert "answers that train does not have" in find_tasks([*known, recording("test", "Cleo")])[1]["speaker"]
 
 
+def test_phones_are_those_of_the_first_ten_seconds_without_silence(labelled, tmp_path):
+    for name in ("labels", *SPLITS):
+        shutil.copy(labelled / f"{name}.tsv", tmp_path)
+    lines = [f"low/sweep{number}\tpau a bb a pau\t0.1 0.5 9.5 10.0 11.0" for number in range(40)]
+    write_lines(tmp_path / "phones.tsv", ["utterance\tphones\tends", *lines])
+    (task,) = (task for task in find_tasks(read_labelled_speech(tmp_path))[0] if task.name == "phoneme")
+    (fold,) = task.folds
+    assert {answer for part in (fold.train, fold.valid, fold.test) for _, answer in part} == {"a bb a"}
+    assert len(fold.train) + len(fold.valid) + len(fold.test) == 40  # nothing is known of the other speaker's phones
+    assert task.metric == "phoneme error rate"
+    write_lines(tmp_path / "phones.tsv", ["utterance\tphones\tends", "low/sweep0\ta"])
+    with pytest.raises(InputError, match=r"phones\.tsv:2: has 2 fields instead of 3; prepare again"):
+        read_labelled_speech(tmp_path)
+
+
+def test_texts_are_recognized_in_the_language_that_has_most():
+    def spoken(split, language, number, text="Ahoj."):
+        labels = {"language": language, "speaker": "", "keyword": "", "text": text}
+        return LabelledRecording(f"{split}/{language}/{number}", "", 16_000, split, labels)
+
+    known = [spoken(split, language, number) for split in SPLITS for language, count in (("cs", 3), ("en", 2))
+             for number in range(count)]  # fmt: skip
+    silent = [spoken("train", "en", number, text="") for number in range(2, 9)]
+    (task,) = (task for task in find_tasks([*known, *silent])[0] if task.name == "recognition")
+    assert {recording.labels["language"] for recording in task.recordings.values()} == {"cs"}
+
+
 def test_texts_are_compared_without_case_and_punctuation():
     assert plain_text("Please, don't press  #1!") == "please don't press 1"
 
@@ -176,14 +204,14 @@ def test_an_answer_in_a_hidden_state_is_found_and_noise_is_not():
     assert 0.3 < heads.classify(task, noise, SHAPE, seed=1)["test"] < 0.7
 
 
-def test_a_text_in_the_frames_is_recognized_and_noise_is_not(tmp_path):
+@pytest.mark.parametrize("units_of, space", [(partial(ctc.text_units, size=8), ""), (ctc.phone_units, " ")])
+def test_a_text_in_the_frames_is_recognized_and_noise_is_not(units_of, space):
     generator = torch.Generator().manual_seed(0)
     texts = ["".join("abcd"[i] for i in torch.randint(4, (6,), generator=generator)) for _ in range(60)]
-    pairs = list(zip(recordings(60), texts))
+    pairs = [(recording, space.join(text)) for recording, text in zip(recordings(60), texts)]
     task = Task("recognition", [Fold(pairs[:40], pairs[40:50], pairs[50:])], ())
-    units = heads.train_units(texts, tmp_path / "units", size=8)
     noise, telling = {}, {}
-    for recording, text in pairs:
+    for (recording, _), text in zip(pairs, texts):
         frames = 0.1 * torch.randn(3, 4 * len(text), WIDTH, generator=generator)
         noise[recording.utterance] = frames.half()
         # Each letter is said for three frames, with one of silence behind it.
@@ -191,10 +219,10 @@ def test_a_text_in_the_frames_is_recognized_and_noise_is_not(tmp_path):
             frames[2, 4 * place : 4 * place + 3, "abcd".index(letter)] += 3.0
         telling[recording.utterance] = frames.half()
 
-    found = heads.recognize(task, telling, SHAPE, units, seed=1)
+    found = ctc.recognize(task, telling, SHAPE, 1, units_of)
     assert found["test"] < 0.2
     assert np.argmax(found["layer_weights"]) == 2
-    assert heads.recognize(task, noise, SHAPE, units, seed=1)["test"] > 0.5
+    assert ctc.recognize(task, noise, SHAPE, 1, units_of)["test"] > 0.5
 
 
 def test_means_over_time_give_a_linear_probe_what_all_frames_give():
@@ -224,7 +252,19 @@ def test_the_layers_are_weighed_by_a_softmax():
     "found, wanted, errors", [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("ab", "ab", 0)]
 )
 def test_the_edit_distance(found, wanted, errors):
-    assert heads.edit_distance(found, wanted) == errors
+    assert ctc.edit_distance(found, wanted) == errors
+
+
+def test_an_error_rate_counts_the_phones_or_the_characters_of_all_texts():
+    found, wanted = ["aa b c", "x", ""], ["aa b d e", "x", "y"]
+    assert ctc.error_rate(found, wanted, str.split) == (2 + 0 + 1) / (4 + 1 + 1)  # d for c, e and y are missing
+    assert ctc.error_rate(found, wanted, list) == (3 + 0 + 1) / (8 + 1 + 1)
+
+
+def test_every_sign_of_a_text_is_a_unit():
+    texts = [f"{chr(code)} {chr(code + 1)}" for code in range(0x3B1, 0x3B1 + 100)]
+    units = ctc.text_units(texts)
+    assert units.decode(units.encode(texts[40])) == texts[40]
 
 
 def test_the_interval_is_students():
