@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class Probe(torch.nn.Module):
         """Returns the weights of the hidden states, which sum to 1."""
         weights = getattr(self.featurizer, "weights", torch.zeros(1))  # with one hidden state, s3prl has no weights
         return weights.softmax(0).tolist()
+
+
+def of_means(probe: Probe, means: Tensor) -> Tensor:
+    """Returns a probe's outputs [B, outputs] for means over time [B, layers, D], utterances of one frame to it."""
+    return probe(list(means.transpose(0, 1)[:, :, None]), torch.ones(len(means), dtype=torch.long))
 
 
 def train_probe(
@@ -115,7 +121,13 @@ def classify(task: Task, means: dict[str, Tensor], upstream: Any, seed: int) -> 
             )
             for part in (fold.train, fold.valid, fold.test)
         )
-        score, rate, probe = _best_classifier(train, valid, upstream, len(index), seed)
+        score, rate, probe = best_on_means(
+            *train,
+            lambda: Probe(upstream, UtteranceLevel, len(index)),
+            lambda _, outputs, answers: F.cross_entropy(outputs, answers),
+            partial(_accuracy, part=valid),
+            seed,
+        )
         with torch.no_grad():
             correct += round(_accuracy(probe, test) * len(fold.test))
         valid_scores.append(score)
@@ -129,29 +141,39 @@ def classify(task: Task, means: dict[str, Tensor], upstream: Any, seed: int) -> 
     }
 
 
-def _best_classifier(train, valid, upstream, classes, seed):
-    """best_of for train and valid, each of means [n, layers, D] and answers [n]."""
-    x, answers = train
+def best_on_means(
+    x: Tensor,
+    answers: Tensor,
+    make: Callable[[], Probe],
+    loss: Callable[[Probe, Tensor, Tensor], Tensor],
+    score: Callable[[Probe], float],
+    seed: int,
+) -> tuple[float, float, Probe]:
+    """Returns `best_of` the LEARNING_RATES for probes of whole utterances.
 
-    def make():
+    Args:
+        x: means over time of the training recordings [n, layers, D].
+        answers: their numbers [n].
+        make: makes a probe.
+        loss: of (probe, its outputs, answers).
+        score: of a probe on valid; higher is better.
+        seed: of the probe's initial weights and of the batches.
+    """
+
+    def seeded():
         torch.manual_seed(seed)
-        return Probe(upstream, UtteranceLevel, classes)
+        return make()
 
-    def train_one(probe, learning_rate):
-        def loss(draw):
+    def train(probe, learning_rate):
+        def batch_loss(draw):
             batch = draw.sample(range(len(x)), min(BATCH, len(x)))
-            return F.cross_entropy(_outputs(probe, x[batch]), answers[batch])
+            return loss(probe, of_means(probe, x[batch]), answers[batch])
 
-        return train_probe(probe, learning_rate, STEPS, loss, lambda: _accuracy(probe, valid), seed)
+        return train_probe(probe, learning_rate, STEPS, batch_loss, lambda: score(probe), seed)
 
-    return best_of(LEARNING_RATES, make, train_one)
-
-
-def _outputs(probe, x):
-    # A mean is an utterance of one frame: [B, layers, D] to `layers` tensors [B, 1, D].
-    return probe(list(x.transpose(0, 1)[:, :, None]), torch.ones(len(x), dtype=torch.long))
+    return best_of(LEARNING_RATES, seeded, train)
 
 
 def _accuracy(probe, part):
     x, answers = part
-    return (_outputs(probe, x).argmax(1) == answers).float().mean().item()
+    return (of_means(probe, x).argmax(1) == answers).float().mean().item()

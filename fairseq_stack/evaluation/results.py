@@ -56,6 +56,7 @@ from fairseq_stack.evaluation.upstreams import (
     load_log_mel,
     load_random,
 )
+from fairseq_stack.evaluation.verification import verify
 from fairseq_stack.files import write_whole
 from fairseq_stack.tables import markdown_table
 from fairseq_stack.teachers import load_teacher
@@ -66,6 +67,7 @@ PROBES = {
     "accuracy": (heads.classify, False),
     "character error rate": (partial(ctc.recognize, units_of=ctc.text_units), True),
     "phoneme error rate": (partial(ctc.recognize, units_of=ctc.phone_units), True),
+    "equal error rate": (verify, False),
 }
 
 # What a row depends on, as a hash, and a function that loads its upstream.
@@ -207,7 +209,7 @@ def _describe(task):
     return {
         "metric": task.metric,
         "classes": len(task.classes) or None,
-        "chance": task.chance if task.classes else None,
+        "chance": task.chance if task.metric == "accuracy" else None,
         **parts,
     }
 
@@ -251,6 +253,8 @@ def probe_table(results: dict[str, Any], seeds: Sequence[int]) -> str:
             f"{entry['real_time_factor']:.4f}",
         ]
         rows.append(row)
-    chance = [f"{100 * task['chance']:.1f}" if task["classes"] else "" for task in results["tasks"].values()]
+    chance = [
+        f"{100 * task['chance']:.1f}" if task["metric"] == "accuracy" else "" for task in results["tasks"].values()
+    ]
     rows.append(["most frequent answer", *chance, "", "", ""])
     return markdown_table(header, rows)

@@ -19,6 +19,7 @@ METRICS = {
     "character error rate": "CER",
     "phoneme error rate": "PER",
 }  # {metric: its short name}
+VERIFICATION_FOLDS = 5
 SILENCES = ("pau",)  # labels of phones.tsv that are no phones
 
 
@@ -60,7 +61,7 @@ class Task:
     Attributes:
         name: in TASKS.
         folds: the score is over the test recordings of all folds together.
-        classes: the possible answers, sorted; empty if the answers are texts.
+        classes: the possible answers, sorted; empty if the answers are texts, or speakers to verify.
         metric: in METRICS.
     """
 
@@ -183,6 +184,42 @@ def _speaker(recordings, most):
 def _language(recordings, most):
     """Which language is spoken, with the same splits."""
     return classification([(recording, recording.labels["language"]) for recording in recordings], most)
+
+
+@TASKS.register("verification", metric="equal error rate")
+def _verification(recordings, most):
+    """Whether the same speaker speaks in two recordings.
+
+    The speakers of test are in neither train nor valid, nor those of valid in train. If the prepared splits share
+    speakers, speakers are dealt into groups: each group is tested in one fold, on the recordings of test. The next
+    group is valid, and the others train.
+    """
+    labelled = [(recording, speaker) for recording in recordings if (speaker := recording.labels["speaker"])]
+    fold = _split(labelled, most)
+    parts = [Counter(speaker for _, speaker in part) for part in (fold.train, fold.valid, fold.test)]
+    together = sum(parts, Counter())
+    if sum(map(len, parts)) == len(together):
+        folds = [fold]
+    else:
+        number = min(VERIFICATION_FOLDS, len(together) // 2)
+        if number < len(SPLITS):
+            raise NoTask(f"the number of speakers is {len(together)}; at least {2 * len(SPLITS)} are needed")
+        # Dealt from the speaker of most recordings on, so that each fold has much to test.
+        group = {speaker: rank % number for rank, (speaker, _) in enumerate(together.most_common())}
+        folds = [
+            Fold(
+                [pair for pair in fold.train if group[pair[1]] not in (tested, (tested + 1) % number)],
+                [pair for pair in fold.valid if group[pair[1]] == (tested + 1) % number],
+                [pair for pair in fold.test if group[pair[1]] == tested],
+            )
+            for tested in range(number)
+        ]
+    for fold in folds:
+        for part in (fold.valid, fold.test):
+            speakers = Counter(speaker for _, speaker in part)
+            if len(speakers) < 2 or speakers.most_common(1)[0][1] < 2:
+                raise NoTask("valid or test has no two recordings of one speaker, or has only one speaker")
+    return folds, ()
 
 
 @TASKS.register("keyword")

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import LINKED, TINY, stock_hubert
+from s3prl.metric import compute_eer
 from training import tiny, train
 from transformers import HubertModel
 
@@ -40,6 +41,7 @@ from fairseq_stack.evaluation.upstreams import (
     load_log_mel,
     load_random,
 )
+from fairseq_stack.evaluation.verification import equal_error_rate, verify
 from fairseq_stack.export.distiller import export_distiller
 from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.s3prl import export_s3prl
@@ -107,7 +109,7 @@ def quick(monkeypatch):
 def test_no_prompt_of_the_test_was_learned_from(labelled):
     tasks, without = find_tasks(read_labelled_speech(labelled))
     assert [task.name for task in tasks] == ["speaker", "recognition"]
-    assert without.keys() == {"language", "keyword", "phoneme"}
+    assert without.keys() == {"language", "keyword", "phoneme", "verification"}
     for task in tasks:
         (fold,) = task.folds
         prompts = [
@@ -148,6 +150,37 @@ def test_a_test_speaker_whom_the_training_lacks_leaves_no_speaker_task():
     known = [recording(split, speaker) for split in SPLITS for speaker in ("Ann", "Bea")]
     assert "speaker" not in find_tasks([*known, recording("train", "Cleo")])[1]
     assert "answers that train does not have" in find_tasks([*known, recording("test", "Cleo")])[1]["speaker"]
+
+
+def said(split, speaker, number):
+    labels = {"language": "en", "speaker": speaker, "keyword": "", "text": ""}
+    return LabelledRecording(f"{split}/{speaker}/{number}", "", 16_000, split, labels)
+
+
+def test_a_verified_speaker_is_no_training_speaker_of_the_fold():
+    sizes = dict(zip("abcdefghijk", (9, 9, 8, 8, 7, 6, 5, 4, 3, 2, 1)))
+    shared = [said(split, speaker, n) for split in SPLITS for speaker, size in sizes.items() for n in range(size)]
+    (task,) = (task for task in find_tasks(shared)[0] if task.name == "verification")
+    assert task.metric == "equal error rate" and len(task.folds) == 5
+    tested = []
+    for fold in task.folds:
+        parts = [{speaker for _, speaker in part} for part in (fold.train, fold.valid, fold.test)]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == len(sizes)
+        assert all(recording.split == split for split, part in zip(SPLITS, (fold.train, fold.valid, fold.test))
+                   for recording, _ in part)  # fmt: skip
+        tested += parts[2]
+    assert sorted(tested) == list(sizes)
+
+    # Splits by speaker, such as LibriSpeech's, are kept.
+    apart = [said(split, split + speaker, n) for split in SPLITS for speaker in "abc" for n in range(2)]
+    (task,) = (task for task in find_tasks(apart)[0] if task.name == "verification")
+    (fold,) = task.folds
+    assert [len(part) for part in (fold.train, fold.valid, fold.test)] == [6, 6, 6]
+
+    few = [said(split, speaker, n) for split in SPLITS for speaker in "abcde" for n in range(2)]
+    assert "the number of speakers is 5; at least 6" in find_tasks(few)[1]["verification"]
+    once = [said(split, speaker, 0) for split in SPLITS for speaker in "abcdef"]
+    assert "no two recordings of one speaker" in find_tasks(once)[1]["verification"]
 
 
 def test_phones_are_those_of_the_first_ten_seconds_without_silence(labelled, tmp_path):
@@ -223,6 +256,49 @@ def test_a_text_in_the_frames_is_recognized_and_noise_is_not(units_of, space):
     assert found["test"] < 0.2
     assert np.argmax(found["layer_weights"]) == 2
     assert ctc.recognize(task, noise, SHAPE, 1, units_of)["test"] > 0.5
+
+
+def test_a_speaker_in_a_hidden_state_is_verified_and_noise_is_not():
+    generator = torch.Generator().manual_seed(0)
+    voices = {speaker: 2.0 * torch.randn(WIDTH, generator=generator) for speaker in "abcdefgh"}
+    made = [said(split, speaker, n) for split in SPLITS for speaker in voices for n in range(12)]
+    (task,) = (task for task in find_tasks(made)[0] if task.name == "verification")
+    noise = {recording.utterance: torch.randn(3, WIDTH, generator=generator) for recording in made}
+    telling = {utterance: state.clone() for utterance, state in noise.items()}
+    for recording in made:
+        telling[recording.utterance][1] += voices[recording.labels["speaker"]]
+    found = verify(task, telling, SHAPE, seed=1)
+    assert found["test"] < 0.15 and np.argmax(found["layer_weights"]) == 1
+    assert verify(task, noise, SHAPE, seed=1)["test"] > 0.35
+
+
+@pytest.mark.parametrize(
+    "same, different, rate",
+    [
+        ((0.9, 0.6, 0.4), (0.7, 0.3, 0.2, 0.1), 1 / 4),  # at 0.4 none is missed, at 0.6 one of three; both accept 0.7
+        ((0.9, 0.5), (0.7, 0.3), 1 / 2),
+        ((0.9, 0.8), (0.7, 0.3), 0),
+        ((0.1,), (0.2, 0.3), 1),
+        ((0.5, 0.5), (0.5, 0.5, 0.5), 1 / 2),
+        # From 1/3 missed and none accepted to none missed and all accepted, the rates meet at 1/4.
+        ((0.9, 0.8, 0.5), (0.5, 0.5), 1 / 4),
+    ],
+)
+def test_the_equal_error_rate(same, different, rate):
+    scores = np.array([*same, *different])
+    of_one = np.arange(len(scores)) < len(same)
+    assert equal_error_rate(scores, of_one) == pytest.approx(rate)
+    assert math.isnan(equal_error_rate(scores, np.ones_like(of_one)))
+
+
+def test_the_equal_error_rate_is_s3prls_and_weights_count_pairs():
+    generator = np.random.default_rng(0)
+    same = generator.random(200) < 0.3
+    scores = np.round(generator.standard_normal(200) + same, 1)  # with ties
+    assert equal_error_rate(scores, same) == pytest.approx(compute_eer(same.tolist(), scores.tolist())[0])
+    weights = generator.integers(0, 4, 200)
+    repeated = equal_error_rate(scores.repeat(weights), same.repeat(weights))
+    assert equal_error_rate(scores, same, weights) == pytest.approx(repeated)
 
 
 def test_means_over_time_give_a_linear_probe_what_all_frames_give():
