@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from s3prl.nn.common import FrameLevel
 from torch import Tensor
 from torchaudio.functional import edit_distance
 
+from fairseq_stack.analysis.intervals import bootstrap
 from fairseq_stack.evaluation.heads import Probe, best_of, train_probe
 from fairseq_stack.evaluation.tasks import Task
 
@@ -27,8 +29,8 @@ class Units(NamedTuple):
         encode: maps an answer of a Task to numbers of units.
         decode: maps numbers of units to an answer.
         size: number of units.
-        splits: {name in the result: a function that splits an answer into what the error rate counts}. The first is
-            the score.
+        splits: {name in the result: a function that splits an answer into what the error rate counts}. The score is
+            "test".
     """
 
     encode: Callable[[str], list[int]]
@@ -78,10 +80,12 @@ def phone_units(answers: Sequence[str]) -> Units:
     )
 
 
-def error_rate(found: Sequence[str], wanted: Sequence[str], split: Callable[[str], Sequence[str]]) -> float:
-    """Returns the edit distance of all transcripts, in parts of the texts, over the parts of the wanted texts."""
-    errors = sum(edit_distance(split(answer), split(text)) for answer, text in zip(found, wanted))
-    return errors / sum(len(split(text)) for text in wanted)
+def count_errors(
+    found: Sequence[str], wanted: Sequence[str], split: Callable[[str], Sequence[str]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each transcript the edit distance from the wanted text, and the length of that text, in parts."""
+    errors = [edit_distance(split(answer), split(text)) for answer, text in zip(found, wanted)]
+    return np.array(errors), np.array([len(split(text)) for text in wanted])
 
 
 def recognize(
@@ -97,12 +101,12 @@ def recognize(
         units_of: makes the Units from the answers of the training set, such as `text_units`.
 
     Returns:
-        {"test": error rate, "valid": the same, "learning_rates": [the chosen one], "layer_weights": list}, and the
-        other error rates of Units.splits.
+        {"test": error rate, "resampled": its bootstrap, "valid": the same, "learning_rates": [the chosen one],
+        "layer_weights": list}, and the other error rates of Units.splits.
     """
     (fold,) = task.folds
     units = units_of([text for _, text in fold.train])
-    measure = next(iter(units.splits.values()))
+    measure = units.splits["test"]
     train_set, valid, test = (
         [(frames[recording.utterance], text) for recording, text in part]
         for part in (fold.train, fold.valid, fold.test)
@@ -143,16 +147,19 @@ def recognize(
             return F.ctc_loss(scores.transpose(0, 1), torch.cat(goals), lengths, sizes, units.size)
 
         def score():
-            return -error_rate(transcripts(probe, valid), [text for _, text in valid], measure)
+            errors, lengths = count_errors(transcripts(probe, valid), [text for _, text in valid], measure)
+            return -float(errors.sum() / lengths.sum())
 
         return train_probe(probe, learning_rate, STEPS, loss, score, seed)
 
     score, rate, probe = best_of(LEARNING_RATES, make, train)
     with torch.no_grad():
         found = transcripts(probe, test)
-    wanted = [text for _, text in test]
+    counts = {name: count_errors(found, [text for _, text in test], split) for name, split in units.splits.items()}
+    errors, lengths = counts["test"]
     return {
-        **{name: error_rate(found, wanted, split) for name, split in units.splits.items()},
+        **{name: float(errors.sum() / lengths.sum()) for name, (errors, lengths) in counts.items()},
+        "resampled": bootstrap(len(test), lambda times: times @ errors / (times @ lengths)),
         "valid": -score,
         "learning_rates": [rate],
         "layer_weights": probe.layer_weights(),

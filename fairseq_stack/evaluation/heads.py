@@ -12,6 +12,7 @@ from s3prl.nn import Featurizer
 from s3prl.nn.common import FrameLevel, UtteranceLevel
 from torch import Tensor
 
+from fairseq_stack.analysis.intervals import bootstrap
 from fairseq_stack.evaluation.tasks import Task
 
 # The best one on valid is chosen for each upstream, task, fold and seed.
@@ -108,11 +109,11 @@ def classify(task: Task, means: dict[str, Tensor], upstream: Any, seed: int) -> 
         seed: of the head's initial weights and of the batches.
 
     Returns:
-        {"test": accuracy, "valid": accuracy, "learning_rates": one for each fold, "layer_weights": their mean
-        over the folds}.
+        {"test": accuracy, "resampled": its bootstrap, "valid": accuracy, "learning_rates": one for each fold,
+        "layer_weights": their mean over the folds}.
     """
     index = {answer: number for number, answer in enumerate(task.classes)}
-    correct, valid_scores, rates, weights = 0, [], [], []
+    hits, valid_scores, rates, weights = [], [], [], []
     for fold in task.folds:
         train, valid, test = (
             (
@@ -129,12 +130,13 @@ def classify(task: Task, means: dict[str, Tensor], upstream: Any, seed: int) -> 
             seed,
         )
         with torch.no_grad():
-            correct += round(_accuracy(probe, test) * len(fold.test))
+            hits += _hits(probe, test).tolist()
         valid_scores.append(score)
         rates.append(rate)
         weights.append(probe.layer_weights())
     return {
-        "test": correct / sum(len(fold.test) for fold in task.folds),
+        "test": sum(hits) / len(hits),
+        "resampled": bootstrap(len(hits), lambda times: times @ hits / len(hits)),
         "valid": sum(valid_scores) / len(valid_scores),
         "learning_rates": rates,
         "layer_weights": [sum(column) / len(column) for column in zip(*weights)],
@@ -145,7 +147,7 @@ def best_on_means(
     x: Tensor,
     answers: Tensor,
     make: Callable[[], Probe],
-    loss: Callable[[Probe, Tensor, Tensor], Tensor],
+    loss: Callable[[Any, Tensor, Tensor], Tensor],
     score: Callable[[Probe], float],
     seed: int,
 ) -> tuple[float, float, Probe]:
@@ -175,5 +177,9 @@ def best_on_means(
 
 
 def _accuracy(probe, part):
+    return _hits(probe, part).float().mean().item()
+
+
+def _hits(probe, part):
     x, answers = part
-    return (of_means(probe, x).argmax(1) == answers).float().mean().item()
+    return of_means(probe, x).argmax(1) == answers

@@ -19,8 +19,9 @@ The file, results.json, holds
 
 with, for each PROBE,
 
-    {"test": number, "valid": number, "test_wer": number (recognition only),
-     "learning_rates": [one for each fold], "layer_weights": [one for each hidden state; their sum is 1]}
+    {"test": number, "resampled": [its bootstrap, see analysis.intervals], "valid": number,
+     "test_wer": number (recognition only), "learning_rates": [one for each fold],
+     "layer_weights": [one for each hidden state; their sum is 1]}
 
 Rows are in the order of the table. `held_out_variance` is there if a checkpoint was given. Numbers are not in per cent:
 an accuracy of 0.9, an error rate of 0.7.
@@ -33,12 +34,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from fairseq_stack.analysis.held_out import HeldOut, explained_before_and_after
-from fairseq_stack.analysis.intervals import mean_and_interval
+from fairseq_stack.analysis.intervals import mean_and_interval, percentile_interval
 from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation import ctc, heads
@@ -61,7 +63,7 @@ from fairseq_stack.files import write_whole
 from fairseq_stack.tables import markdown_table
 from fairseq_stack.teachers import load_teacher
 
-VERSION = 1  # of the protocol; results of another version are measured again
+VERSION = 2  # of the protocol; results of another version are measured again
 # {metric of a Task: a function of (task, features, upstream, seed), and whether it takes all frames as features}.
 PROBES = {
     "accuracy": (heads.classify, False),
@@ -235,18 +237,19 @@ def write_probe_results(file: str | Path, results: dict[str, Any]) -> None:
 
 
 def probe_table(results: dict[str, Any], seeds: Sequence[int]) -> str:
-    """Returns the results as Markdown: per cent with a 95 % interval over the seeds, and the cost of each row."""
-    header = ["upstream"]
-    for name, task in results["tasks"].items():
-        lower = "" if task["metric"] == "accuracy" else " (lower is better)"
-        header.append(f"{name}, {METRICS[task['metric']]} %{lower}")
-    header += ["M parameters", "G multiply-adds / s", "real-time factor"]
+    """Returns the results as Markdown: scores in per cent, and the cost of each row.
+
+    Scores have a 95 % interval over the seeds, and another over test recordings, in brackets.
+    """
+    header = ["upstream", *_titles(results), "M parameters", "G multiply-adds / s", "real-time factor"]
     rows = []
     for name, entry in results["upstreams"].items():
         row = [name]
         for task in results["tasks"]:
             mean, interval = mean_and_interval([100 * entry["tasks"][task][str(seed)]["test"] for seed in seeds])
-            row.append(f"{mean:.1f} ± {interval:.1f}" if len(seeds) > 1 else f"{mean:.1f}")
+            low, high = percentile_interval(100 * _resampled(entry, task, seeds))
+            over_seeds = f" ± {interval:.1f}" if len(seeds) > 1 else ""
+            row.append(f"{mean:.1f}{over_seeds} [{low:.1f}, {high:.1f}]")
         row += [
             f"{entry['parameters'] / 1e6:.2f}",
             f"{entry['multiply_adds_per_second'] / 1e9:.3f}",
@@ -258,3 +261,35 @@ def probe_table(results: dict[str, Any], seeds: Sequence[int]) -> str:
     ]
     rows.append(["most frequent answer", *chance, "", "", ""])
     return markdown_table(header, rows)
+
+
+def difference_table(results: dict[str, Any], seeds: Sequence[int]) -> str:
+    """Returns Markdown with the scores of the other rows minus those of the first, in percentage points.
+
+    A cell has the mean over the seeds and, in brackets, the 95 % interval of the paired bootstrap over test recordings.
+    """
+    (_, first), *others = results["upstreams"].items()
+    rows = []
+    for name, entry in others:
+        row = [name]
+        for task in results["tasks"]:
+            scores = [[100 * one["tasks"][task][str(seed)]["test"] for seed in seeds] for one in (entry, first)]
+            resampled = 100 * (_resampled(entry, task, seeds) - _resampled(first, task, seeds))
+            low, high = percentile_interval(resampled)
+            row.append(f"{np.mean(scores[0]) - np.mean(scores[1]):+.1f} [{low:+.1f}, {high:+.1f}]")
+        rows.append(row)
+    return markdown_table(["upstream", *_titles(results)], rows)
+
+
+def _titles(results):
+    """The titles of the columns of scores."""
+    metrics = {name: task["metric"] for name, task in results["tasks"].items()}
+    return [
+        f"{name}, {METRICS[metric]} %{'' if metric == 'accuracy' else ' (lower is better)'}"
+        for name, metric in metrics.items()
+    ]
+
+
+def _resampled(entry, task, seeds):
+    """The bootstrap of a score, averaged over the seeds."""
+    return np.mean([entry["tasks"][task][str(seed)]["resampled"] for seed in seeds], axis=0)

@@ -14,11 +14,12 @@ from fairseq_stack.errors import InputError, check_choice
 from fairseq_stack.registry import Registry
 
 LONGEST_SECONDS = 10  # longer recordings are cut, or left out if their whole text is needed
-METRICS = {
+METRICS = {  # {metric: its short name}
     "accuracy": "accuracy",
     "character error rate": "CER",
     "phoneme error rate": "PER",
-}  # {metric: its short name}
+    "equal error rate": "EER",
+}
 VERIFICATION_FOLDS = 5
 SILENCES = ("pau",)  # labels of phones.tsv that are no phones
 
@@ -150,7 +151,7 @@ def find_tasks(recordings: Sequence[LabelledRecording], most: int = 1000) -> tup
     found, missing = [], {}
     for name, (make, metric) in TASKS.items():
         try:
-            found.append(Task(name, *make(recordings, most), metric))
+            found.append(Task(name, *make(recordings, most), metric=metric))
         except NoTask as reason:
             missing[name] = str(reason)
     return found, missing
@@ -184,42 +185,6 @@ def _speaker(recordings, most):
 def _language(recordings, most):
     """Which language is spoken, with the same splits."""
     return classification([(recording, recording.labels["language"]) for recording in recordings], most)
-
-
-@TASKS.register("verification", metric="equal error rate")
-def _verification(recordings, most):
-    """Whether the same speaker speaks in two recordings.
-
-    The speakers of test are in neither train nor valid, nor those of valid in train. If the prepared splits share
-    speakers, speakers are dealt into groups: each group is tested in one fold, on the recordings of test. The next
-    group is valid, and the others train.
-    """
-    labelled = [(recording, speaker) for recording in recordings if (speaker := recording.labels["speaker"])]
-    fold = _split(labelled, most)
-    parts = [Counter(speaker for _, speaker in part) for part in (fold.train, fold.valid, fold.test)]
-    together = sum(parts, Counter())
-    if sum(map(len, parts)) == len(together):
-        folds = [fold]
-    else:
-        number = min(VERIFICATION_FOLDS, len(together) // 2)
-        if number < len(SPLITS):
-            raise NoTask(f"the number of speakers is {len(together)}; at least {2 * len(SPLITS)} are needed")
-        # Dealt from the speaker of most recordings on, so that each fold has much to test.
-        group = {speaker: rank % number for rank, (speaker, _) in enumerate(together.most_common())}
-        folds = [
-            Fold(
-                [pair for pair in fold.train if group[pair[1]] not in (tested, (tested + 1) % number)],
-                [pair for pair in fold.valid if group[pair[1]] == (tested + 1) % number],
-                [pair for pair in fold.test if group[pair[1]] == tested],
-            )
-            for tested in range(number)
-        ]
-    for fold in folds:
-        for part in (fold.valid, fold.test):
-            speakers = Counter(speaker for _, speaker in part)
-            if len(speakers) < 2 or speakers.most_common(1)[0][1] < 2:
-                raise NoTask("valid or test has no two recordings of one speaker, or has only one speaker")
-    return folds, ()
 
 
 @TASKS.register("keyword")
@@ -265,6 +230,42 @@ def _transcription(spoken, most, label):
     if not (fold.train and fold.valid and fold.test):
         raise NoTask(f"a split has no recording with a {label}")
     return [fold], ()
+
+
+@TASKS.register("verification", metric="equal error rate")
+def _verification(recordings, most):
+    """Whether the same speaker speaks in two recordings.
+
+    The speakers of test are in neither train nor valid, nor those of valid in train. If the prepared splits share
+    speakers, speakers are dealt into groups: each group is tested in one fold, on the recordings of test. The next
+    group is valid, and the others train.
+    """
+    labelled = [(recording, speaker) for recording in recordings if (speaker := recording.labels["speaker"])]
+    fold = _split(labelled, most)
+    parts = [Counter(speaker for _, speaker in part) for part in (fold.train, fold.valid, fold.test)]
+    together = sum(parts, Counter())
+    if sum(map(len, parts)) == len(together):
+        folds = [fold]
+    else:
+        number = min(VERIFICATION_FOLDS, len(together) // 2)
+        if number < len(SPLITS):
+            raise NoTask(f"the number of speakers is {len(together)}; at least {2 * len(SPLITS)} are needed")
+        # Dealt from the speaker of most recordings on, so that each fold has much to test.
+        group = {speaker: rank % number for rank, (speaker, _) in enumerate(together.most_common())}
+        folds = [
+            Fold(
+                [pair for pair in fold.train if group[pair[1]] not in (tested, (tested + 1) % number)],
+                [pair for pair in fold.valid if group[pair[1]] == (tested + 1) % number],
+                [pair for pair in fold.test if group[pair[1]] == tested],
+            )
+            for tested in range(number)
+        ]
+    for fold in folds:
+        for part in (fold.valid, fold.test):
+            speakers = Counter(speaker for _, speaker in part)
+            if len(speakers) < 2 or speakers.most_common(1)[0][1] < 2:
+                raise NoTask("valid or test has no two recordings of one speaker, or has only one speaker")
+    return folds, ()
 
 
 def classification(labelled: Pairs, most: int) -> tuple[list[Fold], tuple[str, ...]]:

@@ -9,6 +9,7 @@ from s3prl.nn.common import UtteranceLevel
 from s3prl.nn.speaker_loss import amsoftmax
 from torch import Tensor
 
+from fairseq_stack.analysis.intervals import bootstrap
 from fairseq_stack.evaluation.heads import Probe, best_on_means, of_means
 from fairseq_stack.evaluation.tasks import Pairs, Task
 
@@ -39,10 +40,10 @@ def verify(task: Task, means: dict[str, Tensor], upstream: Any, seed: int) -> di
         seed: of the head's initial weights and of the batches.
 
     Returns:
-        {"test": equal error rate, the mean over the folds, "valid": the same, "learning_rates": one for each fold,
-        "layer_weights": their mean over the folds}.
+        {"test": equal error rate, the mean over the folds, "resampled": its bootstrap, "valid": the same,
+        "learning_rates": one for each fold, "layer_weights": their mean over the folds}.
     """
-    rates, valid_rates, learning_rates, weights = [], [], [], []
+    tests, valid_rates, learning_rates, weights = [], [], [], []
     for fold in task.folds:
         valid, test = (Trials(part) for part in (fold.valid, fold.test))
         x = torch.stack([means[recording.utterance] for recording, _ in fold.train])
@@ -58,12 +59,25 @@ def verify(task: Task, means: dict[str, Tensor], upstream: Any, seed: int) -> di
             seed,
         )
         with torch.no_grad():
-            rates.append(test.error_rate(probe, means))
+            scores = test.scores(probe, means)
+        order = np.argsort(-scores)  # once, for all resamples
+        tests.append([column[order] for column in (scores, test.same, test.first, test.second)])
         valid_rates.append(-score)
         learning_rates.append(learning_rate)
         weights.append(probe.layer_weights())
+
+    ends = np.cumsum([len(fold.test) for fold in task.folds])
+
+    def mean_rate(times):
+        rates = [
+            equal_error_rate(scores, same, of_fold[first] * of_fold[second])
+            for (scores, same, first, second), of_fold in zip(tests, np.split(times, ends[:-1]))
+        ]
+        return float(np.nanmean(rates))
+
     return {
-        "test": float(np.mean(rates)),
+        "test": mean_rate(np.ones(ends[-1])),
+        "resampled": bootstrap(int(ends[-1]), mean_rate),
         "valid": float(np.mean(valid_rates)),
         "learning_rates": learning_rates,
         "layer_weights": np.mean(weights, axis=0).tolist(),
