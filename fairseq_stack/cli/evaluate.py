@@ -41,7 +41,7 @@ def run(args: Namespace) -> None:
 
     quiet_libraries()
     from fairseq_stack.analysis.held_out import NoHeads, explained_table, read_held_out
-    from fairseq_stack.evaluation.results import add_held_out, probe_table, run_probes, upstream_rows
+    from fairseq_stack.evaluation.results import add_held_out, difference_table, probe_table, run_probes, upstream_rows
 
     # The probes take long: check all arguments before.
     check_positive("--seeds", args.seeds)
@@ -57,6 +57,8 @@ def run(args: Namespace) -> None:
             print(f"note: {without}", file=sys.stderr)
     results = run_probes(rows, args.speech, seeds, args.output)
     print(probe_table(results, seeds))
+    print(f"\ndifference from {next(iter(rows))} in points, with its 95 % interval over test recordings\n")
+    print(difference_table(results, seeds))
     for task, reason in results["without"].items():
         print(f"no {task}: {reason}")
     if without:

@@ -3,6 +3,7 @@
 Writes into the output folder
   train.tsv, valid.tsv, test.tsv   fairseq's manifests
   labels.tsv                       utterance, speaker, language, text, keyword
+  phones.tsv                       utterance, its phones and their ends in seconds, if known
   audio/                           16 kHz mono FLAC, if the source has to be converted
 No prompt is in two splits; valid and test get 5 % each. Unusable recordings are named
 and left out. After an interruption the same command resumes.
@@ -20,10 +21,11 @@ from fairseq_stack.errors import InputError
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--source", metavar="asterisk|FOLDER",
+        "--source", metavar="NAME|FOLDER",
         help="asterisk: fetch Debian's telephone prompts, 2.9 hours in five languages (needs apt-get and dpkg, no"
-             " root); a LibriSpeech folder: list its files in place, in its own splits; any other folder: convert"
-             " the audio in it, of any rate and number of channels, of every format that libsndfile reads",
+             " root); debian-speech: fetch more from Debian, 7.2 hours in 19 languages; a LibriSpeech folder: list its"
+             " files in place, in its own splits; any other folder: convert its audio, of any rate and number of"
+             " channels, of every format that libsndfile reads",
     )  # fmt: skip
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
     parser.add_argument(

@@ -1,22 +1,19 @@
 """Speech preparation: converts audio of any kind to 16 kHz mono files, and writes manifests and labels.
 
 The output folder holds `train.tsv`, `valid.tsv` and `test.tsv` (see manifest.py), `labels.tsv` with
-the columns LABELS (empty where unknown), and the converted recordings in `audio/`.
+the columns LABELS (empty where unknown), `phones.tsv` with the columns PHONES if phones are known, and the converted
+recordings in `audio/`.
 """
 
-import gzip
 import hashlib
 import io
 import logging
 import os
-import re
-import shutil
-import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +24,7 @@ from tqdm import tqdm
 
 from fairseq_stack.data.audio import SAMPLE_RATE, SHORTEST, any_audio
 from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, too_short
+from fairseq_stack.data.debian import SOURCES, unpacked_recordings
 from fairseq_stack.data.manifest import (
     check_manifest,
     check_name,
@@ -35,6 +33,7 @@ from fairseq_stack.data.manifest import (
     write_lines,
     write_manifest,
 )
+from fairseq_stack.data.recordings import LABELS, PHONES, Recording, files_below
 from fairseq_stack.data.resample import resample
 from fairseq_stack.data.splits import SPLITS, choose_splits
 from fairseq_stack.errors import InputError
@@ -42,7 +41,6 @@ from fairseq_stack.files import CannotWrite, written_beside
 
 logger = logging.getLogger(__name__)
 
-LABELS = ("utterance", "speaker", "language", "text", "keyword")
 # Suffixes of files that libsndfile opens: its own names of the formats, and other usual suffixes.
 SUFFIXES = frozenset(f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW") | frozenset(
     ".aif .aifc .aff .wave .bwf .oga .opus .mp1 .mp2 .mpga .snd .sph .sf .8svx .iff .mat .gsm".split()
@@ -55,54 +53,7 @@ _OTHER_AUDIO = frozenset(
 _OFTEN_DATA = frozenset((".mat", ".mat4", ".mat5", ".htk", ".iff", ".xi", ".sds", ".sf"))  # but sometimes audio
 QUIET = 2**-8  # of full scale: with a lower peak, 16 bits hold less than 8 of the waveform
 
-# Debian's packages with recordings of telephone prompts. The first has the English texts and no audio.
-PACKAGES = (
-    "asterisk-core-sounds-en",
-    "asterisk-core-sounds-en-wav",
-    "asterisk-core-sounds-es-wav",
-    "asterisk-core-sounds-fr-wav",
-    "asterisk-core-sounds-it-wav",
-    "asterisk-core-sounds-ru-wav",
-    "asterisk-prompt-es-co",
-    "asterisk-prompt-fr-armelle",
-    "asterisk-prompt-it-menardi-wav",
-)
-# {the packages' folder: (speaker, language)}. Allison Smith recorded two languages. The names of July Jiménez
-# (es) and Armelle Desjardins (fr) are only in their packages' documents.
-VOICES = {
-    "en_US_f_Allison": ("Allison", "en"),
-    "es_MX_f_Allison": ("Allison", "es"),
-    "es": ("July", "es"),
-    "fr_CA_f_June": ("June", "fr"),
-    "fr": ("Armelle", "fr"),
-    "it_IT_m_Carlo": ("Carlo", "it"),
-    "it_IT_f_Menardi": ("Menardi", "it"),
-    "ru_RU_f_IvrvoiceRU": ("IvrvoiceRU", "ru"),
-}
-WITHOUT_SAMPLES = "ru_RU_f_IvrvoiceRU/is"  # Debian ships a bare WAV header
-
 LIBRISPEECH = {"train": "train-*", "valid": "dev-*", "test": "test-*"}
-
-
-@dataclass(frozen=True)
-class Recording:
-    """An audio file of the source, and its labels.
-
-    Attributes:
-        source: the file.
-        utterance: its id, which is its path below the manifest's root without the suffix.
-        speaker, language, text: empty if unknown.
-        keyword: the digit or letter, if the speaker says nothing else; empty otherwise.
-        prompt: the name of the prompt, the same for all speakers; empty if unknown.
-    """
-
-    source: Path
-    utterance: str
-    speaker: str = ""
-    language: str = ""
-    text: str = ""
-    keyword: str = ""
-    prompt: str = ""
 
 
 def prepare(
@@ -114,7 +65,7 @@ def prepare(
     manifests last.
 
     Args:
-        source: a folder of audio, or the word "asterisk" for Debian's recordings.
+        source: a folder of audio, or a name in SOURCES for Debian's recordings.
         output: the folder to write.
         grouping: no prompt ("prompt") or no speaker ("speaker") is in two splits (see choose_splits).
         bad_audio_limit: the share of recordings that may be unusable; they are logged and left out.
@@ -124,12 +75,15 @@ def prepare(
             are too few prompts for three splits, or a package cannot be fetched.
     """
     output = Path(os.path.abspath(output))
-    if source == "asterisk":
-        prepare_asterisk(output, grouping, bad_audio_limit)
+    if source in SOURCES:
+        with unpacked_recordings(SOURCES[str(source)], output / "packages") as recordings:
+            if grouping == "speaker":
+                recordings = _with_speaker(recordings)
+            prepare_recordings(recordings, output, grouping, bad_audio_limit)
         return
     source = Path(os.path.abspath(source))
     if not source.is_dir():
-        raise InputError(f"--source {source}: is not a folder; give a folder of audio, or asterisk")
+        raise InputError(f"--source {source}: is not a folder; give a folder of audio, or {' or '.join(SOURCES)}")
     if any((source / "LibriSpeech").glob("train-*")):
         source = source / "LibriSpeech"
     if any(source.glob("train-*/*/*/*.flac")):
@@ -141,95 +95,6 @@ def prepare(
     prepare_recordings(recordings, output, grouping, bad_audio_limit)
 
 
-# Debian's recordings
-
-
-def prepare_asterisk(output: Path, grouping: str, bad_audio_limit: float) -> None:
-    """Fetch and unpack Debian's recordings below `output`, and prepare them."""
-    packages = output / "packages"
-    unpacked = packages / "unpacked"
-    shutil.rmtree(unpacked, ignore_errors=True)
-    unpacked.mkdir(parents=True)
-    try:
-        for archive in fetch_packages(PACKAGES, packages):
-            complaint = f"{archive}: cannot be unpacked; remove it and start again"
-            _run(["dpkg", "-x", archive, unpacked], complaint)
-        prepare_recordings(asterisk_recordings(unpacked), output, grouping, bad_audio_limit)
-    finally:
-        shutil.rmtree(unpacked)
-
-
-def fetch_packages(packages: Sequence[str], folder: Path) -> list[Path]:
-    """Fetch the Debian packages that `folder` does not hold yet; return the paths of all of them.
-
-    This needs no root, because apt writes its lists of packages to a folder inside `folder`.
-    """
-    archives = {package: archive for package in packages for archive in folder.glob(f"{package}_*.deb")}
-    missing = [package for package in packages if package not in archives]
-    if missing:
-        unfinished = folder / "unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        lists, cache = unfinished / "lists", unfinished / "cache"
-        (lists / "partial").mkdir(parents=True)
-        apt = ["apt-get", "-qq", "-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}"]
-        complaint = f"cannot be fetched; if its .deb file is elsewhere, copy it into {folder}"
-        # Without a network, `update` only warns; `download` fails then, because there are no lists.
-        warnings = _run([*apt, "update"], f"{missing[0]}: {complaint}").splitlines()
-        complaint = "; ".join([complaint, *warnings[:1]])
-        for package in tqdm(missing, desc="fetching", unit=" packages", mininterval=1):
-            _run([*apt, "download", package], f"{package}: {complaint}", cwd=unfinished)
-            fetched = next(unfinished.glob("*.deb"))
-            archives[package] = folder / fetched.name
-            os.replace(fetched, archives[package])
-        shutil.rmtree(unfinished)
-    return [archives[package] for package in packages]
-
-
-def _run(command: Sequence[str | Path], complaint: str, cwd: Path | None = None) -> str:
-    """Run a command and return its stderr; if it fails, raise an InputError with the complaint and the reason."""
-    try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise InputError(f"{complaint} ({command[0]}: {error.strerror})") from error
-    if done.returncode:
-        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise InputError(f"{complaint} ({reason})")
-    return done.stderr
-
-
-def asterisk_recordings(unpacked: Path) -> list[Recording]:
-    """Return the recordings in the unpacked packages, except silence and tones."""
-    texts = {}
-    for document in Path(unpacked, "usr/share/doc/asterisk-core-sounds-en").glob("core-sounds-en.txt*"):
-        with (gzip.open if document.suffix == ".gz" else open)(document, "rt", encoding="utf-8") as file:
-            # Lines such as "digits/1: one"; a comment starts with a semicolon.
-            pairs = (line.partition(": ") for line in file if not line.startswith(";"))
-            texts = {name: " ".join(text.split()) for name, colon, text in pairs if colon}
-
-    recordings = []
-    for folder, (speaker, language) in VOICES.items():
-        root = Path(unpacked, "usr/share/asterisk/sounds", folder)
-        for path in _files(root, (".wav", ".gsm")):
-            name = utterance_id(path.relative_to(root).as_posix())
-            text = texts.get(name, "")
-            # "[ascending tones]" and "(1 second of silence)" describe recordings without speech.
-            if text.startswith(("[", "(")) or f"{folder}/{name}" == WITHOUT_SAMPLES:
-                continue
-            recordings.append(
-                Recording(
-                    source=path,
-                    utterance=f"{folder}/{name}",
-                    speaker=speaker,
-                    language=language,
-                    # The speaker says "at [@]" as "at".
-                    text=re.sub(r" \[.*\]", "", text) if language == "en" else "",
-                    keyword=name[-1] if re.fullmatch("digits/[0-9]|letters/[a-z]", name) else "",
-                    prompt=os.path.basename(name),
-                )
-            )
-    return recordings
-
-
 # Other sources
 
 
@@ -238,7 +103,7 @@ def folder_recordings(source: Path, output: Path) -> list[Recording]:
     if source == output or output / "audio" in (source, *source.parents):
         raise InputError(f"--output {output}: would mix with the audio of --source; choose another folder")
     recordings, aside = [], defaultdict(Counter)  # aside: {reason: {suffix: number of files}}
-    for path in _files(source):
+    for path in files_below(source):
         if output in path.parents:
             continue
         reason = _reason_to_leave(path)
@@ -274,23 +139,18 @@ def _reason_to_leave(path: Path) -> str | None:
     return None
 
 
+def _with_speaker(recordings: list[Recording]) -> list[Recording]:
+    """Return the recordings whose speaker is known; log the number of others."""
+    known = [recording for recording in recordings if recording.speaker]
+    if len(known) < len(recordings):
+        logger.warning(f"{len(recordings) - len(known)} recordings left aside: their speakers are not known")
+    return known
+
+
 def _named_after_folder(recording: Recording) -> Recording:
     """Return the recording with its first folder below the source as the speaker."""
     folder, slash, _ = recording.utterance.partition("/")
     return replace(recording, speaker=folder if slash else "")
-
-
-def _files(root: Path, suffixes: str | tuple[str, ...] = "") -> list[Path]:
-    """Return the files below `root` in a fixed order; a folder that links reach twice counts once."""
-    found, visited = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if os.path.realpath(folder) in visited:
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        found += [Path(folder, name) for name in sorted(names) if name.lower().endswith(suffixes)]
-    return found
 
 
 def prepare_librispeech(source: Path, output: Path, bad_audio_limit: float) -> None:
@@ -547,8 +407,12 @@ def _write(
     """Write the labels, then the manifests of FLAC files below `root`, train.tsv last."""
     output.mkdir(parents=True, exist_ok=True)
     recordings = [recording for recording in recordings if not results[recording.utterance].problem]
-    rows = (tuple(getattr(recording, label) for label in LABELS) for recording in recordings)
-    write_lines(output / "labels.tsv", map("\t".join, (LABELS, *rows)))
+    _write_columns(output / "labels.tsv", LABELS, recordings)
+    phones = [recording for recording in recordings if recording.phones]
+    if phones:
+        _write_columns(output / "phones.tsv", PHONES, phones)
+    else:
+        (output / "phones.tsv").unlink(missing_ok=True)
     for name in reversed(SPLITS):
         chosen = [recording.utterance for recording in recordings if split[recording.utterance] == name]
         entries = [(f"{utterance}.flac", results[utterance].samples) for utterance in chosen]
@@ -556,6 +420,12 @@ def _write(
             write_manifest(output / f"{name}.tsv", root, entries)
         else:  # LibriSpeech without its test folders
             (output / f"{name}.tsv").unlink(missing_ok=True)
+
+
+def _write_columns(path: Path, columns: Sequence[str], recordings: Iterable[Recording]) -> None:
+    """Write a table with a header and, for each recording, its fields `columns`."""
+    rows = (tuple(getattr(recording, column) for column in columns) for recording in recordings)
+    write_lines(path, map("\t".join, (columns, *rows)))
 
 
 def _manifests(output: str | Path) -> list[Path]:

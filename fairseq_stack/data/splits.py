@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fairseq_stack.errors import InputError
 
 if TYPE_CHECKING:
-    from fairseq_stack.data.prepare import Recording
+    from fairseq_stack.data.recordings import Recording
 
     Group = tuple[str, str]  # the kind of the name (prompt, speaker or text), and the name
 
@@ -36,7 +36,7 @@ def choose_splits(
     folders before them count, too.
 
     Args:
-        recordings: Recordings (prepare.py), copies included.
+        recordings: Recordings (recordings.py), copies included.
         copies: {utterance: utterance with the same audio}.
         grouping: "prompt", or "speaker". With "speaker" no speaker is in two splits, but prompts and texts may be.
 

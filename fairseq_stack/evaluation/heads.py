@@ -1,27 +1,23 @@
-"""The probes: s3prl's weighted sum of the layers and SUPERB's linear heads, trained on extracted features."""
+"""Probes: s3prl's weighted sum of the layers and SUPERB's linear heads. Those for classes, on extracted features."""
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from s3prl.nn import Featurizer
 from s3prl.nn.common import FrameLevel, UtteranceLevel
 from torch import Tensor
-from torchaudio.functional import edit_distance
 
+from fairseq_stack.analysis.intervals import bootstrap
 from fairseq_stack.evaluation.tasks import Task
 
 # The best one on valid is chosen for each upstream, task, fold and seed.
 LEARNING_RATES = (1e-3, 1e-2)
 STEPS, BATCH = 400, 64
-# s3prl's default for phoneme recognition, which has the same kind of probe.
-CTC_LEARNING_RATES = (1e-2,)
-CTC_STEPS, CTC_BATCH = 1000, 16
 CHECKS = 8  # validations in a training; the best checkpoint counts, as in SUPERB
 
 
@@ -49,6 +45,11 @@ class Probe(torch.nn.Module):
         """Returns the weights of the hidden states, which sum to 1."""
         weights = getattr(self.featurizer, "weights", torch.zeros(1))  # with one hidden state, s3prl has no weights
         return weights.softmax(0).tolist()
+
+
+def of_means(probe: Probe, means: Tensor) -> Tensor:
+    """Returns a probe's outputs [B, outputs] for means over time [B, layers, D], utterances of one frame to it."""
+    return probe(list(means.transpose(0, 1)[:, :, None]), torch.ones(len(means), dtype=torch.long))
 
 
 def train_probe(
@@ -108,11 +109,11 @@ def classify(task: Task, means: dict[str, Tensor], upstream: Any, seed: int) -> 
         seed: of the head's initial weights and of the batches.
 
     Returns:
-        {"test": accuracy, "valid": accuracy, "learning_rates": one for each fold, "layer_weights": their mean
-        over the folds}.
+        {"test": accuracy, "resampled": its bootstrap, "valid": accuracy, "learning_rates": one for each fold,
+        "layer_weights": their mean over the folds}.
     """
     index = {answer: number for number, answer in enumerate(task.classes)}
-    correct, valid_scores, rates, weights = 0, [], [], []
+    hits, valid_scores, rates, weights = [], [], [], []
     for fold in task.folds:
         train, valid, test = (
             (
@@ -121,147 +122,64 @@ def classify(task: Task, means: dict[str, Tensor], upstream: Any, seed: int) -> 
             )
             for part in (fold.train, fold.valid, fold.test)
         )
-        score, rate, probe = _best_classifier(train, valid, upstream, len(index), seed)
+        score, rate, probe = best_on_means(
+            *train,
+            lambda: Probe(upstream, UtteranceLevel, len(index)),
+            lambda _, outputs, answers: F.cross_entropy(outputs, answers),
+            partial(_accuracy, part=valid),
+            seed,
+        )
         with torch.no_grad():
-            correct += round(_accuracy(probe, test) * len(fold.test))
+            hits += _hits(probe, test).tolist()
         valid_scores.append(score)
         rates.append(rate)
         weights.append(probe.layer_weights())
     return {
-        "test": correct / sum(len(fold.test) for fold in task.folds),
+        "test": sum(hits) / len(hits),
+        "resampled": bootstrap(len(hits), lambda times: times @ hits / len(hits)),
         "valid": sum(valid_scores) / len(valid_scores),
         "learning_rates": rates,
         "layer_weights": [sum(column) / len(column) for column in zip(*weights)],
     }
 
 
-def _best_classifier(train, valid, upstream, classes, seed):
-    """best_of for train and valid, each of means [n, layers, D] and answers [n]."""
-    x, answers = train
+def best_on_means(
+    x: Tensor,
+    answers: Tensor,
+    make: Callable[[], Probe],
+    loss: Callable[[Any, Tensor, Tensor], Tensor],
+    score: Callable[[Probe], float],
+    seed: int,
+) -> tuple[float, float, Probe]:
+    """Returns `best_of` the LEARNING_RATES for probes of whole utterances.
 
-    def make():
+    Args:
+        x: means over time of the training recordings [n, layers, D].
+        answers: their numbers [n].
+        make: makes a probe.
+        loss: of (probe, its outputs, answers).
+        score: of a probe on valid; higher is better.
+        seed: of the probe's initial weights and of the batches.
+    """
+
+    def seeded():
         torch.manual_seed(seed)
-        return Probe(upstream, UtteranceLevel, classes)
+        return make()
 
-    def train_one(probe, learning_rate):
-        def loss(draw):
+    def train(probe, learning_rate):
+        def batch_loss(draw):
             batch = draw.sample(range(len(x)), min(BATCH, len(x)))
-            return F.cross_entropy(_outputs(probe, x[batch]), answers[batch])
+            return loss(probe, of_means(probe, x[batch]), answers[batch])
 
-        return train_probe(probe, learning_rate, STEPS, loss, lambda: _accuracy(probe, valid), seed)
+        return train_probe(probe, learning_rate, STEPS, batch_loss, lambda: score(probe), seed)
 
-    return best_of(LEARNING_RATES, make, train_one)
-
-
-def _outputs(probe, x):
-    # A mean is an utterance of one frame: [B, layers, D] to `layers` tensors [B, 1, D].
-    return probe(list(x.transpose(0, 1)[:, :, None]), torch.ones(len(x), dtype=torch.long))
+    return best_of(LEARNING_RATES, seeded, train)
 
 
 def _accuracy(probe, part):
+    return _hits(probe, part).float().mean().item()
+
+
+def _hits(probe, part):
     x, answers = part
-    return (_outputs(probe, x).argmax(1) == answers).float().mean().item()
-
-
-def train_units(texts: Sequence[str], prefix: str | Path, size: int = 60) -> sentencepiece.SentencePieceProcessor:
-    """Trains sentencepiece's unigram units on texts and returns their processor.
-
-    Args:
-        texts: in lower case.
-        prefix: path of the files to write, prefix.model and prefix.vocab.
-        size: units at most; short texts give fewer.
-    """
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_prefix=str(prefix),
-        vocab_size=size,
-        hard_vocab_limit=False,
-        model_type="unigram",
-        character_coverage=1.0,
-        bos_id=-1,
-        eos_id=-1,
-        minloglevel=2,
-    )
-    return sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
-
-
-def recognize(
-    task: Task,
-    frames: dict[str, Tensor],
-    upstream: Any,
-    units: sentencepiece.SentencePieceProcessor,
-    seed: int,
-) -> dict[str, Any]:
-    """Trains a CTC probe on units of text and tests its transcripts.
-
-    Args:
-        task: its answers are texts.
-        frames: from `extract`.
-        upstream: gives the shape of the hidden states.
-        units: from `train_units`. CTC's blank is the class after the last unit.
-        seed: of the head's initial weights and of the batches.
-
-    Returns:
-        {"test": character error rate, "valid": the same, "test_wer": word error rate, "learning_rates": [the
-        chosen one], "layer_weights": list}.
-    """
-    (fold,) = task.folds
-    blank = units.get_piece_size()
-    parts = [
-        [(frames[recording.utterance], torch.tensor(units.encode(text)), text) for recording, text in part]
-        for part in (fold.train, fold.valid, fold.test)
-    ]
-    # CTC needs a frame for each unit, and one more between two equal units.
-    parts[0] = [
-        (x, target, text)
-        for x, target, text in parts[0]
-        if len(target) + int((target[1:] == target[:-1]).sum()) <= x.size(1)
-    ]
-    # Batches of recordings with similar lengths need little padding.
-    parts[0].sort(key=lambda entry: entry[0].size(1))
-
-    def log_probabilities(probe, batch):
-        lengths = torch.tensor([x.size(1) for x, _, _ in batch])
-        padded = torch.zeros(len(batch), batch[0][0].size(0), int(lengths.max()), batch[0][0].size(2))
-        for row, (x, _, _) in enumerate(batch):
-            padded[row, :, : x.size(1)] = x
-        return probe(list(padded.transpose(0, 1)), lengths).log_softmax(2), lengths
-
-    def transcripts(probe, part):
-        found = []
-        for begin in range(0, len(part), CTC_BATCH):
-            scores, lengths = log_probabilities(probe, part[begin : begin + CTC_BATCH])
-            for best, length in zip(scores.argmax(2), lengths):
-                path = best[:length].unique_consecutive()
-                found.append(units.decode(path[path != blank].tolist()))
-        return found
-
-    def error_rate(probe, part, split):
-        pairs = list(zip(transcripts(probe, part), (text for _, _, text in part)))
-        errors = sum(edit_distance(split(found), split(wanted)) for found, wanted in pairs)
-        return errors / sum(len(split(wanted)) for _, wanted in pairs)
-
-    def make():
-        torch.manual_seed(seed)
-        return Probe(upstream, FrameLevel, blank + 1)
-
-    def train(probe, learning_rate):
-        def loss(draw):
-            begin = draw.randrange(max(1, len(parts[0]) - CTC_BATCH + 1))
-            batch = parts[0][begin : begin + CTC_BATCH]
-            scores, lengths = log_probabilities(probe, batch)
-            targets = [target for _, target, _ in batch]
-            sizes = torch.tensor([len(target) for target in targets])
-            return F.ctc_loss(scores.transpose(0, 1), torch.cat(targets), lengths, sizes, blank)
-
-        return train_probe(probe, learning_rate, CTC_STEPS, loss, lambda: -error_rate(probe, parts[1], list), seed)
-
-    score, rate, probe = best_of(CTC_LEARNING_RATES, make, train)
-    with torch.no_grad():
-        return {
-            "test": error_rate(probe, parts[2], list),
-            "valid": -score,
-            "test_wer": error_rate(probe, parts[2], str.split),
-            "learning_rates": [rate],
-            "layer_weights": probe.layer_weights(),
-        }
+    return of_means(probe, x).argmax(1) == answers

@@ -3,7 +3,7 @@
 The file, results.json, holds
 
     {"speech": folder,
-     "tasks": {task: {"metric": "accuracy" or "character error rate", "classes": number or null,
+     "tasks": {task: {"metric": one of tasks.METRICS, "classes": number or null,
                       "chance": accuracy of the most frequent answer or null,
                       "train": recordings, "valid": recordings, "test": recordings}},
      "without": {task: reason why it was left out},
@@ -19,8 +19,9 @@ The file, results.json, holds
 
 with, for each PROBE,
 
-    {"test": number, "valid": number, "test_wer": number (recognition only),
-     "learning_rates": [one for each fold], "layer_weights": [one for each hidden state; their sum is 1]}
+    {"test": number, "resampled": [its bootstrap, see analysis.intervals], "valid": number,
+     "test_wer": number (recognition only), "learning_rates": [one for each fold],
+     "layer_weights": [one for each hidden state; their sum is 1]}
 
 Rows are in the order of the table. `held_out_variance` is there if a checkpoint was given. Numbers are not in per cent:
 an accuracy of 0.9, an error rate of 0.7.
@@ -28,27 +29,28 @@ an accuracy of 0.9, an error rate of 0.7.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from fairseq_stack.analysis.held_out import HeldOut, explained_before_and_after
-from fairseq_stack.analysis.intervals import mean_and_interval
-from fairseq_stack.data.prepare import SPLITS
+from fairseq_stack.analysis.intervals import mean_and_interval, percentile_interval
+from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError
-from fairseq_stack.evaluation import heads
+from fairseq_stack.evaluation import ctc, heads
 from fairseq_stack.evaluation.cost import (
     count_parameters,
     multiply_adds,
     real_time_factor,
 )
 from fairseq_stack.evaluation.features import extract
-from fairseq_stack.evaluation.tasks import Task, read_tasks
+from fairseq_stack.evaluation.tasks import METRICS, Task, read_tasks
 from fairseq_stack.evaluation.upstreams import (
     TeacherUpstream,
     files_digest,
@@ -56,11 +58,19 @@ from fairseq_stack.evaluation.upstreams import (
     load_log_mel,
     load_random,
 )
+from fairseq_stack.evaluation.verification import verify
 from fairseq_stack.files import write_whole
 from fairseq_stack.tables import markdown_table
 from fairseq_stack.teachers import load_teacher
 
-VERSION = 1  # of the protocol; results of another version are measured again
+VERSION = 2  # of the protocol; results of another version are measured again
+# {metric of a Task: a function of (task, features, upstream, seed), and whether it takes all frames as features}.
+PROBES = {
+    "accuracy": (heads.classify, False),
+    "character error rate": (partial(ctc.recognize, units_of=ctc.text_units), True),
+    "phoneme error rate": (partial(ctc.recognize, units_of=ctc.phone_units), True),
+    "equal error rate": (verify, False),
+}
 
 # What a row depends on, as a hash, and a function that loads its upstream.
 Row = tuple[str, Callable[[], nn.Module]]
@@ -125,7 +135,8 @@ def run_probes(rows: Mapping[str, Row], speech: str | Path, seeds: Sequence[int]
         "threads": torch.get_num_threads(),
     }
     data = hashlib.sha256()
-    for name in ("labels.tsv", *(f"{split}.tsv" for split in SPLITS)):
+    phones = ["phones.tsv"] if Path(speech, "phones.tsv").exists() else []
+    for name in ("labels.tsv", *phones, *(f"{split}.tsv" for split in SPLITS)):
         data.update(Path(speech, name).read_bytes())
     for name, (weights, load) in rows.items():
         of = hashlib.sha256(f"{VERSION} {data.hexdigest()} {weights}".encode()).hexdigest()
@@ -155,16 +166,12 @@ def _fill(
     recordings, with_frames = {}, {}
     for task in {task.name: task for task, _ in missing}.values():
         recordings.update(task.recordings)
-        if not task.classes:
-            with_frames = task.recordings
+        if PROBES[task.metric][1]:
+            with_frames.update(task.recordings)
     means, frames = extract(upstream, recordings, with_frames, name)
     for task, seed in tqdm(missing, desc=name, unit=" probes"):
-        if task.classes:
-            result = heads.classify(task, means, upstream, seed)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                units = heads.train_units([text for _, text in task.folds[0].train], Path(folder, "units"))
-            result = heads.recognize(task, frames, upstream, units, seed)
+        probe, of_frames = PROBES[task.metric]
+        result = probe(task, frames if of_frames else means, upstream, seed)
         entry["tasks"].setdefault(task.name, {})[str(seed)] = result
         yield
 
@@ -202,9 +209,9 @@ def _describe(task):
         for split in SPLITS
     }
     return {
-        "metric": "accuracy" if task.classes else "character error rate",
+        "metric": task.metric,
         "classes": len(task.classes) or None,
-        "chance": task.chance if task.classes else None,
+        "chance": task.chance if task.metric == "accuracy" else None,
         **parts,
     }
 
@@ -230,24 +237,59 @@ def write_probe_results(file: str | Path, results: dict[str, Any]) -> None:
 
 
 def probe_table(results: dict[str, Any], seeds: Sequence[int]) -> str:
-    """Returns the results as Markdown: per cent with a 95 % interval over the seeds, and the cost of each row."""
-    header = ["upstream"]
-    for name, task in results["tasks"].items():
-        error = task["metric"] != "accuracy"
-        header.append(f"{name}, {'CER % (lower is better)' if error else 'accuracy %'}")
-    header += ["M parameters", "G multiply-adds / s", "real-time factor"]
+    """Returns the results as Markdown: scores in per cent, and the cost of each row.
+
+    Scores have a 95 % interval over the seeds, and another over test recordings, in brackets.
+    """
+    header = ["upstream", *_titles(results), "M parameters", "G multiply-adds / s", "real-time factor"]
     rows = []
     for name, entry in results["upstreams"].items():
         row = [name]
         for task in results["tasks"]:
             mean, interval = mean_and_interval([100 * entry["tasks"][task][str(seed)]["test"] for seed in seeds])
-            row.append(f"{mean:.1f} ± {interval:.1f}" if len(seeds) > 1 else f"{mean:.1f}")
+            low, high = percentile_interval(100 * _resampled(entry, task, seeds))
+            over_seeds = f" ± {interval:.1f}" if len(seeds) > 1 else ""
+            row.append(f"{mean:.1f}{over_seeds} [{low:.1f}, {high:.1f}]")
         row += [
             f"{entry['parameters'] / 1e6:.2f}",
             f"{entry['multiply_adds_per_second'] / 1e9:.3f}",
             f"{entry['real_time_factor']:.4f}",
         ]
         rows.append(row)
-    chance = [f"{100 * task['chance']:.1f}" if task["classes"] else "" for task in results["tasks"].values()]
+    chance = [
+        f"{100 * task['chance']:.1f}" if task["metric"] == "accuracy" else "" for task in results["tasks"].values()
+    ]
     rows.append(["most frequent answer", *chance, "", "", ""])
     return markdown_table(header, rows)
+
+
+def difference_table(results: dict[str, Any], seeds: Sequence[int]) -> str:
+    """Returns Markdown with the scores of the other rows minus those of the first, in percentage points.
+
+    A cell has the mean over the seeds and, in brackets, the 95 % interval of the paired bootstrap over test recordings.
+    """
+    (_, first), *others = results["upstreams"].items()
+    rows = []
+    for name, entry in others:
+        row = [name]
+        for task in results["tasks"]:
+            scores = [[100 * one["tasks"][task][str(seed)]["test"] for seed in seeds] for one in (entry, first)]
+            resampled = 100 * (_resampled(entry, task, seeds) - _resampled(first, task, seeds))
+            low, high = percentile_interval(resampled)
+            row.append(f"{np.mean(scores[0]) - np.mean(scores[1]):+.1f} [{low:+.1f}, {high:+.1f}]")
+        rows.append(row)
+    return markdown_table(["upstream", *_titles(results)], rows)
+
+
+def _titles(results):
+    """The titles of the columns of scores."""
+    metrics = {name: task["metric"] for name, task in results["tasks"].items()}
+    return [
+        f"{name}, {METRICS[metric]} %{'' if metric == 'accuracy' else ' (lower is better)'}"
+        for name, metric in metrics.items()
+    ]
+
+
+def _resampled(entry, task, seeds):
+    """The bootstrap of a score, averaged over the seeds."""
+    return np.mean([entry["tasks"][task][str(seed)]["resampled"] for seed in seeds], axis=0)

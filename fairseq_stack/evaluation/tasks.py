@@ -8,12 +8,20 @@ from pathlib import Path
 
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.data.manifest import read_manifest
-from fairseq_stack.data.prepare import LABELS
+from fairseq_stack.data.recordings import LABELS, PHONES
 from fairseq_stack.data.splits import SPLITS
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import InputError, check_choice
 from fairseq_stack.registry import Registry
 
 LONGEST_SECONDS = 10  # longer recordings are cut, or left out if their whole text is needed
+METRICS = {  # {metric: its short name}
+    "accuracy": "accuracy",
+    "character error rate": "CER",
+    "phoneme error rate": "PER",
+    "equal error rate": "EER",
+}
+VERIFICATION_FOLDS = 5
+SILENCES = ("pau",)  # labels of phones.tsv that are no phones
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class LabelledRecording:
         path: the file.
         samples: its length in samples.
         split: train, valid or test.
-        labels: {column of labels.tsv: text}; "" if unknown.
+        labels: {column of labels.tsv and phones.tsv: text}; "" if unknown.
     """
 
     utterance: str
@@ -54,12 +62,14 @@ class Task:
     Attributes:
         name: in TASKS.
         folds: the score is over the test recordings of all folds together.
-        classes: the possible answers, sorted; empty if the answers are texts.
+        classes: the possible answers, sorted; empty if the answers are texts, or speakers to verify.
+        metric: in METRICS.
     """
 
     name: str
     folds: list[Fold]
     classes: tuple[str, ...]
+    metric: str = "accuracy"
 
     @property
     def recordings(self) -> dict[str, LabelledRecording]:
@@ -81,22 +91,12 @@ def read_labelled_speech(folder: str | Path) -> list[LabelledRecording]:
     """Returns the recordings of a folder that fairseq-stack prepare made.
 
     Raises:
-        InputError: a manifest or labels.tsv is missing or malformed, or a recording has no labels.
+        InputError: a manifest or labels.tsv is missing, a file is malformed, or a recording has no labels.
     """
     folder = Path(folder)
     path = folder / "labels.tsv"
-    try:
-        header, *lines = path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); make it with fairseq-stack prepare") from None
-    if tuple(header.split("\t")) != LABELS:
-        raise InputError(f"{path}:1: is not {' '.join(LABELS)}; prepare the speech again")
-    labels = {}
-    for number, line in enumerate(lines, start=2):
-        fields = line.split("\t")
-        if len(fields) != len(LABELS):
-            raise InputError(f"{path}:{number}: has {len(fields)} fields instead of {len(LABELS)}; prepare again")
-        labels[fields[0]] = dict(zip(LABELS, fields))
+    labels = _read_table(path, LABELS)
+    phones = _read_table(folder / "phones.tsv", PHONES) if (folder / "phones.tsv").exists() else {}
     recordings = []
     for split in SPLITS:
         manifest = read_manifest(folder / f"{split}.tsv")
@@ -104,12 +104,28 @@ def read_labelled_speech(folder: str | Path) -> list[LabelledRecording]:
             utterance = manifest.utterance(index)
             if utterance not in labels:
                 raise InputError(f"{path}: has no line for {utterance} of {split}.tsv; prepare the speech again")
+            known = {**dict.fromkeys(PHONES, ""), **phones.get(utterance, {}), **labels[utterance]}
             recordings.append(
-                LabelledRecording(
-                    utterance, manifest.path(index), int(manifest.samples[index]), split, labels[utterance]
-                )
+                LabelledRecording(utterance, manifest.path(index), int(manifest.samples[index]), split, known)
             )
     return recordings
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """Returns {utterance: {column: text}} of a file that fairseq-stack prepare wrote."""
+    try:
+        header, *lines = path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it with fairseq-stack prepare") from None
+    if tuple(header.split("\t")) != columns:
+        raise InputError(f"{path}:1: is not {' '.join(columns)}; prepare the speech again")
+    table = {}
+    for number, line in enumerate(lines, start=2):
+        fields = line.split("\t")
+        if len(fields) != len(columns):
+            raise InputError(f"{path}:{number}: has {len(fields)} fields instead of {len(columns)}; prepare again")
+        table[fields[0]] = dict(zip(columns, fields))
+    return table
 
 
 def read_tasks(folder: str | Path) -> tuple[list[Task], dict[str, str]]:
@@ -133,9 +149,9 @@ def find_tasks(recordings: Sequence[LabelledRecording], most: int = 1000) -> tup
         most: recordings of a split to use at most, chosen by a hash of their names.
     """
     found, missing = [], {}
-    for name, make in TASKS.items():
+    for name, (make, metric) in TASKS.items():
         try:
-            found.append(Task(name, *make(recordings, most)))
+            found.append(Task(name, *make(recordings, most), metric=metric))
         except NoTask as reason:
             missing[name] = str(reason)
     return found, missing
@@ -145,8 +161,14 @@ class NoTask(Exception):
     """The labels do not allow a task; the message says why."""
 
 
-# Functions of (recordings, most), see `find_tasks`, that return folds and classes of a Task or raise NoTask.
-TASKS = Registry("probe task")
+def _with_metric(make, metric="accuracy"):
+    check_choice("metric", metric, METRICS)
+    return make, metric
+
+
+# Functions of (recordings, most), see `find_tasks`, that return folds and classes of a Task or raise NoTask; and the
+# metric, which the decorator takes.
+TASKS = Registry("probe task", entry=_with_metric)
 
 
 @TASKS.register("speaker")
@@ -179,18 +201,71 @@ def _keyword(recordings, most):
     return folds, tuple(sorted({answer for part in parts for _, answer in part}))
 
 
-@TASKS.register("recognition")
+@TASKS.register("recognition", metric="character error rate")
 def _recognition(recordings, most):
-    """What is said, with the prepared splits."""
-    spoken = [
-        (recording, text)
-        for recording in recordings
-        if (text := plain_text(recording.labels["text"])) and recording.samples <= LONGEST_SECONDS * SAMPLE_RATE
-    ]
+    """What is said, with the prepared splits, in the language that has the most texts."""
+    spoken = defaultdict(list)
+    for recording in recordings:
+        text = plain_text(recording.labels["text"])
+        if text and recording.samples <= LONGEST_SECONDS * SAMPLE_RATE:
+            spoken[recording.labels["language"]].append((recording, text))
+    return _transcription(max(spoken.values(), key=len, default=[]), most, "text")
+
+
+@TASKS.register("phoneme", metric="phoneme error rate")
+def _phoneme(recordings, most):
+    """Which phones are said in the first LONGEST_SECONDS, silence left out, with the prepared splits."""
+    spoken = []
+    for recording in recordings:
+        phones, ends = (recording.labels.get(column, "").split() for column in ("phones", "ends"))
+        heard = [phone for phone, end in zip(phones, ends) if float(end) <= LONGEST_SECONDS and phone not in SILENCES]
+        if heard:
+            spoken.append((recording, " ".join(heard)))
+    return _transcription(spoken, most, "phone")
+
+
+def _transcription(spoken, most, label):
+    """Folds and classes of a task that keeps the prepared splits and whose answers are texts."""
     fold = _split(spoken, most)
     if not (fold.train and fold.valid and fold.test):
-        raise NoTask("a split has no recording with a text")
+        raise NoTask(f"a split has no recording with a {label}")
     return [fold], ()
+
+
+@TASKS.register("verification", metric="equal error rate")
+def _verification(recordings, most):
+    """Whether the same speaker speaks in two recordings.
+
+    The speakers of test are in neither train nor valid, nor those of valid in train. If the prepared splits share
+    speakers, speakers are dealt into groups: each group is tested in one fold, on the recordings of test. The next
+    group is valid, and the others train.
+    """
+    labelled = [(recording, speaker) for recording in recordings if (speaker := recording.labels["speaker"])]
+    fold = _split(labelled, most)
+    parts = [Counter(speaker for _, speaker in part) for part in (fold.train, fold.valid, fold.test)]
+    together = sum(parts, Counter())
+    if sum(map(len, parts)) == len(together):
+        folds = [fold]
+    else:
+        number = min(VERIFICATION_FOLDS, len(together) // 2)
+        if number < len(SPLITS):
+            raise NoTask(f"the number of speakers is {len(together)}; at least {2 * len(SPLITS)} are needed")
+        # Dealt from the speaker of most recordings on, so that each fold has much to test.
+        group = {speaker: rank % number for rank, (speaker, _) in enumerate(together.most_common())}
+        folds = [
+            Fold(
+                [pair for pair in fold.train if group[pair[1]] not in (tested, (tested + 1) % number)],
+                [pair for pair in fold.valid if group[pair[1]] == (tested + 1) % number],
+                [pair for pair in fold.test if group[pair[1]] == tested],
+            )
+            for tested in range(number)
+        ]
+    for fold in folds:
+        for part in (fold.valid, fold.test):
+            speakers = Counter(speaker for _, speaker in part)
+            if len(speakers) < 2 or speakers.most_common(1)[0][1] < 2:
+                raise NoTask("valid or test has no two recordings of one speaker, or has only one speaker")
+    return folds, ()
 
 
 def classification(labelled: Pairs, most: int) -> tuple[list[Fold], tuple[str, ...]]:

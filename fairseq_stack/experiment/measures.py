@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fairseq_stack.analysis.held_out import NoHeads, explained_by_layer, read_held_out
+from fairseq_stack.analysis.intervals import percentile_interval
 from fairseq_stack.analysis.objective import output_objective_of
 from fairseq_stack.analysis.runs import read_run
 from fairseq_stack.checkpoints.read import load_checkpoint
@@ -21,6 +22,8 @@ from fairseq_stack.experiment.grid import Grid
 from fairseq_stack.experiment.training import MEASURED, Training
 from fairseq_stack.files import write_whole
 
+# {student: {task: {"score" or "against": (low, high)}}}
+Intervals = dict[str, dict[str, dict[str, tuple[float, float] | None]]]
 LOSS = "output_loss"  # does not depend on a student's intermediate loss
 
 
@@ -66,6 +69,7 @@ def measure_training(training: Training, speech: str | Path, probes: bool) -> No
     except NoHeads:
         explained = {}
     student = student_from_checkpoint(load_checkpoint(checkpoint), str(checkpoint))
+    probed = _probes(training, checkpoint, speech) if probes else {}
     found = {
         "depth": student.depth,
         "full_depth": student.config["encoder_layers"],
@@ -75,13 +79,14 @@ def measure_training(training: Training, speech: str | Path, probes: bool) -> No
         "stages": [[stage.depth, stage.begin, stage.end] for stage in run.stages],
         "seconds_per_update": run.costs,
         "explained": {str(layer): share for layer, share in explained.items()},
-        "probes": _probes(training, checkpoint, speech) if probes else {},
+        "probes": {task: result["test"] for task, result in probed.items()},
+        "resampled": {task: result["resampled"] for task, result in probed.items()},
     }
     write_whole(training.folder / MEASURED, json.dumps(found, indent=1) + "\n")
 
 
 def _probes(training, checkpoint, speech):
-    """{task: test result} of one probe each."""
+    """{task: PROBE} of one probe each, see evaluation.results."""
     from fairseq_stack.evaluation.results import run_probes
     from fairseq_stack.evaluation.upstreams import files_digest, load_export
     from fairseq_stack.export.student import export
@@ -90,7 +95,7 @@ def _probes(training, checkpoint, speech):
     export(checkpoint, "huggingface", student, Path(speech) / "test.tsv", force=True)
     rows = {"student": (files_digest(student), lambda: load_export(student))}
     results = run_probes(rows, speech, [1], training.folder / "probes.json")
-    return {task: seeds["1"]["test"] for task, seeds in results["upstreams"]["student"]["tasks"].items()}
+    return {task: seeds["1"] for task, seeds in results["upstreams"]["student"]["tasks"].items()}
 
 
 def collect(grid: Grid, trainings: Iterable[Training], command: str) -> dict[str, Any]:
@@ -114,6 +119,13 @@ def collect(grid: Grid, trainings: Iterable[Training], command: str) -> dict[str
             for (depth, _, _), seconds in zip(measured["stages"], measured["seconds_per_update"]):
                 if seconds == seconds:  # not nan; a stage with fewer than two log entries has nan
                     costs.setdefault((grid.cost_group(student), depth), []).append(seconds)
+    intervals = probe_intervals(
+        {
+            student: {seed: measured.pop("resampled", {}) for seed, measured in seeds.items()}
+            for student, seeds in found.items()
+        },
+        grid.reference,
+    )
     for student, seeds in found.items():
         for measured in seeds.values():
             stages = [
@@ -132,11 +144,42 @@ def collect(grid: Grid, trainings: Iterable[Training], command: str) -> dict[str
             student: {
                 "fields": list(grid.students[student]),
                 "seeds": {str(seed): found[student][seed] for seed in sorted(found[student])},
+                "probe_intervals": intervals[student],
             }
             for student in grid.students
             if student in found
         },
     }
+
+
+def probe_intervals(resampled: Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]], reference: str) -> Intervals:
+    """Returns the 95 % intervals of scores of probes over test recordings, by the bootstrap.
+
+    Args:
+        resampled: {student: {seed: {task: the bootstrap of its score}}}.
+        reference: a student.
+
+    Returns:
+        {student: {task: {"score": (low, high), "against": (low, high)}}}. `score` is the mean over the student's seeds.
+        `against` is the mean difference from the reference, over the seeds that both have; None for the reference, and
+        if there is no such seed.
+    """
+    found: Intervals = {}
+    for student, seeds in resampled.items():
+        found[student] = {}
+        for task in dict.fromkeys(task for tasks in seeds.values() for task in tasks):
+            having = {seed: np.array(tasks[task]) for seed, tasks in seeds.items() if task in tasks}
+            of_reference = {} if student == reference else resampled.get(reference, {})
+            differences = [
+                scores - np.array(of_reference[seed][task])
+                for seed, scores in having.items()
+                if task in of_reference.get(seed, {})
+            ]
+            found[student][task] = {
+                "score": percentile_interval(np.mean(list(having.values()), axis=0)),
+                "against": percentile_interval(np.mean(differences, axis=0)) if differences else None,
+            }
+    return found
 
 
 def _seconds(update, stages):

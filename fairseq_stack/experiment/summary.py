@@ -19,7 +19,7 @@ def summary_table(results: dict[str, Any]) -> str:
 
     Students are compared with the reference seed by seed, which cancels effects of the seed on both. A cell is empty if
     the student does not have the measure or cannot be compared with the reference. Lines below the table name
-    different losses and trainings that ended before full depth.
+    different losses and trainings that ended before full depth. A second table has the probes.
 
     Args:
         results: from `collect`.
@@ -68,7 +68,38 @@ def summary_table(results: dict[str, Any]) -> str:
     ]
     if short:
         table += f"\n\nEnded before full depth: {', '.join(short)}."
+    if any(content.get("probe_intervals") for content in students.values()):
+        table += "\n\nProbes, with 95 % intervals over test recordings instead of seeds:\n\n" + _probe_table(
+            results, tasks
+        )
     return table
+
+
+def _probe_table(results, tasks):
+    """The scores of probes, and their differences from the reference over the seeds that both have."""
+    name, students = results["reference"], results["students"]
+    reference = students.get(name, {"seeds": {}})["seeds"]
+    header = ["student", *(title for task in tasks for title in (f"{task}, %", f"{task} against {name}, points"))]
+    rows = []
+    for student, content in students.items():
+        row = [student]
+        for task in tasks:
+            intervals = content["probe_intervals"].get(task, {"score": None, "against": None})
+            score = _mean(_shares(content["seeds"], "probes", task))
+            both = [
+                100 * (measured["probes"][task] - reference[seed]["probes"][task])
+                for seed, measured in content["seeds"].items()
+                if task in measured["probes"] and task in reference.get(seed, {"probes": {}})["probes"]
+            ]
+            row.append(_with_interval(score, intervals["score"], ".1f"))
+            row.append(_with_interval(_mean(both), intervals["against"], "+.1f"))
+        rows.append(row)
+    return markdown_table(header, rows)
+
+
+def _with_interval(value, interval, form):
+    """A number with an interval of shares, in per cent; empty if the interval is unknown."""
+    return f"{value:{form}} [{100 * interval[0]:{form}}, {100 * interval[1]:{form}}]" if interval else ""
 
 
 def kinds_of_students(results: dict[str, Any]) -> tuple[list[str], list[Kind]]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from training import EXAMPLES, tiny
@@ -168,6 +169,30 @@ def test_the_table_compares_seed_by_seed_and_takes_the_median_cost_of_a_depth(gr
     assert grown == ["grown", "1", "1.0000", "-50.0", "50.0", "2.00x", "41 (1 of 1 seeds)"]
     assert full[:2] == ["full", "2"] and full[2].startswith("3.0000 ± 12.7") and full[3] == "" and full[5] == "1.00x"
     assert len(header) == len(full)
+
+
+def test_probes_have_intervals_over_test_recordings_and_differences_are_paired(grid_file, tmp_path):
+    grid = read_grid(grid_file)
+    spread = np.linspace(-0.08, 0.08, 1001)  # of the same recordings for all
+
+    def probed(student, seed, score):
+        resampled = (score + spread).tolist() if seed == 1 else [score] * 1001
+        found = {"probes": {"speaker": score}, "resampled": {"speaker": resampled}}
+        written(grid, tmp_path, student, seed, [4.0, 2.0], [1.0], [[12, 0, 6]], **found)
+
+    probed("full", 1, 0.5)
+    probed("full", 2, 0.7)
+    probed("grown", 1, 0.6)
+    results = collect(grid, trainings(grid, tmp_path), "command")
+    assert "resampled" not in results["students"]["full"]["seeds"]["1"]
+    title, table = summary_table(results).split("\n\n")[1:]
+    assert title == "Probes, with 95 % intervals over test recordings instead of seeds:"
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert header == ["student", "speaker, %", "speaker against full, points"]
+    assert rows == [
+        ["full", "60.0 [56.2, 63.8]", ""],  # the mean over the seeds, of which the second does not vary
+        ["grown", "60.0 [52.4, 67.6]", "+10.0 [+10.0, +10.0]"],  # of seed 1: the recordings move both scores alike
+    ]
 
 
 def test_other_losses_are_told_apart_and_what_a_student_does_not_have_is_empty(grid_file, tmp_path):

@@ -189,7 +189,7 @@ def test_a_users_probe_task_joins_the_others(examples):
     load_extensions(["duration.py"])
     (task,), without = find_tasks(recordings)
     assert (task.name, task.classes) == ("duration", ("long", "short")) and task.chance == 0.5
-    assert list(without) == ["speaker", "language", "keyword", "recognition"]
+    assert list(without) == ["speaker", "language", "keyword", "recognition", "phoneme", "verification"]
 
 
 def test_a_recipe_is_composed_with_its_extensions(examples):

@@ -18,16 +18,10 @@ from torchaudio.functional import resample as torchaudio_resample
 
 from fairseq_stack.cli import main
 from fairseq_stack.data import prepare as prepare_module
+from fairseq_stack.data.debian import ASTERISK, OTHERS, asterisk_recordings, debian_recordings, fetch_packages
 from fairseq_stack.data.manifest import read_manifest
-from fairseq_stack.data.prepare import (
-    PACKAGES,
-    Recording,
-    asterisk_recordings,
-    check_speech,
-    fetch_packages,
-    prepare,
-    prepare_recordings,
-)
+from fairseq_stack.data.prepare import check_speech, prepare, prepare_recordings
+from fairseq_stack.data.recordings import Recording
 from fairseq_stack.data.splits import choose_splits
 from fairseq_stack.errors import InputError
 
@@ -546,6 +540,58 @@ def test_debian_recordings_get_speakers_languages_texts_and_keywords(unpacked, t
     assert found["es/digits/1"][2] == 2 * 1600  # 8 kHz became 16 kHz
 
 
+def test_other_debian_recordings_get_phones_and_czech_and_the_letters_of_other_languages(unpacked, tmp_path):
+    share = unpacked / "usr/share"
+    voice = share / "festival/voices/russian/msu_ru_nsh_clunits"
+    for number, phones in ((1, "pau k aa pau"), (2, "pau pau tt")):
+        write(voice / f"wav/ru_000{number}.wav", noise(300 + number))
+        lines = "".join(f"{0.25 * end:.5f} 125 {phone}\n" for end, phone in enumerate(phones.split(), start=1))
+        (voice / "lab").mkdir(exist_ok=True)
+        (voice / f"lab/ru_000{number}.lab").write_text(f"#\n{lines}")
+    (voice / "etc").mkdir()
+    (voice / "etc/txt.done.data").write_text('( ru_0001 "+Окна дом+ов, - иные." )\n( ru_0002 "Нет." )\n')
+    game = share / "games/fillets-ng"
+    for seed, name in enumerate(("rush/cs/m-uz", "rush/cs/let-v-oko", "rush/cs/hs-nic", "rush/en/m-uz")):
+        write(game / f"sound/{name}.ogg", noise(400 + seed, 4410), 22_050)
+    (game / "script/rush").mkdir(parents=True)
+    (game / "script/rush/dialogs_cs.lua").write_text(
+        'dialogId("v-ne", "font_big", "No")\n\ndialogId("m-uz", "font_small",\n"Again")\ndialogStr("Už zase?")\n\n'
+    )
+    letters = share / "klettres"
+    for seed, name in enumerate(("cs/alpha/a-0", "cs/alpha/a-1", "cs/syllab/b", "pt_BR/alpha/x")):
+        write(letters / f"{name}.ogg", noise(500 + seed, 8820), 44_100)
+    sounds = '<sound name="A" file="cs/alpha/a-0.ogg"/><sound name="Š" file="cs/alpha/a-1.ogg" /><sound'
+    (letters / "cs/sounds.xml").write_text(
+        f'<!-- é -->\n<klettres>{sounds} name="B" file="cs/syllab/b.ogg"/></klettres>'
+    )
+
+    output = tmp_path / "output"
+    recordings = debian_recordings(unpacked)
+    prepare_recordings(recordings, output)
+    rows = {name: tuple(row.values())[1:] for name, row in labels(output).items()}
+    new = {"festvox-ru/ru_0001", "festvox-ru/ru_0002"}
+    new |= {"fillets-ng/rush/m-uz", "fillets-ng/rush/let-v-oko", "fillets-ng/rush/hs-nic"}
+    new |= {"klettres/cs/alpha/a-0", "klettres/cs/alpha/a-1", "klettres/cs/syllab/b", "klettres/pt_BR/alpha/x"}
+    assert rows.keys() == {recording.utterance for recording in asterisk_recordings(unpacked)} - {"es/digits/h-1"} | new
+    assert rows["festvox-ru/ru_0001"] == ("nsh", "ru", "Окна домов, - иные.", "")
+    assert rows["fillets-ng/rush/m-uz"] == ("small fish", "cs", "Už zase?", "")
+    assert rows["fillets-ng/rush/let-v-oko"] == ("big fish", "cs", "", "")
+    assert rows["fillets-ng/rush/hs-nic"] == ("", "cs", "", "")
+    assert rows["klettres/cs/alpha/a-0"] == ("klettres cs", "cs", "A", "a")
+    assert rows["klettres/cs/alpha/a-1"] == ("klettres cs", "cs", "Š", "")
+    assert rows["klettres/cs/syllab/b"] == ("klettres cs", "cs", "B", "")
+    assert rows["klettres/pt_BR/alpha/x"] == ("", "pt", "", "")
+    found = listed(output)
+    assert found["klettres/cs/alpha/a-0"][0] == found["en_US_f_Allison/letters/a"][0]  # the same letter
+    assert (output / "phones.tsv").read_text().splitlines() == [
+        "utterance\tphones\tends",
+        "festvox-ru/ru_0001\tpau k aa pau\t0.25000 0.50000 0.75000 1.00000",
+        "festvox-ru/ru_0002\tpau pau tt\t0.25000 0.50000 0.75000",
+    ]
+    prepare_recordings(asterisk_recordings(unpacked), output)
+    assert not (output / "phones.tsv").exists()
+
+
 def test_without_apt_get_only_packages_that_are_there_can_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     archive = tmp_path / "some-speech_1.0-1_all.deb"
@@ -555,15 +601,40 @@ def test_without_apt_get_only_packages_that_are_there_can_be_had(tmp_path, monke
         fetch_packages(["some-speech", "some-speech-wav"], tmp_path)
 
 
-def test_a_damaged_package_is_named(tmp_path):
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    for package in PACKAGES:
-        (packages / f"{package}_1.0_all.deb").write_bytes(b"cut off")
+@pytest.mark.parametrize("source, packages", [("asterisk", ASTERISK), ("debian-speech", (*ASTERISK, *OTHERS))])
+def test_a_damaged_package_is_named(tmp_path, source, packages):
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    for package in packages:
+        (folder / f"{package}_1.0_all.deb").write_bytes(b"cut off")
     with pytest.raises(InputError, match=r"asterisk-core-sounds-en_1\.0_all\.deb: cannot be unpacked"):
-        prepare("asterisk", tmp_path)
+        prepare(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["packages"]
-    assert len(list(packages.iterdir())) == len(PACKAGES)
+    assert len(list(folder.iterdir())) == len(packages)
+
+
+def test_packages_are_unpacked_and_only_known_speakers_can_be_kept_apart(unpacked, tmp_path, monkeypatch):
+    for package in (*ASTERISK, *OTHERS):
+        root = tmp_path / package
+        (root / "DEBIAN").mkdir(parents=True)
+        (root / "DEBIAN/control").write_text(
+            f"Package: {package}\nVersion: 1\nArchitecture: all\nMaintainer: a\nDescription: b\n"
+        )
+    # One package has all of the tree, and three sounds whose speakers nobody knows.
+    (unpacked / "usr").rename(tmp_path / "klettres-data/usr")
+    for seed, name in enumerate("abc"):
+        write(tmp_path / f"klettres-data/usr/share/klettres/de/alpha/{name}.ogg", noise(600 + seed))
+    voice = tmp_path / "klettres-data/usr/share/festival/voices/russian/msu_ru_nsh_clunits/etc"
+    voice.mkdir(parents=True)
+    (voice / "txt.done.data").touch()
+    output = tmp_path / "output"
+    (output / "packages").mkdir(parents=True)
+    for package in (*ASTERISK, *OTHERS):
+        subprocess.run(["dpkg-deb", "-b", tmp_path / package, output / "packages"], check=True, capture_output=True)
+    command("--source", "debian-speech", "--output", output)
+    assert len(labels(output)) == 55 and not (output / "packages/unpacked").exists()
+    command("--source", "debian-speech", "--output", output, "--split-by", "speaker")
+    assert {row["speaker"] for row in labels(output).values()} == {"Allison", "IvrvoiceRU", "July"}
 
 
 # LibriSpeech

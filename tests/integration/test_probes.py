@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,17 +14,18 @@ import pytest
 import soundfile
 import torch
 from conftest import LINKED, TINY, stock_hubert
+from s3prl.metric import compute_eer
 from training import tiny, train
 from transformers import HubertModel
 
-from fairseq_stack.analysis.intervals import mean_and_interval
+from fairseq_stack.analysis.intervals import bootstrap, mean_and_interval, percentile_interval
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.cli import main
-from fairseq_stack.data import prepare
 from fairseq_stack.data.manifest import write_lines, write_manifest
+from fairseq_stack.data.recordings import LABELS, Recording
 from fairseq_stack.data.splits import SPLITS, choose_splits
 from fairseq_stack.errors import InputError
-from fairseq_stack.evaluation import heads
+from fairseq_stack.evaluation import ctc, heads
 from fairseq_stack.evaluation.cost import count_parameters, multiply_adds
 from fairseq_stack.evaluation.results import run_probes, upstream_rows
 from fairseq_stack.evaluation.tasks import (
@@ -39,6 +42,7 @@ from fairseq_stack.evaluation.upstreams import (
     load_log_mel,
     load_random,
 )
+from fairseq_stack.evaluation.verification import equal_error_rate, verify
 from fairseq_stack.export.distiller import export_distiller
 from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.s3prl import export_s3prl
@@ -84,10 +88,10 @@ def labelled(tmp_path_factory):
             soundfile.write(folder / f"audio/{utterance}.flac", wave, 16_000)
             samples[utterance] = len(wave)
             text = f"Number {number}, please!" if speaker == "low" else ""
-            recordings.append(prepare.Recording(None, utterance, speaker, "en", text))
+            recordings.append(Recording(None, utterance, speaker, "en", text))
     split = choose_splits(recordings, {})
-    rows = ("\t".join(getattr(recording, label) for label in prepare.LABELS) for recording in recordings)
-    write_lines(folder / "labels.tsv", ["\t".join(prepare.LABELS), *rows])
+    rows = ("\t".join(getattr(recording, label) for label in LABELS) for recording in recordings)
+    write_lines(folder / "labels.tsv", ["\t".join(LABELS), *rows])
     for name in SPLITS:
         entries = [(f"{utterance}.flac", samples[utterance]) for utterance in samples if split[utterance] == name]
         write_manifest(folder / f"{name}.tsv", folder / "audio", entries)
@@ -97,7 +101,7 @@ def labelled(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(heads, "STEPS", 16)
-    monkeypatch.setattr(heads, "CTC_STEPS", 16)
+    monkeypatch.setattr(ctc, "STEPS", 16)
 
 
 # Tasks
@@ -106,7 +110,7 @@ def quick(monkeypatch):
 def test_no_prompt_of_the_test_was_learned_from(labelled):
     tasks, without = find_tasks(read_labelled_speech(labelled))
     assert [task.name for task in tasks] == ["speaker", "recognition"]
-    assert without.keys() == {"language", "keyword"}
+    assert without.keys() == {"language", "keyword", "phoneme", "verification"}
     for task in tasks:
         (fold,) = task.folds
         prompts = [
@@ -149,6 +153,64 @@ def test_a_test_speaker_whom_the_training_lacks_leaves_no_speaker_task():
     assert "answers that train does not have" in find_tasks([*known, recording("test", "Cleo")])[1]["speaker"]
 
 
+def said(split, speaker, number):
+    labels = {"language": "en", "speaker": speaker, "keyword": "", "text": ""}
+    return LabelledRecording(f"{split}/{speaker}/{number}", "", 16_000, split, labels)
+
+
+def test_a_verified_speaker_is_no_training_speaker_of_the_fold():
+    sizes = dict(zip("abcdefghijk", (9, 9, 8, 8, 7, 6, 5, 4, 3, 2, 1)))
+    shared = [said(split, speaker, n) for split in SPLITS for speaker, size in sizes.items() for n in range(size)]
+    (task,) = (task for task in find_tasks(shared)[0] if task.name == "verification")
+    assert task.metric == "equal error rate" and len(task.folds) == 5
+    tested = []
+    for fold in task.folds:
+        parts = [{speaker for _, speaker in part} for part in (fold.train, fold.valid, fold.test)]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == len(sizes)
+        assert all(recording.split == split for split, part in zip(SPLITS, (fold.train, fold.valid, fold.test))
+                   for recording, _ in part)  # fmt: skip
+        tested += parts[2]
+    assert sorted(tested) == list(sizes)
+
+    # Splits by speaker, such as LibriSpeech's, are kept.
+    apart = [said(split, split + speaker, n) for split in SPLITS for speaker in "abc" for n in range(2)]
+    (task,) = (task for task in find_tasks(apart)[0] if task.name == "verification")
+    (fold,) = task.folds
+    assert [len(part) for part in (fold.train, fold.valid, fold.test)] == [6, 6, 6]
+
+    few = [said(split, speaker, n) for split in SPLITS for speaker in "abcde" for n in range(2)]
+    assert "the number of speakers is 5; at least 6" in find_tasks(few)[1]["verification"]
+    once = [said(split, speaker, 0) for split in SPLITS for speaker in "abcdef"]
+    assert "no two recordings of one speaker" in find_tasks(once)[1]["verification"]
+
+
+def test_phones_are_those_of_the_first_ten_seconds_without_silence(labelled, tmp_path):
+    for name in ("labels", *SPLITS):
+        shutil.copy(labelled / f"{name}.tsv", tmp_path)
+    lines = [f"low/sweep{number}\tpau a bb a pau\t0.1 0.5 9.5 10.0 11.0" for number in range(40)]
+    write_lines(tmp_path / "phones.tsv", ["utterance\tphones\tends", *lines])
+    (task,) = (task for task in find_tasks(read_labelled_speech(tmp_path))[0] if task.name == "phoneme")
+    (fold,) = task.folds
+    assert {answer for part in (fold.train, fold.valid, fold.test) for _, answer in part} == {"a bb a"}
+    assert len(fold.train) + len(fold.valid) + len(fold.test) == 40  # nothing is known of the other speaker's phones
+    assert task.metric == "phoneme error rate"
+    write_lines(tmp_path / "phones.tsv", ["utterance\tphones\tends", "low/sweep0\ta"])
+    with pytest.raises(InputError, match=r"phones\.tsv:2: has 2 fields instead of 3; prepare again"):
+        read_labelled_speech(tmp_path)
+
+
+def test_texts_are_recognized_in_the_language_that_has_most():
+    def spoken(split, language, number, text="Ahoj."):
+        labels = {"language": language, "speaker": "", "keyword": "", "text": text}
+        return LabelledRecording(f"{split}/{language}/{number}", "", 16_000, split, labels)
+
+    known = [spoken(split, language, number) for split in SPLITS for language, count in (("cs", 3), ("en", 2))
+             for number in range(count)]  # fmt: skip
+    silent = [spoken("train", "en", number, text="") for number in range(2, 9)]
+    (task,) = (task for task in find_tasks([*known, *silent])[0] if task.name == "recognition")
+    assert {recording.labels["language"] for recording in task.recordings.values()} == {"cs"}
+
+
 def test_texts_are_compared_without_case_and_punctuation():
     assert plain_text("Please, don't press  #1!") == "please don't press 1"
 
@@ -176,14 +238,15 @@ def test_an_answer_in_a_hidden_state_is_found_and_noise_is_not():
     assert 0.3 < heads.classify(task, noise, SHAPE, seed=1)["test"] < 0.7
 
 
-def test_a_text_in_the_frames_is_recognized_and_noise_is_not(tmp_path):
+@pytest.mark.parametrize("units_of, space", [(partial(ctc.text_units, size=6), ""), (ctc.phone_units, " ")])
+def test_a_text_in_the_frames_is_recognized_and_noise_is_not(units_of, space, monkeypatch):
+    monkeypatch.setattr(ctc, "STEPS", 400)
     generator = torch.Generator().manual_seed(0)
     texts = ["".join("abcd"[i] for i in torch.randint(4, (6,), generator=generator)) for _ in range(60)]
-    pairs = list(zip(recordings(60), texts))
+    pairs = [(recording, space.join(text)) for recording, text in zip(recordings(60), texts)]
     task = Task("recognition", [Fold(pairs[:40], pairs[40:50], pairs[50:])], ())
-    units = heads.train_units(texts, tmp_path / "units", size=8)
     noise, telling = {}, {}
-    for recording, text in pairs:
+    for (recording, _), text in zip(pairs, texts):
         frames = 0.1 * torch.randn(3, 4 * len(text), WIDTH, generator=generator)
         noise[recording.utterance] = frames.half()
         # Each letter is said for three frames, with one of silence behind it.
@@ -191,10 +254,56 @@ def test_a_text_in_the_frames_is_recognized_and_noise_is_not(tmp_path):
             frames[2, 4 * place : 4 * place + 3, "abcd".index(letter)] += 3.0
         telling[recording.utterance] = frames.half()
 
-    found = heads.recognize(task, telling, SHAPE, units, seed=1)
+    found = ctc.recognize(task, telling, SHAPE, 1, units_of)
     assert found["test"] < 0.2
     assert np.argmax(found["layer_weights"]) == 2
-    assert heads.recognize(task, noise, SHAPE, units, seed=1)["test"] > 0.5
+    assert ctc.recognize(task, noise, SHAPE, 1, units_of)["test"] > 0.5
+
+
+def test_a_speaker_in_a_hidden_state_is_verified_and_noise_is_not(monkeypatch):
+    monkeypatch.setattr(heads, "STEPS", 64)
+    generator = torch.Generator().manual_seed(0)
+    voices = {speaker: 3.0 * torch.randn(WIDTH, generator=generator) for speaker in "abcdefghijkl"}
+    made = [said(split, speaker, n) for split in SPLITS for speaker in voices for n in range(8)]
+    (task,) = (task for task in find_tasks(made)[0] if task.name == "verification")
+    noise = {recording.utterance: torch.randn(3, WIDTH, generator=generator) for recording in made}
+    telling = {utterance: state.clone() for utterance, state in noise.items()}
+    for recording in made:
+        telling[recording.utterance][1] += voices[recording.labels["speaker"]]
+    found = verify(task, telling, SHAPE, seed=1)
+    assert found["test"] < 0.15 and np.argmax(found["layer_weights"]) == 1
+    low, high = percentile_interval(found["resampled"])
+    assert low < found["test"] < high < 0.25
+    assert verify(task, noise, SHAPE, seed=1)["test"] > 0.35
+
+
+@pytest.mark.parametrize(
+    "same, different, rate",
+    [
+        ((0.9, 0.6, 0.4), (0.7, 0.3, 0.2, 0.1), 1 / 4),  # at 0.4 none is missed, at 0.6 one of three; both accept 0.7
+        ((0.9, 0.5), (0.7, 0.3), 1 / 2),
+        ((0.9, 0.8), (0.7, 0.3), 0),
+        ((0.1,), (0.2, 0.3), 1),
+        ((0.5, 0.5), (0.5, 0.5, 0.5), 1 / 2),
+        # From 1/3 missed and none accepted to none missed and all accepted, the rates meet at 1/4.
+        ((0.9, 0.8, 0.5), (0.5, 0.5), 1 / 4),
+    ],
+)
+def test_the_equal_error_rate(same, different, rate):
+    scores = np.array([*same, *different])
+    of_one = np.arange(len(scores)) < len(same)
+    assert equal_error_rate(scores, of_one) == pytest.approx(rate)
+    assert math.isnan(equal_error_rate(scores, np.ones_like(of_one)))
+
+
+def test_the_equal_error_rate_is_s3prls_and_weights_count_pairs():
+    generator = np.random.default_rng(0)
+    same = generator.random(200) < 0.3
+    scores = np.round(generator.standard_normal(200) + same, 1)  # with ties
+    assert equal_error_rate(scores, same) == pytest.approx(compute_eer(same.tolist(), scores.tolist())[0])
+    weights = generator.integers(0, 4, 200)
+    repeated = equal_error_rate(scores.repeat(weights), same.repeat(weights))
+    assert equal_error_rate(scores, same, weights) == pytest.approx(repeated)
 
 
 def test_means_over_time_give_a_linear_probe_what_all_frames_give():
@@ -224,7 +333,33 @@ def test_the_layers_are_weighed_by_a_softmax():
     "found, wanted, errors", [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("ab", "ab", 0)]
 )
 def test_the_edit_distance(found, wanted, errors):
-    assert heads.edit_distance(found, wanted) == errors
+    assert ctc.edit_distance(found, wanted) == errors
+
+
+def test_errors_are_counted_in_phones_or_in_characters():
+    found, wanted = ["aa b c", "x", ""], ["aa b d e", "x", "y"]
+    # c is for d, and e and y are missing: a PER of 3 / 6.
+    assert [counts.tolist() for counts in ctc.count_errors(found, wanted, str.split)] == [[2, 0, 1], [4, 1, 1]]
+    assert [counts.tolist() for counts in ctc.count_errors(found, wanted, list)] == [[3, 0, 1], [8, 1, 1]]
+
+
+def test_every_sign_of_a_text_is_a_unit():
+    texts = [f"{chr(code)} {chr(code + 1)}" for code in range(0x3B1, 0x3B1 + 100)]
+    units = ctc.text_units(texts)
+    assert units.decode(units.encode(texts[40])) == texts[40]
+
+
+def test_the_bootstraps_interval_is_that_of_a_binomial_and_differences_are_paired():
+    hits = np.arange(200) < 150
+    resampled = np.array(bootstrap(200, lambda times: times @ hits / 200))
+    low, high = percentile_interval(resampled)
+    # 0.75 +- 1.96 sqrt(0.75 * 0.25 / 200) = 0.69 and 0.81
+    assert low == pytest.approx(0.69, abs=0.01) and high == pytest.approx(0.81, abs=0.01)
+    # Another model is right in ten more recordings: this differs from model to model much less than from test to test.
+    more = np.arange(200) < 160
+    low, high = percentile_interval(np.array(bootstrap(200, lambda times: times @ more / 200)) - resampled)
+    assert low == pytest.approx(0.05 - 0.03, abs=0.006) and high == pytest.approx(0.05 + 0.03, abs=0.006)
+    assert percentile_interval([math.nan, 1.0, 2.0], confidence=1.0) == (1.0, 2.0)
 
 
 def test_the_interval_is_students():
@@ -349,7 +484,9 @@ def test_the_script_prints_a_table_and_keeps_every_number(
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
     assert rows.keys() >= {"student", "teacher", "random student", "log-mel", "most frequent answer"}
-    assert "±" in rows["student"]
+    assert "±" in rows["student"] and "]" in rows["student"]
+    difference = lines.index("difference from student in points, with its 95 % interval over test recordings")
+    assert re.fullmatch(r"\| log-mel +(\| +[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] )+\|", lines[difference + 6])
     assert any(line.startswith("no language: ") for line in lines)
     results = json.loads(output_file.read_text())
     entry = results["upstreams"]["student"]
