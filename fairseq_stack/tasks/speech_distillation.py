@@ -28,8 +28,8 @@ from fairseq_stack.growth.events import Growth, announced
 from fairseq_stack.models.conv_geometry import receptive_field
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
-from fairseq_stack.targets.formats import FORMATS
-from fairseq_stack.targets.source import targets_of
+from fairseq_stack.targets.formats import check_format
+from fairseq_stack.targets.source import learn_all_codebooks, targets_of
 from fairseq_stack.targets.store import CNN, TargetStore, size_text
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import PRECISIONS, Teacher, default_precision
@@ -107,7 +107,12 @@ class SpeechDistillationConfig(FairseqDataclass):
     )
     target_format: str = field(
         default="fp16",
-        metadata={"help": "format of stored targets: fp16, or int8 with one scale per frame, which is half the size"},
+        metadata={
+            "help": "format of stored targets: fp16; int8 with one scale per frame, which is half the size; pqN, which"
+            " is N bytes for a frame of a layer, such as pq64 (product quantisation); or unitsN, the nearest of N"
+            " clusters, such as units500. The store learns the codebooks of pqN and unitsN from a sample of the"
+            " training speech"
+        },
     )
     extensions: List[str] = field(
         default_factory=list,
@@ -175,7 +180,7 @@ class SpeechDistillation(FairseqTask):
         cfg.teacher_precision = cfg.teacher_precision or default_precision(cfg.cpu)
         check_choice("task.teacher_precision", cfg.teacher_precision, PRECISIONS)
         check_bad_audio(cfg.bad_audio, cfg.bad_audio_limit)
-        check_choice("task.target_format", cfg.target_format, FORMATS)
+        check_format(cfg.target_format)
         options = {"whisper_pad": cfg.whisper_pad, "precision": cfg.teacher_precision}
         if cfg.target_store:
             task = cls(cfg, *described_teacher(cfg.teacher, cfg.target_store, **options))
@@ -208,15 +213,6 @@ class SpeechDistillation(FairseqTask):
         bad_audio = BadAudio(path, len(manifest), self.cfg.bad_audio, self.cfg.bad_audio_limit)
         bad_audio.report(listed_problems(manifest, shortest))
         self.bad_audio[split] = bad_audio
-        if self.store_folder and self.store is None:
-            self.store = TargetStore(
-                self.store_folder,
-                self.target_layers,
-                self.shares_cnn,
-                self.cfg.target_format,
-                self.teacher.width,
-                self.teacher.conv_layers,
-            )
         self.datasets[split] = SpeechDataset(
             manifest, self.cfg.max_sample_size, self.cfg.seed, training, split, self.store, shortest
         )
@@ -227,6 +223,17 @@ class SpeechDistillation(FairseqTask):
                 f"target store | {self.store.folder} | {split}: {windows - missing} of {windows} windows are"
                 f" stored, the rest takes {size_text(missing_bytes)} of {size_text(free)} free"
             )
+            if training:
+                self._prepare_codebooks(self.store, self.datasets[split])
+
+    def _prepare_codebooks(self, store: TargetStore, dataset: SpeechDataset) -> None:
+        """Learn the codebooks that the store lacks, and log what they keep."""
+        if store.without_codebooks:
+            on_gpu = torch.cuda.is_available() and not self.cfg.cpu
+            learn_all_codebooks(store, self.teacher, dataset, torch.device("cuda" if on_gpu else "cpu"))
+        kept = [f"{codebooks.kept:.3f} ({name})" for name, codebooks in store.codebooks.items()]
+        if kept:
+            logger.info(f"target store | share of the variance that {store.form} keeps, by layer: {', '.join(kept)}")
 
     def get_batch_iterator(
         self, dataset: SpeechDataset, max_tokens: int | None = None, **options: Any
@@ -274,6 +281,15 @@ class SpeechDistillation(FairseqTask):
         criterion = build(cfg, *args)
         check_choice("checkpoint.best_checkpoint_metric", self.cfg.best_checkpoint_metric, criterion.validation_metrics)
         self.target_layers = criterion.target_layers
+        if self.store_folder:
+            self.store = TargetStore(
+                self.store_folder,
+                self.target_layers,
+                self.shares_cnn,
+                self.cfg.target_format,
+                self.teacher.width,
+                self.teacher.conv_layers,
+            )
         return criterion
 
     def train_step(
