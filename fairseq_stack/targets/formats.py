@@ -81,9 +81,11 @@ def encode(values: Tensor, form: str, codebooks: "Codebooks | None" = None) -> d
     return {"values": (wide / scale.float()).round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
 
-def decode(parts: dict[str, Tensor], codebooks: "Codebooks | None" = None) -> Tensor:
-    """Return the values [..., D] that `encode` rounded, in fp32."""
+def decode(
+    parts: dict[str, Tensor], codebooks: "Codebooks | None" = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the values [..., D] that `encode` rounded, in fp32. `dtype` is that of Codebooks.decode."""
     if codebooks is not None:
-        return codebooks.decode(parts["codes"])
+        return codebooks.decode(parts["codes"], dtype)
     values = parts["values"].float()
     return values * parts["scale"].float() if "scale" in parts else values

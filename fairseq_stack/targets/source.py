@@ -25,7 +25,13 @@ FRAMES_OF_A_WINDOW = 100  # so that they come from many recordings
 
 
 def targets_of(
-    sample: dict, teacher: "Teacher", layers: Sequence[int], cnn: bool, store: TargetStore | None = None
+    sample: dict,
+    teacher: "Teacher",
+    layers: Sequence[int],
+    cnn: bool,
+    store: TargetStore | None = None,
+    codes: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[Array, Tensor]:
     """Return the teacher's hidden states for a batch, {layer: [B, T, D]}; with `cnn` also {CNN: [B, T, C]}.
 
@@ -35,13 +41,19 @@ def targets_of(
         layers: numbers of the teacher's layers.
         cnn: whether the features of the teacher's CNN are targets too.
         store: a TargetStore for the same layers and `cnn`; without one, the teacher computes the targets.
+        codes: whether to return the store's codes [B, T, codebooks] in place of hidden states.
+        dtype: precision of the student, in which codes are decoded.
 
     Raises:
         InputError: the store cannot be written.
     """
     if store is None:
         return _computed(sample, teacher, layers, cnn)
-    return {name: store.decode(name, parts) for name, parts in stored_targets(sample, teacher, store).items()}
+    stored = stored_targets(sample, teacher, store)
+    return {
+        name: parts["codes"] if codes and name != CNN else store.decode(name, parts, dtype)
+        for name, parts in stored.items()
+    }
 
 
 def stored_targets(sample: dict, teacher: "Teacher", store: TargetStore) -> dict[Array, dict[str, Tensor]]:
@@ -95,16 +107,17 @@ def learn_all_codebooks(store: TargetStore, teacher: "Teacher", dataset: "Speech
     assert store.shape is not None
     missing = store.without_codebooks
     logger.info(f"target store | learns {store.form} from a sample of {dataset.split}")
-    sample: dict[Array, list[Tensor]] = {name: [] for name in missing}
+    sample: dict[int, list[Tensor]] = {layer: [] for layer in missing}
     frames = 0
-    for utterance, arrays in _sampled(teacher, dataset, missing, device):
-        for name in missing:
-            if not arrays[name].isfinite().all():
+    for utterance, states in _sampled(teacher, dataset, missing, device):
+        for layer in missing:
+            if not states[layer].isfinite().all():
                 raise InputError(
-                    f"the teacher's output for {utterance} is not finite; look for what is wrong with the teacher"
+                    f"the teacher's layer {layer} for {utterance} is not finite; look for what is wrong with the"
+                    " teacher"
                 )
-            sample[name].append(arrays[name])
-        frames += len(arrays[missing[0]])
+            sample[layer].append(states[layer])
+        frames += len(states[missing[0]])
         if frames >= LEARNING_FRAMES + HELD_OUT_FRAMES:
             break
     held_out = min(HELD_OUT_FRAMES, frames // 10)
@@ -113,26 +126,25 @@ def learn_all_codebooks(store: TargetStore, teacher: "Teacher", dataset: "Speech
             f"task.target_format={store.form} learns {store.shape[1]} entries, but {dataset.split} has only {frames}"
             " frames to learn from; choose another format, or train on more speech"
         )
-    for name in missing:
-        states = torch.cat(sample.pop(name))
-        store.keep_codebooks(name, learn_codebooks(states[held_out:], states[:held_out], *store.shape))
+    for layer in missing:
+        frames_of_layer = torch.cat(sample.pop(layer))
+        learned = learn_codebooks(frames_of_layer[held_out:], frames_of_layer[:held_out], *store.shape)
+        store.keep_codebooks(layer, learned)
 
 
 def _sampled(
-    teacher: "Teacher", dataset: "SpeechDataset", names: Sequence[Array], device: torch.device
-) -> Iterator[tuple[str, dict[Array, Tensor]]]:
-    """Yield random frames {array: [T, D]} of windows in random order, with the name of the utterance."""
+    teacher: "Teacher", dataset: "SpeechDataset", layers: Sequence[int], device: torch.device
+) -> Iterator[tuple[str, dict[int, Tensor]]]:
+    """Yield random frames {layer: [T, D]} of windows in random order, with the name of the utterance."""
     dataset = copy.copy(dataset)
     dataset.store = None  # all audio is read
     random = np.random.default_rng(0)
-    layers = [name for name in names if isinstance(name, int)]
     for index in random.permutation(np.flatnonzero(dataset.window_counts)):
         number = int(random.integers(dataset.window_counts[index]))
         batch = dataset.collater([dataset.load_window(int(index), number)])
         if not batch["utterances"]:
             continue  # the audio cannot be read; the training will say so
-        batch["waveforms"] = batch["waveforms"].to(device)
-        arrays = _computed(batch, teacher, layers, CNN in names)
-        count = len(arrays[names[0]][0])
-        chosen = torch.from_numpy(np.sort(random.permutation(count)[:FRAMES_OF_A_WINDOW]))
-        yield batch["utterances"][0], {name: arrays[name][0].cpu()[chosen] for name in names}
+        lengths = torch.as_tensor(batch["lengths"])
+        states = teacher.hidden_states(batch["waveforms"].to(device), lengths, layers)
+        chosen = torch.from_numpy(np.sort(random.permutation(states[layers[0]].size(1))[:FRAMES_OF_A_WINDOW]))
+        yield batch["utterances"][0], {layer: states[layer][0].cpu()[chosen] for layer in layers}

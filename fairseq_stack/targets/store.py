@@ -3,7 +3,7 @@
     DIR/<teacher>/teacher.json                      the teacher's shape, to be known without loading it
     DIR/<teacher>/<arrays>.<format>/ab/cdef...npz   the targets of one window of one recording
     DIR/<teacher>/<arrays>.<format>/unfinished/     entries that are being written
-    DIR/<teacher>/codebooks/<array>.<format>...     the codebooks of an array, for a format of codes
+    DIR/<teacher>/codebooks/<layer>.<format>...     the codebooks of a layer, for a format of codes
 
 <teacher> is a hash of the teacher's files. <arrays> are numbers of layers, and `cnn` for the features of
 the teacher's CNN. An entry is a plain npz file for numpy.load. It holds a CRC-32 of every array and
@@ -87,7 +87,7 @@ class TargetStore:
     Attributes:
         wanted: the arrays to read, a list of layers (ints) and CNN.
         arrays: the arrays to write: all that entries of this store hold.
-        codebooks: {array: Codebooks}, as far as they are learned; empty for a format without codebooks.
+        codebooks: {layer: Codebooks}, as far as they are learned; empty for a format without codebooks.
 
     Raises:
         InputError: the folder cannot be made or written to, or has codebooks that cannot be used.
@@ -116,44 +116,46 @@ class TargetStore:
         except OSError as error:
             raise self._failure(error) from None
         self.shape = codebook_shape(form)
-        narrowest = min(map(self._width, self.arrays))
-        if self.shape and self.shape[0] > narrowest:
-            raise InputError(f"task.target_format={form} has more codebooks than the teacher has features: {narrowest}")
+        if self.shape and self.shape[0] > width:
+            raise InputError(f"task.target_format={form} has more codebooks than the teacher has features: {width}")
         self.teacher_folder = Path(folder)
         self.codebooks: dict[Array, Codebooks] = {}
-        for name in self.arrays if self.shape else ():
+        for name in self._coded:
             learned = self._read_codebooks(name)
             if learned is not None:
                 self.codebooks[name] = learned
 
     @property
-    def without_codebooks(self) -> list[Array]:
-        """The arrays whose codebooks must be learned before anything can be stored."""
-        return [name for name in self.arrays if name not in self.codebooks] if self.shape else []
+    def without_codebooks(self) -> list[int]:
+        """The layers whose codebooks must be learned before anything can be stored."""
+        return [layer for layer in self._coded if layer not in self.codebooks]
 
-    @property
-    def version(self) -> str | None:
-        """Identifies the codebooks of all arrays by their contents; None without codebooks."""
-        if len(self.codebooks) < len(self.arrays):
+    def version(self, names: Sequence[Array]) -> str | None:
+        """Return what identifies the codebooks of some layers by their contents; None without codebooks."""
+        if not self.codebooks or self.without_codebooks:
             return None
-        digests = "".join(self.codebooks[name].digest for name in self.arrays)
+        digests = "".join(self.codebooks[name].digest for name in names if name in self.codebooks)
         return hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
 
-    def keep_codebooks(self, name: Array, learned: Codebooks) -> None:
-        """Store the codebooks of an array. If another process has stored some, those are used.
+    def keep_codebooks(self, layer: int, learned: Codebooks) -> None:
+        """Store the codebooks of a layer. If another process has stored some, those are used.
 
         Raises:
             InputError: they cannot be written.
         """
-        write_codebooks(learned, self._codebooks_path(name), self.teacher_folder.name)
-        self.codebooks[name] = self._read_codebooks(name) or learned
+        write_codebooks(learned, self._codebooks_path(layer), self.teacher_folder.name)
+        self.codebooks[layer] = self._read_codebooks(layer) or learned
 
-    def _read_codebooks(self, name: Array) -> Codebooks | None:
+    @property
+    def _coded(self) -> list[int]:
+        return [name for name in self.arrays if isinstance(name, int)] if self.shape else []
+
+    def _read_codebooks(self, layer: int) -> Codebooks | None:
         assert self.shape is not None
-        return read_codebooks(self._codebooks_path(name), self.teacher_folder.name, self._width(name), *self.shape)
+        return read_codebooks(self._codebooks_path(layer), self.teacher_folder.name, self.width, *self.shape)
 
-    def _codebooks_path(self, name: Array) -> Path:
-        return self.teacher_folder / "codebooks" / f"{name}.{self.form}.safetensors"
+    def _codebooks_path(self, layer: int) -> Path:
+        return self.teacher_folder / "codebooks" / f"{layer}.{self.form}.safetensors"
 
     def entry(self, utterance: str, start: int, samples: int) -> Entry:
         """Return the Entry for `samples` samples, from the sample `start`, of the recording listed as `utterance`."""
@@ -200,17 +202,17 @@ class TargetStore:
         Raises:
             InputError: a value is not finite, and codes would hide it.
         """
-        if self.shape:
-            for name, values in arrays.items():
+        for name, values in arrays.items():
+            if name in self.codebooks:
                 finite = values.isfinite().all(-1).cpu()
                 for row, entry in entries.items():
                     if not finite[row, : entry.frames].all():
                         raise self._not_finite(name, entry)
-        return {name: encode(values, self.form, self.codebooks.get(name)) for name, values in arrays.items()}
+        return {name: encode(values, self._form(name), self._codebooks(name)) for name, values in arrays.items()}
 
-    def decode(self, name: Array, parts: dict[str, Tensor]) -> Tensor:
-        """Return the values [B, T, D] of an array, in fp32."""
-        return decode(parts, self.codebooks.get(name))
+    def decode(self, name: Array, parts: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values [B, T, D] of an array, in fp32. `dtype` is that of Codebooks.decode."""
+        return decode(parts, self._codebooks(name), dtype)
 
     def write(self, entries: Mapping[int, Entry], arrays: Mapping[Array, Mapping[str, Tensor]]) -> None:
         """Store the targets of some utterances of a batch.
@@ -277,7 +279,7 @@ class TargetStore:
 
     def bytes(self, frames: Count) -> Count:
         """Return the approximate bytes of an entry of `frames` frames (an int, or an integer array)."""
-        return OVERHEAD + frames * sum(frame_bytes(self.form, self._width(name)) for name in self.arrays)
+        return OVERHEAD + frames * sum(frame_bytes(self._form(name), self._width(name)) for name in self.arrays)
 
     def check_space(self, missing_bytes: int, what: str) -> int:
         """Return the free bytes of the disk.
@@ -293,6 +295,13 @@ class TargetStore:
             )
         return free
 
+    def _form(self, name: Array) -> str:
+        # The CNN's features are the student's input, not only what it learns.
+        return "int8" if name == CNN and self.shape else self.form
+
+    def _codebooks(self, name: Array) -> Codebooks | None:
+        return self.codebooks[name] if self.shape and isinstance(name, int) else None
+
     def _width(self, name: Array) -> int:
         return self.conv_layers[-1][0] if name == CNN else self.width
 
@@ -301,7 +310,7 @@ class TargetStore:
 
     def _parts(self, archive: zipfile.ZipFile, name: Array, frames: int) -> dict[str, Tensor]:
         parts = {}
-        for part, size in parts_of(self.form, self._width(name)).items():
+        for part, size in parts_of(self._form(name), self._width(name)).items():
             values = parts[part] = _array(archive, f"{name}.{part}")
             if values.shape != (frames, size):
                 raise ValueError(f"{name} has the shape {values.shape}")
@@ -325,7 +334,8 @@ class TargetStore:
 
     @property
     def _version(self) -> list[str]:
-        return [self.version] if self.version else []
+        version = self.version(self.arrays)
+        return [version] if version else []
 
     def _not_finite(self, name: Array, entry: Entry) -> InputError:
         advice = "choose int8, or look for" if self.form == "fp16" else "look for"

@@ -19,6 +19,7 @@ from omegaconf import II, MISSING
 from torch import Tensor
 
 from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
+from fairseq_stack.criterions.losses import LOSSES
 from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, check_bad_audio, listed_problems
 from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifests
@@ -28,7 +29,7 @@ from fairseq_stack.growth.events import Growth, announced
 from fairseq_stack.models.conv_geometry import receptive_field
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
-from fairseq_stack.targets.formats import check_format
+from fairseq_stack.targets.formats import check_format, codebook_shape, kind_of
 from fairseq_stack.targets.source import learn_all_codebooks, targets_of
 from fairseq_stack.targets.store import CNN, TargetStore, size_text
 from fairseq_stack.teachers import load_teacher
@@ -152,6 +153,8 @@ class SpeechDistillation(FairseqTask):
         self.target_layers: Sequence[int] = ()  # of the teacher, from the criterion
         self.store_folder = store_folder  # for the targets of this teacher
         self.store: TargetStore | None = None
+        self.codebook_shape = codebook_shape(cfg.target_format) if store_folder else None
+        self.learns_codes = False  # whether the criterion compares codes, not hidden states
         self.shares_cnn = False
         self.bad_audio: dict[str, BadAudio] = {}  # of each split
         self.left_out: set[str] = set()  # splits with a logged warning that batches leave recordings out
@@ -231,6 +234,7 @@ class SpeechDistillation(FairseqTask):
         if store.without_codebooks:
             on_gpu = torch.cuda.is_available() and not self.cfg.cpu
             learn_all_codebooks(store, self.teacher, dataset, torch.device("cuda" if on_gpu else "cpu"))
+            self.state.merge_state_dict({"codebooks": store.version(self.target_layers)})
         kept = [f"{codebooks.kept:.3f} ({name})" for name, codebooks in store.codebooks.items()]
         if kept:
             logger.info(f"target store | share of the variance that {store.form} keeps, by layer: {', '.join(kept)}")
@@ -267,6 +271,7 @@ class SpeechDistillation(FairseqTask):
 
     def build_model(self, cfg: StackedHubertConfig, *args: Any) -> StackedHubert:
         check_links(cfg, "task", self.cfg, ("mask_prob", "normalize"))
+        check_codes(cfg.loss, self.cfg)
         model = super().build_model(cfg, *args)
         self.shares_cnn = cfg.share_teacher_cnn
         check_frames(model, self.teacher, self.cfg.max_sample_size)
@@ -281,6 +286,7 @@ class SpeechDistillation(FairseqTask):
         criterion = build(cfg, *args)
         check_choice("checkpoint.best_checkpoint_metric", self.cfg.best_checkpoint_metric, criterion.validation_metrics)
         self.target_layers = criterion.target_layers
+        self.learns_codes = bool(criterion.loss.codes)
         if self.store_folder:
             self.store = TargetStore(
                 self.store_folder,
@@ -290,6 +296,7 @@ class SpeechDistillation(FairseqTask):
                 self.teacher.width,
                 self.teacher.conv_layers,
             )
+            self.state.merge_state_dict({"codebooks": self.store.version(self.target_layers)})
         return criterion
 
     def train_step(
@@ -355,7 +362,10 @@ class SpeechDistillation(FairseqTask):
     def with_targets(self, sample: dict[str, Any], model: StackedHubert) -> dict[str, Any]:
         """Return the batch with the teacher's hidden states and with the student's input."""
         self.bad_audio[sample["split"]].report(sample["problems"])
-        targets = targets_of(sample, self.teacher, self.target_layers, self.shares_cnn, self.store)
+        dtype = next(model.parameters()).dtype
+        targets = targets_of(
+            sample, self.teacher, self.target_layers, self.shares_cnn, self.store, self.learns_codes, dtype
+        )
         features = targets.pop(CNN).transpose(1, 2) if self.shares_cnn else None
         waveforms = sample["waveforms"]
         if self.cfg.normalize and features is None:
@@ -420,6 +430,17 @@ def check_links(model_cfg: Any, node: str, cfg: Any, names: tuple[str, ...]) -> 
         ours, theirs = getattr(model_cfg, name), getattr(cfg, name)
         if ours != theirs:
             raise InputError(f"model.{name}={ours} differs from {node}.{name}={theirs}; set {node}.{name} alone")
+
+
+def check_codes(loss: str, cfg: SpeechDistillationConfig) -> None:
+    """Raise an InputError if the loss compares codes, and the store has none of their kind."""
+    kind = LOSSES.choose(loss).codes
+    if kind and not (cfg.target_store and kind_of(cfg.target_format) == kind):
+        example = {"units": "units500", "pq": "pq16"}[kind]
+        raise InputError(
+            f"criterion.loss={loss} learns from stored codes; set task.target_store=FOLDER and"
+            f" task.target_format={kind}N, such as {example}"
+        )
 
 
 def check_frames(student: StackedHubert, teacher: Teacher, max_samples: int) -> None:

@@ -38,6 +38,8 @@ def test_a_code_is_the_nearest_entry_and_stands_for_its_vector(learned):
             decoded = decoded + rotation[:, book] @ entries[book, chosen[book]]
         found = learned.decode(torch.tensor([chosen]))[0]
         torch.testing.assert_close(found.double(), decoded, rtol=1e-5, atol=1e-5)
+    exact, rough = (learned.decode(codes, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert rough.dtype == torch.float32 and 0 < (rough - exact).norm() < 0.005 * (exact - learned.mean).norm()
 
 
 def test_strong_and_weak_components_are_dealt_out_in_turn(learned):
