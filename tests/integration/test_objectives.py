@@ -3,6 +3,11 @@
 import pytest
 from training import tiny, train
 
+from fairseq_stack.checkpoints.read import load_checkpoint
+from fairseq_stack.checkpoints.student import student_from_checkpoint
+from fairseq_stack.export.limits import has_heads
+from fairseq_stack.export.student import export
+
 # A field that the recipe's YAML does not name takes hydra's `+`.
 OBJECTIVES = {
     "prediction from the last layer, L1 and cosine, no output term": {
@@ -70,6 +75,10 @@ def test_codes_are_of_the_store_that_a_run_began_with(speech, teacher_file, tmp_
     fields |= {"+task.target_store": tmp_path / "store", "model.stack_method": "none", "model.stack_stages": 1}
     trainer = train("librispeech_base", tiny(speech, teacher_file, tmp_path / "run", **fields))
     assert [tuple(head.weight.shape) for head in trainer.get_model().heads.values()] == [(2 * 256, 16)] * 3
+    proof = export(tmp_path / "run/checkpoints/checkpoint_last.pt", "huggingface", tmp_path / "student")
+    assert proof["largest_difference_alone"] < 1e-4
+    student = student_from_checkpoint(load_checkpoint(tmp_path / "run/checkpoints/checkpoint_last.pt"))
+    assert "predict hidden states, not codes" in has_heads(student)
     fields["optimization.max_update"] = 3
     train("librispeech_base", tiny(speech, teacher_file, tmp_path / "run", **fields))
     next(tmp_path.glob("store/*/codebooks/8.pq2.safetensors")).unlink()
