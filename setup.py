@@ -16,7 +16,7 @@ TRAIN = [
     've-fairseq==0.12.3; python_version >= "3.11"',
     'numpy<2; python_version < "3.11"',
     "tensorboard",
-    "scikit-learn",  # the clusters that the demo's teacher learns
+    "scikit-learn",  # the clusters of stored codes, and those that the demo's teacher learns
 ]
 ONNX = ["onnx", "onnxruntime"]
 # Starts jobs on a SLURM cluster; its version for fairseq 0.12.2's hydra is another.

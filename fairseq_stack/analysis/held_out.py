@@ -7,7 +7,7 @@ import torch
 
 from fairseq_stack.checkpoints.read import configurations, load_checkpoint
 from fairseq_stack.criterions.layer_mapping import student_position
-from fairseq_stack.criterions.losses import normalize_targets
+from fairseq_stack.criterions.losses import LOSSES, normalize_targets
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
 from fairseq_stack.data.manifest import Manifest, read_manifest
 from fairseq_stack.errors import InputError, input_errors
@@ -21,7 +21,7 @@ LONGEST_SECONDS = 10  # longer utterances are cut: attention over a minute costs
 
 
 class NoHeads(InputError):
-    """The student has no trained heads, so it does not predict the teacher's hidden states."""
+    """The student has no trained heads that predict the teacher's hidden states."""
 
 
 class HeldOut(NamedTuple):
@@ -72,6 +72,11 @@ def read_held_out(checkpoint: str | Path, speech: str | Path, teacher_path: str 
             f"{checkpoint} was trained with criterion.loss={config.get('loss')}, which has no heads: it predicts no"
             " hidden states of the teacher, so there is no variance explained; compare such students by probes"
             " (fairseq-stack evaluate)"
+        )
+    if getattr(LOSSES.get(config.get("loss", "")), "codes", ""):
+        raise NoHeads(
+            f"{checkpoint} was trained with criterion.loss={config['loss']}: it predicts codes and no hidden states of"
+            " the teacher, so there is no variance explained; compare such students by probes (fairseq-stack evaluate)"
         )
     manifest = read_manifest(speech)
     if teacher_path is None and not Path(task.get("teacher") or "").exists():

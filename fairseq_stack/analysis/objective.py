@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairseq_stack.criterions.losses import fields_of
+from fairseq_stack.targets.formats import codebook_shape
 
 # Used for a run that saved only hydra's configuration, which has only the fields that its recipe names.
 DEFAULTS = {
@@ -19,7 +20,14 @@ DEFAULTS = {
         "output_weight": 1.0,
         "unmasked_weight": 1.0,
     },
-    "task": {"whisper_pad": False, "max_sample_size": 250_000, "mask_prob": 0.0, "mask_length": 10},
+    "task": {
+        "whisper_pad": False,
+        "max_sample_size": 250_000,
+        "mask_prob": 0.0,
+        "mask_length": 10,
+        "target_store": None,
+        "target_format": "fp16",
+    },
     "dataset": {"valid_subset": "valid"},
 }
 
@@ -56,6 +64,9 @@ def output_objective_of(config: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     found = {f"criterion.{name}": criterion[name] for name in ("loss", "target_normalization")}
     found.update({f"criterion.{name}": criterion.get(name) for name in fields_of(criterion["loss"])})
+    if task["target_store"] and codebook_shape(task["target_format"]):
+        # fp16 and int8 change a loss by less than a thousandth; codes have less variance, and are other targets.
+        found["task.target_format"] = task["target_format"]
     return {
         **found,
         "task.teacher": os.path.realpath(task["teacher"]),

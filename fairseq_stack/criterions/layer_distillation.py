@@ -14,6 +14,7 @@ from fairseq_stack.criterions.losses import (
     LOSSES,
     TARGET_NORMALIZATIONS,
     normalize_targets,
+    predicted_right,
     valid_frames,
 )
 from fairseq_stack.errors import InputError, check_choice, check_weight
@@ -27,7 +28,9 @@ class LayerDistillationConfig(FairseqDataclass):
         default="mse",
         metadata={
             "help": "the loss: mse, l1, l1_cosine (DistilHuBERT's), temporal_gram (STaR's; it compares hidden states"
-            " directly, without heads), or the name of a loss in an extension"
+            " directly, without heads), units (cross-entropy of the teacher's k-means clusters, as in HuBERT; it needs"
+            " task.target_format=unitsN), codes (cross-entropy of all codebooks of task.target_format=pqN), or the"
+            " name of a loss in an extension"
         },
     )
     cosine_weight: float = field(
@@ -109,6 +112,11 @@ class LayerDistillation(FairseqCriterion):
         """Check the configuration and build the criterion for a task."""
         check_supervision(cfg)
         check_choice("criterion.target_normalization", cfg.target_normalization, TARGET_NORMALIZATIONS)
+        if LOSSES[cfg.loss].codes and cfg.target_normalization != "none":
+            raise InputError(
+                f"criterion.target_normalization={cfg.target_normalization} has no meaning for the codes of"
+                f" criterion.loss={cfg.loss}; set it to none"
+            )
         for name in ("cosine_weight", "intermediate_weight", "unmasked_weight"):
             check_weight(f"criterion.{name}", getattr(cfg, name))
         if not cfg.output_weight and not cfg.intermediate_weight:
@@ -122,7 +130,8 @@ class LayerDistillation(FairseqCriterion):
         """The names of the values that a validation logs; validations mask nothing."""
         output = ["output_loss"] if self.output_layer in self.layers else []
         layers = [f"layer_{layer}" for layer in self.layers]
-        return ["loss", *output, "intermediate_loss", *layers, "teacher_norm", "stage", "depth"]
+        about_targets = "accuracy" if self.loss.codes else "teacher_norm"
+        return ["loss", *output, "intermediate_loss", *layers, about_targets, "stage", "depth"]
 
     def forward(
         self, model: nn.Module, sample: dict[str, Any], reduce: bool = True
@@ -131,7 +140,8 @@ class LayerDistillation(FairseqCriterion):
 
         Args:
             model: the student.
-            sample: `waveforms` [B, S], `lengths` (B ints, in samples) and `targets` {teacher layer: [B, T, D]};
+            sample: `waveforms` [B, S], `lengths` (B ints, in samples) and `targets` {teacher layer: [B, T, D]},
+                or [B, T, codebooks] for a loss on codes;
                 `mask` [B, T] bool if frames of the student's input are masked; `features` [B, C, T] if the
                 student shares the teacher's CNN.
             reduce: an argument of fairseq's that has no effect here.
@@ -161,13 +171,17 @@ class LayerDistillation(FairseqCriterion):
         logging = {
             "loss": loss.detach(),
             "intermediate_loss": self.intermediate(terms).detach(),
-            "teacher_norm": last.norm(dim=-1, dtype=torch.float32).masked_fill(~valid, 0.0).sum(),
             "depth": float((len(net["hidden_states"]) - 1) * sample_size),
             "stage": float(net["stage"] * sample_size),
             "sample_size": sample_size,
             "ntokens": sample_size,
             "nsentences": len(sample["lengths"]),
         }
+        if self.loss.codes:
+            right = [predicted_right(net["predictions"][layer], targets[layer], valid) for layer in self.layers]
+            logging["accuracy"] = torch.stack(right).mean()
+        else:
+            logging["teacher_norm"] = last.norm(dim=-1, dtype=torch.float32).masked_fill(~valid, 0.0).sum()
         if self.output_layer in terms:
             logging["output_loss"] = terms[self.output_layer].detach()
         for layer in terms:

@@ -3,6 +3,7 @@
 The model builds its heads and the criterion its terms with these functions, both from the criterion's fields.
 """
 
+import math
 from typing import Any
 
 from fairseq_stack.criterions.losses import LOSSES
@@ -44,6 +45,11 @@ def taught_layers(cfg: Any, teacher_depth: int) -> list[int]:
 def predicted_layers(cfg: Any, teacher_depth: int) -> list[int]:
     """The teacher layers that the student predicts with heads: all that it learns, or none if the loss has no heads."""
     return taught_layers(cfg, teacher_depth) if LOSSES.choose(cfg.loss).heads else []
+
+
+def head_width(cfg: Any, task: Any) -> int:
+    """The outputs of a head: the teacher's features, or a logit for each entry of each codebook."""
+    return math.prod(task.codebook_shape) if LOSSES[cfg.loss].codes else task.teacher.width
 
 
 def check_mask(cfg: Any) -> None:

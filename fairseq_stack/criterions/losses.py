@@ -34,12 +34,16 @@ class Loss:
         whole_utterances: whether the loss relates frames to each other. Then masked and unmasked frames cannot have
             separate losses.
         fields: names of the criterion's fields that `function` takes as keywords.
+        codes: the kind of task.target_format, `units` or `pq`, whose codes the student predicts in place of hidden
+            states; empty for none. Then the prediction is [B, T, codebooks * entries] and the target
+            [B, T, codebooks].
     """
 
     function: Callable[..., Tensor]
     heads: bool = True
     whole_utterances: bool = False
     fields: tuple[str, ...] = ()
+    codes: str = ""
 
 
 LOSSES = Registry("criterion.loss", entry=Loss)
@@ -127,6 +131,34 @@ def temporal_gram(
 def _gram(x: Tensor, y: Tensor) -> Tensor:
     """Inner products of the frames of two [B, T, D], averaged over features: [B, T, T]."""
     return x @ y.transpose(1, 2) / x.size(2)
+
+
+@LOSSES.register("codes", codes="pq")
+@LOSSES.register("units", codes="units")
+def cross_entropy(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Cross-entropy of the teacher's codes, averaged over codebooks and summed over valid frames.
+
+    With one codebook, whose codes are clusters of k-means, it is the loss of HuBERT (Hsu et al., TASLP 2021) and
+    DiceHuBERT (Chi et al., Interspeech 2025). With several it is that of Guo et al., "Predicting Multi-Codebook Vector
+    Quantization Indexes for Knowledge Distillation", ICASSP 2023.
+
+    Args:
+        prediction: [B, T, codebooks * entries], logits.
+        target: [B, T, codebooks], integers.
+        valid: [B, T] bool.
+    """
+    logits = _without_padding(prediction, valid).view(-1, prediction.size(2) // target.size(2))
+    errors = F.cross_entropy(logits, target.flatten().long(), reduction="none")
+    return (errors.view(target.shape).mean(2) * valid).sum()
+
+
+def predicted_right(prediction: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """The share of a frame's codes that are the most probable ones, summed over valid frames.
+
+    The arguments are those of `cross_entropy`.
+    """
+    guess = prediction.unflatten(2, (target.size(2), -1)).argmax(3)
+    return ((guess == target).mean(2, dtype=torch.float32) * valid).sum()
 
 
 def normalize_targets(target: Tensor, valid: Tensor, how: str) -> Tensor:

@@ -18,6 +18,7 @@ from fairseq_stack.analysis.runs import read_run
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
 from fairseq_stack.criterions.layer_mapping import predicted_layers, taught_layers
+from fairseq_stack.criterions.losses import LOSSES
 from fairseq_stack.experiment.grid import Grid
 from fairseq_stack.experiment.training import MEASURED, Training
 from fairseq_stack.files import write_whole
@@ -37,6 +38,8 @@ def cannot_measure(cfg: Any, teacher_depth: int) -> list[str]:
     missing = []
     if not predicted_layers(cfg.criterion, teacher_depth):
         missing.append(f"criterion.loss={cfg.criterion.loss} has no heads, so no variance is explained")
+    elif LOSSES[cfg.criterion.loss].codes:
+        missing.append(f"criterion.loss={cfg.criterion.loss} predicts codes, so no variance is explained")
     if teacher_depth not in taught_layers(cfg.criterion, teacher_depth):
         missing.append(f"it does not learn the teacher's last layer ({teacher_depth}), so it has no output loss")
     elif cfg.dataset.disable_validation:

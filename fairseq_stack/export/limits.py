@@ -1,6 +1,7 @@
 """Limits of the formats: the students that each of them cannot hold, and why."""
 
 from fairseq_stack.checkpoints.student import Student
+from fairseq_stack.criterions.losses import LOSSES
 from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.formats import FORMATS
@@ -60,6 +61,10 @@ def has_heads(student: Student) -> str | None:
     if not student.heads:
         loss = student.config["loss"]
         return f"criterion.loss={loss}: s3prl's distiller needs prediction heads, and there are none"
+    if getattr(LOSSES.get(student.config["loss"]), "codes", ""):
+        return (
+            f"criterion.loss={student.config['loss']}: the heads of s3prl's distiller predict hidden states, not codes"
+        )
 
 
 def heads_on_the_last_layer(student: Student) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fairseq_stack.criterions.layer_mapping import (
     check_mask,
     check_supervision,
+    head_width,
     predicted_layers,
     student_position,
     taught_layers,
@@ -175,7 +176,7 @@ class StackedHubert(HubertEncoder):
 
     Args:
         cfg: a StackedHubertConfig.
-        head_widths: {teacher layer: teacher width}; empty for a loss between hidden states.
+        head_widths: {teacher layer: outputs of its head}; empty for a loss between hidden states.
         teacher_depth: number of transformer layers of the teacher.
         plan: a GrowthPlan (default: that of the configuration).
 
@@ -246,7 +247,7 @@ class StackedHubert(HubertEncoder):
                 f" {teacher.depth}"
             )
         layers = taught_layers(cfg, teacher.depth)
-        heads = {layer: teacher.width for layer in predicted_layers(cfg, teacher.depth)}
+        heads = dict.fromkeys(predicted_layers(cfg, teacher.depth), head_width(cfg, task))
         model = cls(cfg, heads, teacher.depth)
         for layer in layers:
             for depth in model.plan.depths:
@@ -454,7 +455,7 @@ class StackedHubert(HubertEncoder):
         Returns:
             a dict: `hidden_states`, a list of depth + 1 tensors [B, T, D]; `frames` [B], where `lengths` are;
             `predictions`,
-            {teacher layer: [B, T, teacher width]}; `stage`, counted from 1.
+            {teacher layer: [B, T, outputs of its head]}; `stage`, counted from 1.
         """
         hidden_states, frames = self.hidden_states(waveforms, lengths, mask, features)
         predictions = {}
@@ -485,8 +486,8 @@ class StackedHubert(HubertEncoder):
         return self.encode(features.type_as(self.encoder.layer_norm.weight), lengths, self.seats, mask=mask)
 
 
-def prediction_head(width: int, inner: int, teacher_width: int) -> nn.Module:
-    """Build a head from [B, T, width] to [B, T, teacher_width], with a hidden layer of `inner` features unless 0."""
+def prediction_head(width: int, inner: int, outputs: int) -> nn.Module:
+    """Build a head from [B, T, width] to [B, T, outputs], with a hidden layer of `inner` features unless 0."""
     if not inner:
-        return nn.Linear(width, teacher_width)
-    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, teacher_width))
+        return nn.Linear(width, outputs)
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, outputs))

@@ -3,11 +3,13 @@
     DIR/<teacher>/teacher.json                      the teacher's shape, to be known without loading it
     DIR/<teacher>/<arrays>.<format>/ab/cdef...npz   the targets of one window of one recording
     DIR/<teacher>/<arrays>.<format>/unfinished/     entries that are being written
+    DIR/<teacher>/codebooks/<layer>.<format>...     the codebooks of a layer, for a format of codes
 
 <teacher> is a hash of the teacher's files. <arrays> are numbers of layers, and `cnn` for the features of
 the teacher's CNN. An entry is a plain npz file for numpy.load. It holds a CRC-32 of every array and
-says which audio it was made from. Each entry is written under another name and then renamed. So any
-number of processes on any number of machines fill a store together, and a kill leaves no half entry.
+says which audio it was made from, and with which codebooks. Each entry is written under another name and
+then renamed. So any number of processes on any number of machines fill a store together, and a kill
+leaves no half entry.
 """
 
 import hashlib
@@ -31,7 +33,8 @@ from torch import Tensor
 
 from fairseq_stack.errors import InputError
 from fairseq_stack.models.conv_geometry import frames_from_samples
-from fairseq_stack.targets.formats import BYTES, PARTS
+from fairseq_stack.targets.codebooks import Codebooks, read_codebooks, write_codebooks
+from fairseq_stack.targets.formats import codebook_shape, decode, encode, frame_bytes, parts_of
 
 if TYPE_CHECKING:
     from fairseq_stack.data.dataset import SpeechDataset
@@ -77,16 +80,17 @@ class TargetStore:
         folder: the teacher's folder; made if missing.
         layers: numbers of the teacher's layers.
         cnn: whether the CNN's features are stored too.
-        form: one of FORMATS (formats.py).
+        form: the name of a format (formats.py).
         width: features of a layer.
         conv_layers: [(channels, kernel, stride)], by which the teacher counts frames.
 
     Attributes:
         wanted: the arrays to read, a list of layers (ints) and CNN.
         arrays: the arrays to write: all that entries of this store hold.
+        codebooks: {layer: Codebooks}, as far as they are learned; empty for a format without codebooks.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the folder cannot be made or written to, or has codebooks that cannot be used.
     """
 
     def __init__(
@@ -111,6 +115,47 @@ class TargetStore:
             self._remove_abandoned()
         except OSError as error:
             raise self._failure(error) from None
+        self.shape = codebook_shape(form)
+        if self.shape and self.shape[0] > width:
+            raise InputError(f"task.target_format={form} has more codebooks than the teacher has features: {width}")
+        self.teacher_folder = Path(folder)
+        self.codebooks: dict[Array, Codebooks] = {}
+        for name in self._coded:
+            learned = self._read_codebooks(name)
+            if learned is not None:
+                self.codebooks[name] = learned
+
+    @property
+    def without_codebooks(self) -> list[int]:
+        """The layers whose codebooks must be learned before anything can be stored."""
+        return [layer for layer in self._coded if layer not in self.codebooks]
+
+    def version(self, names: Sequence[Array]) -> str | None:
+        """Return what identifies the codebooks of some layers by their contents; None without codebooks."""
+        if not self.codebooks or self.without_codebooks:
+            return None
+        digests = "".join(self.codebooks[name].digest for name in names if name in self.codebooks)
+        return hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
+
+    def keep_codebooks(self, layer: int, learned: Codebooks) -> None:
+        """Store the codebooks of a layer. If another process has stored some, those are used.
+
+        Raises:
+            InputError: they cannot be written.
+        """
+        write_codebooks(learned, self._codebooks_path(layer), self.teacher_folder.name)
+        self.codebooks[layer] = self._read_codebooks(layer) or learned
+
+    @property
+    def _coded(self) -> list[int]:
+        return [name for name in self.arrays if isinstance(name, int)] if self.shape else []
+
+    def _read_codebooks(self, layer: int) -> Codebooks | None:
+        assert self.shape is not None
+        return read_codebooks(self._codebooks_path(layer), self.teacher_folder.name, self.width, *self.shape)
+
+    def _codebooks_path(self, layer: int) -> Path:
+        return self.teacher_folder / "codebooks" / f"{layer}.{self.form}.safetensors"
 
     def entry(self, utterance: str, start: int, samples: int) -> Entry:
         """Return the Entry for `samples` samples, from the sample `start`, of the recording listed as `utterance`."""
@@ -133,9 +178,11 @@ class TargetStore:
         path = self._path(entry)
         try:
             with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-                digest, source = _array(archive, "audio").tolist()
+                digest, source, *version = _array(archive, "audio").tolist()
                 if entry.source != source if entry.digest is None else entry.digest != digest:
                     raise UnusableEntry(f"{path} is about other audio")
+                if version != self._version:
+                    raise UnusableEntry(f"{path} was made with other codebooks")
                 stored = {name: self._parts(archive, name, entry.frames) for name in self.wanted}
         except FileNotFoundError:
             return None
@@ -144,6 +191,28 @@ class TargetStore:
         except Exception as error:  # damage can break any of the zip format's and numpy's rules
             raise UnusableEntry(f"{path} is damaged ({type(error).__name__}: {error})") from None
         return stored
+
+    def encode(self, arrays: Mapping[Array, Tensor], entries: Mapping[int, Entry]) -> dict[Array, dict[str, Tensor]]:
+        """Return the targets of a batch in the store's format, {array: {part: [B, T, ...]}}.
+
+        Args:
+            arrays: {array: [B, T, D]} of all the store's `arrays`.
+            entries: {row in the batch: Entry} of those that will be written.
+
+        Raises:
+            InputError: a value is not finite, and codes would hide it.
+        """
+        for name, values in arrays.items():
+            if name in self.codebooks:
+                finite = values.isfinite().all(-1).cpu()
+                for row, entry in entries.items():
+                    if not finite[row, : entry.frames].all():
+                        raise self._not_finite(name, entry)
+        return {name: encode(values, self._form(name), self._codebooks(name)) for name, values in arrays.items()}
+
+    def decode(self, name: Array, parts: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values [B, T, D] of an array, in fp32. `dtype` is that of Codebooks.decode."""
+        return decode(parts, self._codebooks(name), dtype)
 
     def write(self, entries: Mapping[int, Entry], arrays: Mapping[Array, Mapping[str, Tensor]]) -> None:
         """Store the targets of some utterances of a batch.
@@ -210,8 +279,7 @@ class TargetStore:
 
     def bytes(self, frames: Count) -> Count:
         """Return the approximate bytes of an entry of `frames` frames (an int, or an integer array)."""
-        value, scale = BYTES[self.form]
-        return OVERHEAD + frames * sum(self._width(name) * value + scale for name in self.arrays)
+        return OVERHEAD + frames * sum(frame_bytes(self._form(name), self._width(name)) for name in self.arrays)
 
     def check_space(self, missing_bytes: int, what: str) -> int:
         """Return the free bytes of the disk.
@@ -223,9 +291,16 @@ class TargetStore:
         if missing_bytes > free:
             raise InputError(
                 f"task.target_store={self.folder} needs {size_text(missing_bytes)} more for {what}, but the disk"
-                f" has {size_text(free)} free; choose a larger one, fewer layers or task.target_format=int8"
+                f" has {size_text(free)} free; choose a larger one, fewer layers or a smaller task.target_format"
             )
         return free
+
+    def _form(self, name: Array) -> str:
+        # The CNN's features are the student's input, not only what it learns.
+        return "int8" if name == CNN and self.shape else self.form
+
+    def _codebooks(self, name: Array) -> Codebooks | None:
+        return self.codebooks[name] if self.shape and isinstance(name, int) else None
 
     def _width(self, name: Array) -> int:
         return self.conv_layers[-1][0] if name == CNN else self.width
@@ -234,29 +309,41 @@ class TargetStore:
         return os.path.join(self.folder, entry.name[:2], f"{entry.name[2:]}.npz")
 
     def _parts(self, archive: zipfile.ZipFile, name: Array, frames: int) -> dict[str, Tensor]:
-        parts = {part: _array(archive, f"{name}.{part}") for part in PARTS[self.form]}
-        if parts["values"].shape != (frames, self._width(name)):
-            raise ValueError(f"{name} has the shape {parts['values'].shape}")
+        parts = {}
+        for part, size in parts_of(self._form(name), self._width(name)).items():
+            values = parts[part] = _array(archive, f"{name}.{part}")
+            if values.shape != (frames, size):
+                raise ValueError(f"{name} has the shape {values.shape}")
         return {part: torch.from_numpy(values) for part, values in parts.items()}
 
     def _write(self, entry: Entry, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             if not np.isfinite(value).all():
-                raise InputError(
-                    f"the teacher's {_title(name)} for {entry.utterance} is not finite in task.target_format="
-                    f"{self.form}; choose int8, or look for what is wrong with the teacher"
-                )
+                raise self._not_finite(name.split(".")[0], entry)
         beside = os.path.join(self.folder, UNFINISHED, uuid.uuid4().hex)
         path = self._path(entry)
         try:
             with open(beside, "wb") as file:
-                np.savez(file, audio=np.array([entry.digest, entry.source]), **values)
+                np.savez(file, audio=np.array([entry.digest, entry.source, *self._version]), **values)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.replace(beside, path)
         except OSError as error:
             if os.path.exists(beside):
                 os.remove(beside)
             raise self._failure(error) from None
+
+    @property
+    def _version(self) -> list[str]:
+        version = self.version(self.arrays)
+        return [version] if version else []
+
+    def _not_finite(self, name: Array, entry: Entry) -> InputError:
+        advice = "choose int8, or look for" if self.form == "fp16" else "look for"
+        title = "CNN" if name == CNN else f"layer {name}"
+        return InputError(
+            f"the teacher's {title} for {entry.utterance} is not finite in task.target_format={self.form}; {advice}"
+            " what is wrong with the teacher"
+        )
 
     def _failure(self, error: OSError) -> InputError:
         return InputError(
@@ -302,11 +389,6 @@ def _supersets(folder: str | Path, wanted: Sequence[Array], form: str) -> Iterat
         arrays = [int(array) if array.isdigit() else array for array in arrays.split("+")]
         if ending == form and set(wanted) <= set(arrays):
             yield arrays
-
-
-def _title(name: str) -> str:
-    array = name.split(".")[0]
-    return "CNN" if array == CNN else f"layer {array}"
 
 
 def _names(folder: str | Path) -> list[str]:

@@ -19,6 +19,7 @@ from omegaconf import II, MISSING
 from torch import Tensor
 
 from fairseq_stack.criterions.layer_distillation import LayerDistillation, LayerDistillationConfig
+from fairseq_stack.criterions.losses import LOSSES
 from fairseq_stack.data.bad_audio import BAD_AUDIO_LIMIT, BadAudio, check_bad_audio, listed_problems
 from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifests
@@ -28,8 +29,8 @@ from fairseq_stack.growth.events import Growth, announced
 from fairseq_stack.models.conv_geometry import receptive_field
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
-from fairseq_stack.targets.formats import FORMATS
-from fairseq_stack.targets.source import targets_of
+from fairseq_stack.targets.formats import check_format, codebook_shape, kind_of
+from fairseq_stack.targets.source import learn_all_codebooks, targets_of
 from fairseq_stack.targets.store import CNN, TargetStore, size_text
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.base import PRECISIONS, Teacher, default_precision
@@ -107,7 +108,12 @@ class SpeechDistillationConfig(FairseqDataclass):
     )
     target_format: str = field(
         default="fp16",
-        metadata={"help": "format of stored targets: fp16, or int8 with one scale per frame, which is half the size"},
+        metadata={
+            "help": "format of stored targets: fp16; int8 with one scale per frame, which is half the size; pqN, which"
+            " is N bytes for a frame of a layer, such as pq64 (product quantisation); or unitsN, the nearest of N"
+            " clusters, such as units500. The store learns the codebooks of pqN and unitsN from a sample of the"
+            " training speech"
+        },
     )
     extensions: List[str] = field(
         default_factory=list,
@@ -147,6 +153,8 @@ class SpeechDistillation(FairseqTask):
         self.target_layers: Sequence[int] = ()  # of the teacher, from the criterion
         self.store_folder = store_folder  # for the targets of this teacher
         self.store: TargetStore | None = None
+        self.codebook_shape = codebook_shape(cfg.target_format) if store_folder else None
+        self.learns_codes = False  # whether the criterion compares codes, not hidden states
         self.shares_cnn = False
         self.bad_audio: dict[str, BadAudio] = {}  # of each split
         self.left_out: set[str] = set()  # splits with a logged warning that batches leave recordings out
@@ -175,7 +183,7 @@ class SpeechDistillation(FairseqTask):
         cfg.teacher_precision = cfg.teacher_precision or default_precision(cfg.cpu)
         check_choice("task.teacher_precision", cfg.teacher_precision, PRECISIONS)
         check_bad_audio(cfg.bad_audio, cfg.bad_audio_limit)
-        check_choice("task.target_format", cfg.target_format, FORMATS)
+        check_format(cfg.target_format)
         options = {"whisper_pad": cfg.whisper_pad, "precision": cfg.teacher_precision}
         if cfg.target_store:
             task = cls(cfg, *described_teacher(cfg.teacher, cfg.target_store, **options))
@@ -208,15 +216,6 @@ class SpeechDistillation(FairseqTask):
         bad_audio = BadAudio(path, len(manifest), self.cfg.bad_audio, self.cfg.bad_audio_limit)
         bad_audio.report(listed_problems(manifest, shortest))
         self.bad_audio[split] = bad_audio
-        if self.store_folder and self.store is None:
-            self.store = TargetStore(
-                self.store_folder,
-                self.target_layers,
-                self.shares_cnn,
-                self.cfg.target_format,
-                self.teacher.width,
-                self.teacher.conv_layers,
-            )
         self.datasets[split] = SpeechDataset(
             manifest, self.cfg.max_sample_size, self.cfg.seed, training, split, self.store, shortest
         )
@@ -227,6 +226,18 @@ class SpeechDistillation(FairseqTask):
                 f"target store | {self.store.folder} | {split}: {windows - missing} of {windows} windows are"
                 f" stored, the rest takes {size_text(missing_bytes)} of {size_text(free)} free"
             )
+            if training:
+                self._prepare_codebooks(self.store, self.datasets[split])
+
+    def _prepare_codebooks(self, store: TargetStore, dataset: SpeechDataset) -> None:
+        """Learn the codebooks that the store lacks, and log what they keep."""
+        if store.without_codebooks:
+            on_gpu = torch.cuda.is_available() and not self.cfg.cpu
+            learn_all_codebooks(store, self.teacher, dataset, torch.device("cuda" if on_gpu else "cpu"))
+            self.state.merge_state_dict({"codebooks": store.version(self.target_layers)})
+        kept = [f"{codebooks.kept:.3f} ({name})" for name, codebooks in store.codebooks.items()]
+        if kept:
+            logger.info(f"target store | share of the variance that {store.form} keeps, by layer: {', '.join(kept)}")
 
     def get_batch_iterator(
         self, dataset: SpeechDataset, max_tokens: int | None = None, **options: Any
@@ -260,6 +271,7 @@ class SpeechDistillation(FairseqTask):
 
     def build_model(self, cfg: StackedHubertConfig, *args: Any) -> StackedHubert:
         check_links(cfg, "task", self.cfg, ("mask_prob", "normalize"))
+        check_codes(cfg.loss, self.cfg)
         model = super().build_model(cfg, *args)
         self.shares_cnn = cfg.share_teacher_cnn
         check_frames(model, self.teacher, self.cfg.max_sample_size)
@@ -274,6 +286,17 @@ class SpeechDistillation(FairseqTask):
         criterion = build(cfg, *args)
         check_choice("checkpoint.best_checkpoint_metric", self.cfg.best_checkpoint_metric, criterion.validation_metrics)
         self.target_layers = criterion.target_layers
+        self.learns_codes = bool(criterion.loss.codes)
+        if self.store_folder:
+            self.store = TargetStore(
+                self.store_folder,
+                self.target_layers,
+                self.shares_cnn,
+                self.cfg.target_format,
+                self.teacher.width,
+                self.teacher.conv_layers,
+            )
+            self.state.merge_state_dict({"codebooks": self.store.version(self.target_layers)})
         return criterion
 
     def train_step(
@@ -339,7 +362,10 @@ class SpeechDistillation(FairseqTask):
     def with_targets(self, sample: dict[str, Any], model: StackedHubert) -> dict[str, Any]:
         """Return the batch with the teacher's hidden states and with the student's input."""
         self.bad_audio[sample["split"]].report(sample["problems"])
-        targets = targets_of(sample, self.teacher, self.target_layers, self.shares_cnn, self.store)
+        dtype = next(model.parameters()).dtype
+        targets = targets_of(
+            sample, self.teacher, self.target_layers, self.shares_cnn, self.store, self.learns_codes, dtype
+        )
         features = targets.pop(CNN).transpose(1, 2) if self.shares_cnn else None
         waveforms = sample["waveforms"]
         if self.cfg.normalize and features is None:
@@ -404,6 +430,17 @@ def check_links(model_cfg: Any, node: str, cfg: Any, names: tuple[str, ...]) -> 
         ours, theirs = getattr(model_cfg, name), getattr(cfg, name)
         if ours != theirs:
             raise InputError(f"model.{name}={ours} differs from {node}.{name}={theirs}; set {node}.{name} alone")
+
+
+def check_codes(loss: str, cfg: SpeechDistillationConfig) -> None:
+    """Raise an InputError if the loss compares codes, and the store has none of their kind."""
+    kind = LOSSES.choose(loss).codes
+    if kind and not (cfg.target_store and kind_of(cfg.target_format) == kind):
+        example = {"units": "units500", "pq": "pq16"}[kind]
+        raise InputError(
+            f"criterion.loss={loss} learns from stored codes; set task.target_store=FOLDER and"
+            f" task.target_format={kind}N, such as {example}"
+        )
 
 
 def check_frames(student: StackedHubert, teacher: Teacher, max_samples: int) -> None:

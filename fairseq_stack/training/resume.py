@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fairseq_stack.checkpoints.read import configurations
 from fairseq_stack.checkpoints.student import seats_in_use
+from fairseq_stack.criterions.losses import LOSSES
 from fairseq_stack.errors import InputError
 from fairseq_stack.growth.plan import SEATS, layers_text, plan_text
 from fairseq_stack.models.conv_geometry import parse_conv_layers
@@ -49,7 +50,7 @@ TRAINING = {
 }
 # The fields that decide the number and width of the heads, and whether masked frames have an embedding.
 HEADS = {
-    "task": ("teacher", "mask_prob"),
+    "task": ("teacher", "target_format", "mask_prob"),
     "criterion": ("loss", "teacher_layers", "intermediate_style", "output_weight"),
 }
 # The fields that decide what the validation loss measures. If one changes, the best loss so far does not count.
@@ -103,7 +104,7 @@ def fit(
     saved: dict[str, Any],
     cfg: dict[str, Any],
     model: StackedHubert,
-    teacher: str | None,
+    task_state: Mapping[str, Any],
     new_run: bool,
 ) -> None:
     """Change the content of a checkpoint so that this run can load it, and log the differences.
@@ -115,7 +116,7 @@ def fit(
         saved: the configuration in the checkpoint.
         cfg: this run's configuration, as plain values too.
         model: this run's model, before it loads.
-        teacher: the digest of this run's teacher, as task.state has it.
+        task_state: the digests of this run's teacher and codebooks, as its task saves them.
         new_run: whether this run takes only the weights.
 
     Raises:
@@ -137,7 +138,7 @@ def fit(
     if new_run:
         _forget_the_run(state)
     else:
-        _check_training(state, path, keep, saved, cfg, teacher)
+        _check_training(state, path, keep, saved, cfg, task_state)
         different = differences(saved, cfg, MEASURED)
         if different:
             _forget_the_best(state)
@@ -266,7 +267,7 @@ def _check_training(
     keep: str,
     saved: dict[str, Any],
     cfg: dict[str, Any],
-    teacher: str | None,
+    task_state: Mapping[str, Any],
 ) -> None:
     advice = (
         f"{keep}; checkpoint.finetune_from_model={path} with a new checkpoint.save_dir starts a new run from its"
@@ -278,11 +279,16 @@ def _check_training(
     different = differences(saved, cfg, sections)
     if different:
         raise InputError(f"{path} cannot resume under another training: {different}; {advice}")
-    known = (state.get("task_state") or {}).get("teacher")
-    if known is not None and known != teacher:
+    known = state.get("task_state") or {}
+    if known.get("teacher") not in (None, task_state.get("teacher")):
         raise InputError(
             f"{path} has learned from task.teacher={saved['task'].get('teacher')}, and"
             f" task.teacher={cfg['task']['teacher']} has other weights now; {advice}"
+        )
+    if LOSSES[cfg["criterion"]["loss"]].codes and known.get("codebooks") not in (None, task_state.get("codebooks")):
+        raise InputError(
+            f"{path} has learned codes of other codebooks than those in"
+            f" task.target_store={cfg['task']['target_store']}; give the store that it was trained with, or {advice}"
         )
     if bool(saved["model"].get("feature_grad_mult", 1)) != bool(cfg["model"]["feature_grad_mult"]):
         different = differences(saved, cfg, {"model": ("feature_grad_mult",)})

@@ -56,10 +56,14 @@ def set_up(cfg: DictConfig, splits: Sequence[str]) -> "SpeechDistillation":
     task.build_model(cfg.model)
     task.build_criterion(cfg.criterion)
     validated = cfg.dataset.valid_subset.split(",")
+    combine = bool(cfg.dataset.combine_valid_subsets)
+    if task.store is not None and task.store.without_codebooks:
+        task.load_dataset(cfg.dataset.train_subset, combine)  # the speech that a training would learn them from
     for split in splits:
         if split not in validated:
             task.cfg.train_subset = split  # a training uses every window of it, also if it is one of several subsets
-        task.load_dataset(split, combine=bool(cfg.dataset.combine_valid_subsets))
+        if split not in task.datasets:
+            task.load_dataset(split, combine)
     return task
 
 

@@ -191,7 +191,7 @@ class StudentTrainer(Trainer):
         new_run = self._reset_optimizer or stateless
         if new_run and field != "checkpoint.finetune_from_model":
             self._starts = list(state["optimizer_history"])
-        fit(state, path, field, saved, cfg, self.get_model(), self.task.state_dict().get("teacher"), new_run)
+        fit(state, path, field, saved, cfg, self.get_model(), self.task.state_dict(), new_run)
         return state
 
     # Training

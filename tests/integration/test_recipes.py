@@ -17,8 +17,10 @@ RECIPES = sorted(
     for path in EXAMPLES.glob("*/*.yaml")
     if path.parent.name not in ("demo_teacher", "experiments", "finetuning")
 )
-GROWN = {"librispeech_base", "librispeech_base_equal", "librispeech_base_fast", "librispeech_base_star", "hubert_large", "wavlm_base", "demo",
+GROWN = {"librispeech_base", "librispeech_base_equal", "librispeech_base_fast", "librispeech_base_star",
+         "librispeech_base_units", "hubert_large", "wavlm_base", "demo",
          "gradstack_equal", "gradstack_prop", "midas_equal", "midas_prop"}  # fmt: skip
+UNITS = {"dicehubert", "librispeech_base_units"}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,8 @@ def trained(speech, teacher_file, large_teacher, wavlm_teacher, tmp_path_factory
             overrides = tiny(speech, teacher, folder)
             if recipe.name == "demo":  # it batches by length
                 overrides = [item for item in overrides if not item.startswith(("dataset.batch_size", "common.fp16"))]
+            if recipe.name in UNITS:  # so little speech has fewer units
+                overrides += [f"task.target_store={folder}/targets", "task.target_format=units20"]
             if recipe.name == "distilhubert":
                 overrides.append("model.head_inner_dim=16")
             done[recipe] = train(recipe.name, overrides, folder=recipe.parent.name), folder
@@ -97,6 +101,9 @@ def test_its_student_tells_the_held_out_variance_or_why_not(recipe, trained, com
     if recipe.name in ("star", "librispeech_base_star"):
         assert "criterion.loss=temporal_gram, which has no heads" in code and "\n" not in code and not lines
         return
+    if recipe.name in UNITS:
+        assert "criterion.loss=units: it predicts codes and no hidden states" in code and "\n" not in code and not lines
+        return
     assert code == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:]]
     assert [int(layer) for layer, _, _ in rows] == trainer.criterion.layers
@@ -117,13 +124,13 @@ def test_the_heads_of_a_student_without_an_output_loss_sit_where_they_were_train
 
 
 def test_the_report_on_recipes_keeps_their_losses_apart(trained, command, tmp_path):
-    names = ("demo", "full_l2l", "distilhubert", "masked", "star", "wavlm_base")
+    names = ("demo", "full_l2l", "distilhubert", "masked", "star", "wavlm_base", "dicehubert")
     folders = [trained(next(recipe for recipe in RECIPES if recipe.name == name))[1] for name in names]
     code, lines = command("report", *folders, "--reference", folders[1], "--output", tmp_path)
     assert code == 0 and lines[-1] == f"report: {tmp_path}/index.html"
     (sentence,) = [line for line in lines if line.startswith("These runs have")]
     letters = dict(re.findall(r"(?:: |; )([A-Z]) is ([\w, ]+) \(", sentence))
-    assert list(letters.values()) == ["demo", "full_l2l", "distilhubert", "masked", "star", "wavlm_base"], sentence
+    assert list(letters.values()) == list(names), sentence
 
 
 def test_librispeech_base_is_the_published_recipe():

@@ -1,6 +1,7 @@
 """The teacher's targets are computed once: stored ones train as live ones do, and no other is ever used."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
 SHARED_CNN = {"+model.share_teacher_cnn": True, "+model.feature_grad_mult": 0.0}
 # The windows of longer recordings, dropout and growth all take part.
 WINDOWS = {"task.max_sample_size": 4000}
+CODES = {"+task.target_format": "pq8"}
 
 
 @pytest.fixture
@@ -110,6 +112,21 @@ def test_int8_trains_within_its_measured_error(speech, teacher_file, tmp_path, f
     assert 0 < abs(half - byte).max() < 0.01 * half.min()
 
 
+def test_codes_train_within_what_they_keep_and_are_all_that_the_next_run_needs(
+    speech, teacher_file, tmp_path, filled, heard, caplog
+):
+    caplog.set_level("INFO")
+    first = run(speech, teacher_file, tmp_path / "first", tmp_path / "store", **CODES)
+    (line,) = [line for line in caplog.messages if "pq8 keeps" in line]
+    kept = [float(share) for share in re.findall(r"(0\.\d+) \(\d+\)", line)]
+    assert len(kept) == 3 and min(kept) > 0.9
+    half, codes = losses(filled[0]), losses(tmp_path / "first")
+    assert 0 < abs(half - codes).max() < 0.1 * half.min()
+    heard.clear()
+    second = run(speech, teacher_file, tmp_path / "second", tmp_path / "store", **CODES)
+    assert not heard and same(weights(first), weights(second))
+
+
 def test_damaged_entries_are_computed_again_and_said(speech, teacher_file, tmp_path, filled, store, heard, caplog):
     paths = sorted(store.glob("*/*/??/*.npz"))
     content = [path.read_bytes() for path in paths]
@@ -150,16 +167,16 @@ def test_another_teacher_does_not_find_the_targets_of_the_first(speech, teacher_
     assert heard and len(list(store.iterdir())) == 2
 
 
-@pytest.mark.parametrize("cnn", [{}, SHARED_CNN], ids=["own CNN", "shared CNN"])
+@pytest.mark.parametrize("options", [{}, SHARED_CNN, CODES], ids=["own CNN", "shared CNN", "codes"])
 def test_a_run_killed_while_it_fills_the_store_ends_as_the_uninterrupted_one(
-    speech, teacher_file, tmp_path, fork_server, cnn
+    speech, teacher_file, tmp_path, fork_server, options
 ):
-    def start(folder, kill_at=None):
-        """Kill the run as soon as the store holds so many entries; returns its exit code."""
+    def start(folder, kill_at=None, files="*/??/*.npz"):
+        """Kill the run as soon as the store holds so many files; returns its exit code."""
         fields = {"checkpoint.save_interval_updates": 3, "+task.target_store": folder / "store"}
-        overrides = tiny(speech, teacher_file, folder, **WINDOWS, **fields, **cnn)
+        overrides = tiny(speech, teacher_file, folder, **WINDOWS, **fields, **options)
         pid = fork_server.start("librispeech_base", overrides, tmp_path / f"{folder.name}.log")
-        while kill_at and len(list(folder.glob("store/*/*/??/*.npz"))) < kill_at:
+        while kill_at and len(list(folder.glob(f"store/*/{files}"))) < kill_at:
             time.sleep(0.001)
         if kill_at:
             os.kill(pid, signal.SIGKILL)
@@ -169,8 +186,11 @@ def test_a_run_killed_while_it_fills_the_store_ends_as_the_uninterrupted_one(
         return torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True)["model"]
 
     assert start(tmp_path / "whole") == 0
-    # Of 24 entries: before the first checkpoint, and behind it.
-    assert start(tmp_path / "killed", kill_at=5) == start(tmp_path / "killed", kill_at=15) == -signal.SIGKILL
+    if options is CODES:  # of the codebooks of three layers
+        assert start(tmp_path / "killed", kill_at=1, files="codebooks/*.safetensors") == -signal.SIGKILL
+    else:  # of 24 entries: before the first checkpoint, and behind it
+        assert start(tmp_path / "killed", kill_at=5) == -signal.SIGKILL
+    assert start(tmp_path / "killed", kill_at=15) == -signal.SIGKILL
     assert start(tmp_path / "killed") == 0
     assert same(ending(tmp_path / "whole"), ending(tmp_path / "killed"))
 
@@ -178,17 +198,18 @@ def test_a_run_killed_while_it_fills_the_store_ends_as_the_uninterrupted_one(
 def test_a_store_filled_ahead_by_two_processes_and_by_steps_is_all_that_a_training_needs(
     speech, teacher_file, tmp_path, heard
 ):
-    fields = {"+task.target_store": tmp_path / "store", "dataset.num_workers": 1}
+    fields = {"+task.target_store": tmp_path / "store", "dataset.num_workers": 1, **CODES}
     arguments = ["--config-name", "librispeech_base"]
     arguments += tiny(speech, teacher_file, tmp_path, **WINDOWS, **fields)
     script = command("python", "-m", "fairseq_stack", "store-targets", "--processes", 2, *arguments)
     output, _ = script.communicate()
     assert script.returncode == 0, output
+    assert output.count("share of the variance that pq8 keeps") == 1
     samples = [int(line.split("\t")[1]) for line in (speech / "train.tsv").read_text().splitlines()[1:]]
     windows = sum(-(-each // WINDOWS["task.max_sample_size"]) for each in samples) + 6
     assert len(list(tmp_path.glob("store/*/*/??/*.npz"))) == windows
     moved = move(speech, tmp_path / "moved")
-    run(moved, teacher_file, tmp_path / "run", tmp_path / "store")
+    run(moved, teacher_file, tmp_path / "run", tmp_path / "store", **CODES)
     assert not heard
 
 
@@ -202,6 +223,7 @@ def test_a_store_that_cannot_be_is_refused_in_one_line(speech, teacher_file, tmp
     for data, store, fields, message in (
         (speech, "file", {}, "file cannot be written (Not a directory)"),
         (speech, "store", {"+task.target_format": "fp8"}, "task.target_format=fp8 is unknown"),
+        (speech, "store", {"+task.target_format": "units600"}, "units600 learns 600 entries, but train has only"),
         (huge, "store", {"task.max_sample_size": 10**15}, "TB more for"),
     ):
         fields["+task.target_store"] = tmp_path / store

@@ -61,6 +61,8 @@ TRAININGS = {
     "fp16, fp16 teacher, normalised": {**FP16, "+task.teacher_precision": "fp16", "task.normalize": True},
     "fp16, store": {**FP16, STORE: "fp16"},
     "bf16, int8 store with a shared CNN": {**BF16, STORE: "int8", **SHARED_CNN},
+    "bf16, store of codes with a shared CNN": {**BF16, STORE: "pq4", **SHARED_CNN},
+    "AMP, units, masked": {**AMP, STORE: "units20", "+criterion.loss": "units", **MASKED},
     "fp16, moving average in fp32": {**FP16, **AVERAGED, "ema.ema_fp32": True},
     "AMP, moving average": {**AMP, **AVERAGED},
     "fp16, plateau, accumulated gradients": {**FP16, **PLATEAU},

@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from fairseq.criterions.hubert_criterion import HubertCriterion
 
 from fairseq_stack.criterions.losses import (
     LOSSES,
+    cross_entropy,
     l1_cosine,
     mse,
     normalize_targets,
+    predicted_right,
     temporal_gram,
     valid_frames,
 )
@@ -60,7 +63,7 @@ def slow_gram(student_input, student_output, teacher_input, teacher_output):
 def every_loss():
     """Each loss as a function of rows of the batch and their padding, and its slow value."""
     prediction, target = STUDENT.double().tolist(), TEACHER.double().tolist()
-    for name, loss in ((name, loss.function) for name, loss in LOSSES.items() if loss.heads):
+    for name, loss in ((name, loss.function) for name, loss in LOSSES.items() if loss.heads and not loss.codes):
         slow = [
             sum(slow_frame(name, prediction[row][frame], target[row][frame]) for frame in range(count))
             for row, count in enumerate(FRAMES)
@@ -98,7 +101,75 @@ class TestEveryLoss:
 
 
 def test_every_name_of_the_configuration_is_tested_above():
-    assert {param.id for param in every_loss()} == set(LOSSES)
+    assert {param.id for param in every_loss()} | {"units", "codes"} == set(LOSSES)
+
+
+LOGITS = 3 * states(2 * 5, 7)  # of two codebooks with five entries
+CODES = torch.randint(5, (3, 7, 2), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
+
+
+def slow_entropy(row, frame):
+    """The mean over the codebooks of one frame, in float64."""
+    logits = LOGITS[row, frame].double().tolist()
+    total = 0.0
+    for book, code in enumerate(CODES[row, frame].tolist()):
+        of_book = logits[5 * book : 5 * book + 5]
+        total += math.log(sum(math.exp(value) for value in of_book)) - of_book[code]
+    return total / 2
+
+
+def test_the_cross_entropy_of_codes_equals_its_definition_in_float64_and_does_not_see_padding():
+    expected = [sum(slow_entropy(row, frame) for frame in range(count)) for row, count in enumerate(FRAMES)]
+    logits = LOGITS.masked_fill(~VALID[:, :, None], math.nan).requires_grad_()
+    value = cross_entropy(logits, CODES, VALID)
+    value.backward()
+    assert value.item() == pytest.approx(sum(expected), rel=1e-5)
+    assert logits.grad[VALID].any() and not logits.grad[~VALID].any()
+    for row, count in enumerate(FRAMES):
+        alone = (each[row : row + 1, :count] for each in (LOGITS, CODES, VALID))
+        assert cross_entropy(*alone).item() == pytest.approx(expected[row], rel=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cross_entropy(LOGITS, CODES, VALID).item() == pytest.approx(sum(expected), rel=1e-5)
+    half = LOGITS.half()
+    assert cross_entropy(half, CODES, VALID).item() == pytest.approx(cross_entropy(half.float(), CODES, VALID).item())
+
+
+def test_the_accuracy_counts_the_codes_that_are_most_probable():
+    guesses = LOGITS.unflatten(2, (2, 5)).argmax(3)
+    right = sum((guesses[row, frame] == CODES[row, frame]).sum().item() / 2 for row, frame in VALID.nonzero().tolist())
+    assert predicted_right(LOGITS, CODES, VALID).item() == pytest.approx(right) and right > 0
+
+
+class OfLogits(torch.nn.Module):
+    """What fairseq's criterion asks a HuBERT for."""
+
+    def forward(self, target_list, **net_input):
+        return {"units": target_list, **net_input}
+
+    def get_logits(self, net, masked):
+        return [net["logits"][net["masked"] if masked else net["unmasked"]]]
+
+    def get_targets(self, net, masked):
+        return [net["units"][net["masked"] if masked else net["unmasked"]]]
+
+
+@pytest.mark.parametrize("unmasked_weight", [0.0, 0.5])
+def test_on_the_same_logits_units_have_the_loss_and_gradient_of_fairseqs_hubert_criterion(unmasked_weight):
+    units, masked = CODES[:, :, :1].long(), VALID & (torch.arange(7) % 2 == 0)
+    theirs = states(5, 9).requires_grad_()
+    ours = theirs.detach().clone().requires_grad_()
+    criterion = HubertCriterion(None, 1.0, unmasked_weight)
+    net_input = {"logits": theirs, "masked": masked, "unmasked": VALID & ~masked}
+    sample = {"id": torch.arange(3), "target_list": units[:, :, 0], "net_input": net_input}
+    expected, _, log = criterion(OfLogits(), sample)
+    # As LayerDistillation weights masked and unmasked frames.
+    everywhere, on_masked = (cross_entropy(ours, units, frames) for frames in (VALID, masked))
+    loss = unmasked_weight * everywhere + (1 - unmasked_weight) * on_masked
+    torch.testing.assert_close(loss, expected)
+    assert on_masked.item() == pytest.approx(log["loss_m_0"]) and log["loss_u_0"] > 0
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_the_weight_of_the_cosine_is_its_weight():

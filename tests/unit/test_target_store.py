@@ -14,6 +14,7 @@ import torch
 from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import Manifest, Names
 from fairseq_stack.errors import InputError
+from fairseq_stack.targets.codebooks import learn_codebooks
 from fairseq_stack.targets.formats import decode, encode
 from fairseq_stack.targets.store import CNN, TargetStore, UnusableEntry, file_source, waveform_digest
 
@@ -32,7 +33,16 @@ def entry(made, utterance="a.wav", start=0, samples=4000, digest="d", source="s"
 def arrays(made, batch=1, frames=12, seed=0):
     torch.manual_seed(seed)
     widths = {name: 8 if name == CNN else WIDTH for name in made.arrays}
-    return {name: encode(torch.randn(batch, frames, width), made.form) for name, width in widths.items()}
+    return made.encode({name: torch.randn(batch, frames, width) for name, width in widths.items()}, {})
+
+
+def with_codebooks(made, seed=0):
+    """The store, with codebooks of random frames where it lacks them."""
+    torch.manual_seed(seed)
+    for name in made.without_codebooks:
+        width = 8 if name == CNN else WIDTH
+        made.keep_codebooks(name, learn_codebooks(torch.randn(300, width), torch.randn(50, width), *made.shape))
+    return made
 
 
 def equal(ours, theirs, row=0):
@@ -40,10 +50,10 @@ def equal(ours, theirs, row=0):
                for name, parts in ours.items() for part in parts)  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["fp16", "int8"])
+@pytest.mark.parametrize("form", ["fp16", "int8", "pq2", "units20", "units300"])
 @pytest.mark.parametrize("cnn", [False, True])
 def test_an_entry_comes_back_as_it_was_stored_without_the_padding(tmp_path, form, cnn):
-    made = store(tmp_path, cnn=cnn, form=form)
+    made = with_codebooks(store(tmp_path, cnn=cnn, form=form))
     entries = {1: entry(made, "a.wav"), 3: entry(made, "b.wav", samples=2000)}
     targets = arrays(made, batch=4)
     made.write(entries, targets)
@@ -51,7 +61,7 @@ def test_an_entry_comes_back_as_it_was_stored_without_the_padding(tmp_path, form
     for row in entries:
         read = made.read(entries[row])
         assert list(read) == [2, 3, *[CNN] * cnn] and equal(read, targets, row)
-        assert all(len(parts["values"]) == entries[row].frames for parts in read.values())
+        assert all(len(values) == entries[row].frames for parts in read.values() for values in parts.values())
     assert made.read(entry(made, "c.wav")) is None
 
 
@@ -160,6 +170,36 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_no_half_entry(tmp_path
     assert message.startswith(f"task.target_store={made.folder} cannot be written (File too large)")
     assert "\n" not in message and len(list(tmp_path.glob("*/*/*"))) == 1
     assert made.read(entry(made)) and made.read(entry(made, "b.wav")) is None
+
+
+def test_codebooks_are_shared_by_choices_of_layers_and_an_entry_is_read_with_those_that_made_it(tmp_path):
+    made = with_codebooks(store(tmp_path, form="pq2"))
+    made.write({0: entry(made)}, arrays(made))
+    assert store(tmp_path, layers=(3,), form="pq2").read(entry(made))
+    other = store(tmp_path, layers=(3, 4), form="pq2")
+    assert other.without_codebooks == [4] and other.codebooks[3].digest == made.codebooks[3].digest
+    assert store(tmp_path, layers=(2, 3), form="pq4").without_codebooks == [2, 3]
+    made.keep_codebooks(3, with_codebooks(store(tmp_path / "other", form="pq2"), seed=1).codebooks[3])
+    assert made.read(entry(made))  # the first codebooks stay
+    (tmp_path / "codebooks/3.pq2.safetensors").unlink()
+    again = with_codebooks(store(tmp_path, form="pq2"), seed=1)
+    with pytest.raises(UnusableEntry, match="other codebooks"):
+        again.read(entry(again))
+
+
+def test_a_format_of_codes_refuses_what_codes_cannot_say(tmp_path):
+    with pytest.raises(
+        InputError, match="task.target_format=pq17 has more codebooks than the teacher has features: 16"
+    ):
+        store(tmp_path, form="pq17")
+    made = with_codebooks(store(tmp_path, layers=[7], form="pq2"))
+    broken = torch.randn(2, 12, WIDTH)
+    broken[0, 5, 3] = torch.inf
+    broken[1, 11, 3] = torch.nan  # in the padding
+    assert made.encode({7: broken}, {1: entry(made, "b.wav", samples=2000)})
+    with pytest.raises(InputError, match="the teacher's layer 7 for a.wav is not finite") as refused:
+        made.encode({7: broken}, {0: entry(made, "a.wav")})
+    assert "int8" not in str(refused.value)
 
 
 def dataset(samples, longest, made, random_crop=True):
