@@ -1,5 +1,6 @@
 """Run the commands of a documentation page, each in this process, where imports cost nothing."""
 
+import logging
 import re
 import runpy
 import shlex
@@ -42,7 +43,8 @@ def run_command(line, **extra):
     elif program == "fairseq-validate":
         from fairseq_cli.validate import cli_main
 
-        with mock.patch.object(sys, "argv", [program, *words]):
+        # It replaces the handlers of all logs.
+        with mock.patch.object(sys, "argv", [program, *words]), mock.patch.object(logging.root, "handlers", []):
             cli_main()
     else:
         assert program in ("mkdir", "cp", "for"), line

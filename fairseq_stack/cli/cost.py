@@ -1,8 +1,8 @@
 """Compare the sizes and speeds of exports, and of a teacher.
 
-The models compute the same utterance one after the other, in several runs, so that
-their ratio hardly depends on other work on the machine. The first export is the
-reference.
+The models compute the same utterance one after the other, in several runs. The fastest
+run of each counts, because other work on the machine only slows runs down. The first
+export is the reference.
 
 examples:
   fairseq-stack cost student.onnx student_int8.onnx --teacher teacher.pt

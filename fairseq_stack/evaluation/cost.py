@@ -81,6 +81,8 @@ def _noise(seconds):
 def cost_table(exports: Sequence[str | Path], teacher: str | Path | None, seconds: int, runs: int) -> str:
     """Returns the sizes and real-time factors of exports, and of a teacher, beside those of the first export.
 
+    The fastest run of each counts, because other work on the machine can only slow a run down.
+
     Args:
         exports: see load_export.
         teacher: see load_teacher, or None.
@@ -99,15 +101,14 @@ def cost_table(exports: Sequence[str | Path], teacher: str | Path | None, second
     first = str(exports[0])
     rows = []
     for name, found in factors.items():
-        ratios = [one / other for one, other in zip(found, factors[first])]
         rows.append(
             (
                 name,
                 f"{count_parameters(upstreams[name]) / 1e6:.2f}",
                 f"{sizes[name] / 1e6:.2f}",
                 f"{sizes[name] / sizes[first]:.2f}",
-                f"{statistics.median(found):.4f}",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                f"{min(found):.4f}",
+                f"{min(found) / min(factors[first]):.2f}",
             )
         )
     return markdown_table(("model", "M parameters", "MB", "of the first", "real-time factor", "of the first"), rows)

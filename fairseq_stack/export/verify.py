@@ -152,7 +152,8 @@ def compare_hidden_states(
     """The differences between two models, for every hidden state and waveform.
 
     In fp32 a difference is the largest absolute one. In a lower precision it is the mean square difference, as a
-    share of the variance over time that the hidden state has in the longest waveform.
+    share of the variance over time that the hidden state has in the longest waveform; of logits, the variance over
+    the outputs.
 
     Args:
         reference, exported: the two models. The reference may have more outputs than the export.
@@ -174,7 +175,7 @@ def compare_hidden_states(
     batch = [short[0], short[len(short) // 2], short[-1]]
     variances = None
     if precision in SHARES:
-        variances = {name: _variance(state[0]) for name, state in reference(ordered[-1:]).items()}
+        variances = {name: _variance(name, state[0]) for name, state in reference(ordered[-1:]).items()}
     alone = [
         {
             "samples": len(waveform),
@@ -239,9 +240,9 @@ def _differences(
     return differences
 
 
-def _variance(state: Tensor) -> float:
-    """The variance of a hidden state [T, D] over time, a mean over its features. With one frame, over the features."""
-    return state.var(0 if len(state) > 1 else 1).mean().item()
+def _variance(name: int | str, state: Tensor) -> float:
+    """The variance of a hidden state [T, D] over time, a mean over its features. Of logits, over the outputs."""
+    return state.var(1 if name == "logits" else 0).mean().item()
 
 
 def _largest(values: Iterable[float]) -> float:
