@@ -32,6 +32,11 @@ def add_arguments(parser: ArgumentParser) -> None:
              " in one split only; LibriSpeech keeps its own splits",
     )  # fmt: skip
     parser.add_argument(
+        "--texts", metavar="FILE",
+        help="what is said in the recordings of a folder, for labels.tsv: a line for each recording, with its path"
+             " below --source, a tab and the text",
+    )  # fmt: skip
+    parser.add_argument(
         "--bad-audio-limit", metavar="SHARE", type=float,
         help="largest share of unusable recordings before the preparation stops, like task.bad_audio_limit in training"
              " (default: 0.01)",
@@ -60,6 +65,6 @@ def run(args: Namespace) -> str | None:
         if problems:
             return "\n".join(problems)
     else:
-        prepare(args.source, args.output, args.split_by, limit)
+        prepare(args.source, args.output, args.split_by, limit, args.texts)
     print(summary(args.output))
     return None
