@@ -4,7 +4,6 @@ import logging
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from unittest import mock
 
@@ -47,5 +46,4 @@ def run_command(line, **extra):
         with mock.patch.object(sys, "argv", [program, *words]), mock.patch.object(logging.root, "handlers", []):
             cli_main()
     else:
-        assert program in ("mkdir", "cp", "for"), line
-        subprocess.run(["sh", "-c", line], check=True)
+        raise AssertionError(f"the tests do not know {program}: {line}")

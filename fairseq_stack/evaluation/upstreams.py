@@ -106,7 +106,8 @@ class OnnxUpstream(nn.Module):
         path: the file of `--to onnx`.
 
     Raises:
-        InputError: onnxruntime is not installed, or the file is none of fairseq-stack's or has a weighted sum.
+        InputError: onnxruntime is not installed, or the file is none of fairseq-stack's, has a weighted sum or is
+            fine-tuned.
     """
 
     def __init__(self, path: str | Path):
@@ -123,6 +124,8 @@ class OnnxUpstream(nn.Module):
             width, hop, self.parameter_count = (
                 int(facts[name]) for name in ("width", "samples_per_frame", "parameters")
             )
+        if "labels" in facts:
+            raise InputError(f"{path} is fine-tuned, and probes need hidden states; give the export of the student")
         if facts["hidden_states"] == "weighted":
             raise InputError(f"{path} has a weighted sum alone, and probes learn the weights; export all hidden states")
         self.num_layers = len(self.session.get_outputs()) - 1

@@ -60,6 +60,8 @@ def export(
     state = {} if tuned else load_checkpoint(checkpoint)
     if not tuned and (configurations(state)[0] or {}).get("_name") == "hubert_ctc":
         tuned = from_fairseq(state, Path(checkpoint))
+    if tuned and ema:
+        raise InputError(f"--ema: {checkpoint} is fine-tuned; leave the option out")
     if tuned:
         return _export_fine_tuned(tuned, str(checkpoint), to, output, speech, force, choices)
     if ema:
@@ -118,7 +120,8 @@ def _export_fine_tuned(
     if "hidden_states" in choices:
         raise InputError(f"--hidden-states {choices['hidden_states']}: {name} is fine-tuned and has only logits")
     if not speech or not speech.is_file():
-        raise InputError(f"--speech {speech}: give an audio file or a manifest, to verify a fine-tuned student with")
+        problem = f"{speech} does not exist" if speech else f"{name} is fine-tuned and names no speech"
+        raise InputError(f"{problem}; give --speech an audio file or a manifest to verify with")
     return write_verified(
         partial(format.write, tuned.student, **choices),
         partial(format.load, student=tuned.student, **choices),

@@ -143,6 +143,16 @@ def test_the_documented_commands_fine_tune_a_student_with_transformers_and_expor
         assert labels_of(file) == labels
         assert json.loads((root / f"{file}.verification.json").read_text())["compared_with"].startswith("transformers'")
 
+    for options, words in (
+        ("--to huggingface", "is fine-tuned, and --to huggingface has no place for its output layers; use --to onnx"),
+        ("--to onnx", "is fine-tuned and names no speech; give --speech"),
+        ("--to onnx --speech none.tsv", "none.tsv does not exist; give --speech"),
+        ("--to onnx --hidden-states last", "--hidden-states last: outputs/ctc_hf is fine-tuned and has only logits"),
+        ("--to onnx --ema", "--ema: outputs/ctc_hf is fine-tuned; leave the option out"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(words)):
+            run_command(f"fairseq-stack export outputs/ctc_hf {options} --output x")
+
     # The example without torch reads what transformers reads.
     manifest = read_manifest(root / "manifests/test.tsv")
     wave, rate = soundfile.read(manifest.path(0))
