@@ -17,8 +17,8 @@ from pathlib import Path
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=Path,
-        help="fairseq checkpoint of a student, at any stage of its growth. To export a fine-tuned student to ONNX: a"
-             " checkpoint of hubert_ctc, or a folder that transformers saved",
+        help="fairseq checkpoint of a student, at any stage of its growth; or a fine-tuned student, which is a"
+             " checkpoint of hubert_ctc or a folder of transformers",
     )  # fmt: skip
     parser.add_argument("--to", required=True, metavar="FORMAT", help="one of the formats above")
     parser.add_argument("--output", required=True, type=Path, help="folder or file to make")
@@ -29,12 +29,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--precision", metavar="fp32|fp16|int8",
-        help="of an ONNX file (default: fp32). int8: the weights of the matrix products are quantised; convolutions"
-             " compute in fp32",
+        help="of an ONNX file (default: fp32); int8 quantises matrix products alone",
     )  # fmt: skip
     parser.add_argument(
         "--hidden-states", metavar="all|last|weighted",
-        help="outputs of an ONNX file (default: all). weighted: one sum, with the weights as another input",
+        help="outputs of an ONNX file (default: all)",
     )  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="export the moving average of the weights")
     parser.add_argument(

@@ -33,13 +33,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--texts", metavar="FILE",
-        help="what is said in the recordings of a folder, for labels.tsv: a line for each recording, with its path"
-             " below --source, a tab and the text",
+        help="transcripts of a folder: lines of a path below --source, a tab and the text",
     )  # fmt: skip
     parser.add_argument(
         "--bad-audio-limit", metavar="SHARE", type=float,
-        help="largest share of unusable recordings before the preparation stops, like task.bad_audio_limit in training"
-             " (default: 0.01)",
+        help="largest share of unusable recordings, like task.bad_audio_limit in training (default: 0.01)",
     )  # fmt: skip
     parser.add_argument(
         "--check", action="store_true",
