@@ -19,6 +19,11 @@ TRAIN = [
     "scikit-learn",  # the clusters of stored codes, and those that the demo's teacher learns
 ]
 ONNX = ["onnx", "onnxruntime"]
+FINETUNING = [
+    "transformers>=4.46",  # whose Trainer has processing_class
+    "accelerate",
+    "editdistance",  # the word errors of fairseq's CTC loss
+]
 # Starts jobs on a SLURM cluster; its version for fairseq 0.12.2's hydra is another.
 SLURM = ['hydra-submitit-launcher>=1.2; python_version >= "3.11"']
 # What s3prl's problems import and espnet-s3prl does not ask for; dcase_util imports setuptools' old pkg_resources.
@@ -65,9 +70,9 @@ setup(
     extras_require={
         "train": TRAIN,
         "onnx": ONNX,
+        "finetuning": FINETUNING,
         "slurm": SLURM,
         "superb": SUPERB,
-        # fairseq's CTC loss, for fine-tuning, computes word errors with editdistance.
-        "test": ["pytest", "pytest-xdist", "editdistance", *TRAIN, *ONNX, *SLURM, *SUPERB, *LINT],
+        "test": ["pytest", "pytest-xdist", *FINETUNING, *TRAIN, *ONNX, *SLURM, *SUPERB, *LINT],
     },
 )

@@ -19,6 +19,21 @@ from fairseq_stack.models.waveform_norm import FAIRSEQ_EPSILON
 
 
 @dataclass(frozen=True)
+class Output:
+    """The output layers of a fine-tuned student, for CTC or for classes of utterances.
+
+    Attributes:
+        maps: weight [out, in] and bias [out] of each linear map, one after the other, in fp32.
+        pooled: whether a mean over an utterance's frames follows the first map.
+        labels: what each output stands for: a class, or a letter. CTC's blank is empty.
+    """
+
+    maps: list[tuple[Tensor, Tensor]]
+    pooled: bool
+    labels: list[str]
+
+
+@dataclass(frozen=True)
 class Student:
     """A student from a checkpoint, with the layers that its stage uses.
 
@@ -33,6 +48,7 @@ class Student:
             indices in the training model may differ.
         heads: the tensors of the prediction heads, `heads.{teacher layer}...`, in fp32.
         mask_emb: [width], the embedding that replaces masked frames in training, or None.
+        output: the output layers of a fine-tuned student, else None.
     """
 
     config: dict[str, Any]
@@ -43,6 +59,7 @@ class Student:
     weights: dict[str, Tensor]
     heads: dict[str, Tensor]
     mask_emb: Tensor | None
+    output: Output | None = None
 
 
 def with_moving_average(state: dict[str, Any], name: str = "the checkpoint") -> dict[str, Any]:

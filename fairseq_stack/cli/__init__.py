@@ -20,6 +20,7 @@ COMMANDS = (
     "store-targets",
     "export",
     "evaluate",
+    "cost",
     "report",
     "compare",
     "benchmark",

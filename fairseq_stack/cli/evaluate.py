@@ -1,7 +1,7 @@
 """Probe exported students by a small version of SUPERB's protocol and print a table.
 
 The table also has rows for log-mel features and for a student with random weights and
-the shape of the first export.
+the shape of the first export that is no ONNX file.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -13,7 +13,7 @@ from fairseq_stack.errors import check_output, check_positive
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "exports", nargs="+", metavar="EXPORT",
-        help="an export by fairseq-stack: a huggingface folder, or a file for s3prl",
+        help="an export by fairseq-stack: a huggingface folder, a file for s3prl, or an ONNX file",
     )  # fmt: skip
     parser.add_argument(
         "--speech", required=True, metavar="FOLDER", help="folder with labels that fairseq-stack prepare made"

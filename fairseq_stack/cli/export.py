@@ -15,13 +15,25 @@ from pathlib import Path
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="fairseq checkpoint of a student, at any stage of its growth")
+    parser.add_argument(
+        "checkpoint", type=Path,
+        help="fairseq checkpoint of a student, at any stage of its growth; or a fine-tuned student, which is a"
+             " checkpoint of hubert_ctc or a folder of transformers",
+    )  # fmt: skip
     parser.add_argument("--to", required=True, metavar="FORMAT", help="one of the formats above")
     parser.add_argument("--output", required=True, type=Path, help="folder or file to make")
     parser.add_argument(
         "--speech", type=Path,
         help="audio file or manifest (.tsv), 16 kHz mono, on which to compare the export with the training model"
              " (default: the student's validation data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", metavar="fp32|fp16|int8",
+        help="of an ONNX file (default: fp32); int8 quantises matrix products alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hidden-states", metavar="all|last|weighted",
+        help="outputs of an ONNX file (default: all)",
     )  # fmt: skip
     parser.add_argument("--ema", action="store_true", help="export the moving average of the weights")
     parser.add_argument(
@@ -36,14 +48,17 @@ def run(args: Namespace) -> str | None:
     from fairseq_stack.export.student import export
     from fairseq_stack.export.verify import ExportMismatch, difference_table
 
+    choices = {"precision": args.precision, "hidden_states": args.hidden_states}
+    choices = {name: value for name, value in choices.items() if value is not None}
     try:
-        proof = export(args.checkpoint, args.to, args.output, args.speech, args.ema, args.force)
+        proof = export(args.checkpoint, args.to, args.output, args.speech, args.ema, args.force, **choices)
     except ExportMismatch as error:
         return f"error: {error}"
     print(difference_table(proof))
     print(
         f"{args.to}: {args.output}, largest difference to {proof['compared_with']}"
         f" {proof['largest_difference_alone']:.2g} alone, {proof['largest_difference_padded']:.2g} in a padded batch"
+        f" ({proof['measure']})"
     )
     print(f"padding: {proof['padding']}")
     if "normalization" in proof:

@@ -34,9 +34,12 @@ def add_arguments(parser: ArgumentParser) -> None:
              " in one split only; LibriSpeech keeps its own splits",
     )  # fmt: skip
     parser.add_argument(
+        "--texts", metavar="FILE",
+        help="transcripts of a folder: lines of a path below --source, a tab and the text",
+    )  # fmt: skip
+    parser.add_argument(
         "--bad-audio-limit", metavar="SHARE", type=float,
-        help="largest share of unusable recordings before the preparation stops, like task.bad_audio_limit in training"
-             " (default: 0.01)",
+        help="largest share of unusable recordings, like task.bad_audio_limit in training (default: 0.01)",
     )  # fmt: skip
     parser.add_argument(
         "--check", action="store_true",
@@ -62,6 +65,6 @@ def run(args: Namespace) -> str | None:
         if problems:
             return "\n".join(problems)
     else:
-        prepare(args.source, args.output, args.split_by, limit)
+        prepare(args.source, args.output, args.split_by, limit, args.texts)
     print(summary(args.output))
     return None

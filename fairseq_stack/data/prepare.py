@@ -57,7 +57,11 @@ LIBRISPEECH = {"train": "train-*", "valid": "dev-*", "test": "test-*"}
 
 
 def prepare(
-    source: str | Path, output: str | Path, grouping: str = "prompt", bad_audio_limit: float = BAD_AUDIO_LIMIT
+    source: str | Path,
+    output: str | Path,
+    grouping: str = "prompt",
+    bad_audio_limit: float = BAD_AUDIO_LIMIT,
+    texts: str | Path | None = None,
 ) -> None:
     """Prepare speech in the folder `output`.
 
@@ -69,6 +73,7 @@ def prepare(
         output: the folder to write.
         grouping: no prompt ("prompt") or no speaker ("speaker") is in two splits (see choose_splits).
         bad_audio_limit: the share of recordings that may be unusable; they are logged and left out.
+        texts: for a folder of audio, a file of what is said, see read_texts.
 
     Raises:
         InputError: the source is missing or has no audio, more recordings than the limit are unusable, there
@@ -76,6 +81,8 @@ def prepare(
     """
     output = Path(os.path.abspath(output))
     if source in SOURCES:
+        if texts:
+            raise InputError(f"--texts {texts}: {source} has its own texts; leave the option out")
         with unpacked_recordings(SOURCES[str(source)], output / "packages") as recordings:
             if grouping == "speaker":
                 recordings = _with_speaker(recordings)
@@ -87,9 +94,13 @@ def prepare(
     if any((source / "LibriSpeech").glob("train-*")):
         source = source / "LibriSpeech"
     if any(source.glob("train-*/*/*/*.flac")):
+        if texts:
+            raise InputError(f"--texts {texts}: LibriSpeech has its own texts; leave the option out")
         prepare_librispeech(source, output, bad_audio_limit)
         return
     recordings = folder_recordings(source, output)
+    if texts:
+        recordings = with_texts(recordings, texts)
     if grouping == "speaker":
         recordings = [_named_after_folder(recording) for recording in recordings]
     prepare_recordings(recordings, output, grouping, bad_audio_limit)
@@ -120,6 +131,41 @@ def folder_recordings(source: Path, output: Path) -> list[Recording]:
     for line in left:
         logger.warning(line)
     return recordings
+
+
+def with_texts(recordings: Sequence[Recording], texts: str | Path) -> list[Recording]:
+    """Return the recordings with what is said in them; log how many have no text.
+
+    Args:
+        recordings: of a folder.
+        texts: a text file with a line for each recording: its path below the folder, with or without the suffix, a
+            tab, and the text.
+
+    Raises:
+        InputError: the file cannot be read, a line has no tab, or no line names a recording.
+    """
+    said = {}
+    try:
+        lines = Path(texts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--texts {texts}: cannot be read as UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        name, tab, text = line.partition("\t")
+        if not tab:
+            raise InputError(f"--texts {texts}:{number}: has no tab between the path of a recording and its text")
+        said[name] = " ".join(text.split())
+    found = [
+        replace(one, text=said.get(one.utterance) or said.get(f"{one.utterance}{one.source.suffix}", ""))
+        for one in recordings
+    ]
+    without = sum(not one.text for one in found)
+    if without == len(found):
+        raise InputError(
+            f"--texts {texts}: names no recording; write paths below --source, such as {recordings[0].utterance}"
+        )
+    if without:
+        logger.warning(f"{without} recordings have no text in {texts}")
+    return found
 
 
 def _reason_to_leave(path: Path) -> str | None:

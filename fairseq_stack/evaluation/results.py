@@ -11,7 +11,7 @@ The file, results.json, holds
      "upstreams": {name: {"of": hash of its weights, the speech and the protocol,
                           "layers": hidden states, input of the first layer included,
                           "parameters": number,
-                          "multiply_adds_per_second": number,
+                          "multiply_adds_per_second": number, or null for an ONNX file,
                           "real_time_factor": number,
                           "tasks": {task: {seed: PROBE}}}},
      "held_out_variance": {"of": hashes, "checkpoint": file,
@@ -54,6 +54,7 @@ from fairseq_stack.evaluation.tasks import METRICS, Task, read_tasks
 from fairseq_stack.evaluation.upstreams import (
     TeacherUpstream,
     files_digest,
+    is_onnx,
     load_export,
     load_log_mel,
     load_random,
@@ -80,7 +81,7 @@ def upstream_rows(exports: Sequence[str | Path], teacher: str | Path | None = No
     """Returns the rows of the table by name.
 
     Args:
-        exports: paths, see load_export. The row "random student" has the shape of the first.
+        exports: paths, see load_export. The row "random student" has the shape of the first that is no ONNX file.
         teacher: see load_teacher.
 
     Raises:
@@ -91,10 +92,12 @@ def upstream_rows(exports: Sequence[str | Path], teacher: str | Path | None = No
     if teacher:
         load_teacher(teacher)
     rows = {
-        "random student": (files_digest(exports[0]), lambda: load_random(exports[0])),
         "log-mel": ("", load_log_mel),
         "log-mel, normalized (SUPERB's FBANK)": ("", lambda: load_log_mel(normalized=True)),
     }
+    shaped = next((path for path in exports if not is_onnx(path)), None)
+    if shaped:
+        rows = {"random student": (files_digest(shaped), lambda: load_random(shaped)), **rows}
     if teacher:
         rows = {"teacher": (files_digest(teacher), lambda: TeacherUpstream(teacher)), **rows}
     students = {}
@@ -252,7 +255,7 @@ def probe_table(results: dict[str, Any], seeds: Sequence[int]) -> str:
             row.append(f"{mean:.1f}{over_seeds} [{low:.1f}, {high:.1f}]")
         row += [
             f"{entry['parameters'] / 1e6:.2f}",
-            f"{entry['multiply_adds_per_second'] / 1e9:.3f}",
+            f"{operations / 1e9:.3f}" if (operations := entry["multiply_adds_per_second"]) is not None else "–",
             f"{entry['real_time_factor']:.4f}",
         ]
         rows.append(row)

@@ -24,22 +24,24 @@ from s3prl.upstream.hubert.hubert_model import (
 from torch import Tensor
 
 from fairseq_stack.analysis.hidden_states import check_export
-from fairseq_stack.errors import InputError
+from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.teachers import load_teacher
 
 SAMPLES_PER_FRAME = 320  # of every HuBERT that s3prl loads
 
 
-def load_export(path: str | Path) -> S3PRLUpstream:
-    """Returns a student that fairseq-stack export wrote, in eval mode, loaded by s3prl's own loader.
+def load_export(path: str | Path) -> Any:
+    """Returns a student that fairseq-stack export wrote, in eval mode: an OnnxUpstream or an S3PRLUpstream.
 
     Args:
-        path: the folder of `--to huggingface`, or the file of `--to s3prl` or `--to s3prl-distiller`.
+        path: the folder of `--to huggingface`, or the file of `--to s3prl`, `--to s3prl-distiller` or `--to onnx`.
 
     Raises:
         InputError: the path is no such export, or cannot be loaded without running code from it.
     """
     path = Path(path)
+    if is_onnx(path):
+        return OnnxUpstream(path)
     if path.is_dir():
         check_export(path)
         upstream = _load("hf_hubert_custom", path)
@@ -53,11 +55,16 @@ def load_export(path: str | Path) -> S3PRLUpstream:
     return _load("hubert_local" if "model_weight" in _read(path) else "distiller_local", path)
 
 
+def is_onnx(path: str | Path) -> bool:
+    """Whether an export is an ONNX file, by its name."""
+    return Path(path).suffix == ".onnx"
+
+
 def load_random(path: str | Path, seed: int = 1) -> S3PRLUpstream:
     """Returns a model of an export's shape with random initial weights, in eval mode.
 
     Args:
-        path: see load_export.
+        path: see load_export; no ONNX file.
         seed: of the weights.
     """
     upstream = load_export(path)
@@ -90,6 +97,45 @@ def load_log_mel(normalized: bool = False) -> S3PRLUpstream:
             tables. A probe on the mean over time then gets little of the long-term spectrum.
     """
     return S3PRLUpstream("fbank" if normalized else "fbank_no_cmvn").eval()
+
+
+class OnnxUpstream(nn.Module):
+    """A student in an ONNX file, with the interface of S3PRLUpstream. onnxruntime has as many threads as torch.
+
+    Args:
+        path: the file of `--to onnx`.
+
+    Raises:
+        InputError: onnxruntime is not installed, or the file is none of fairseq-stack's, has a weighted sum or is
+            fine-tuned.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise InputError(f"{path}: onnxruntime cannot be imported ({error}); pip install onnxruntime") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        with input_errors(f"{path} cannot be loaded by onnxruntime; give what fairseq-stack export --to onnx wrote"):
+            self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+            facts = self.session.get_modelmeta().custom_metadata_map
+            width, hop, self.parameter_count = (
+                int(facts[name]) for name in ("width", "samples_per_frame", "parameters")
+            )
+        if "labels" in facts:
+            raise InputError(f"{path} is fine-tuned, and probes need hidden states; give the export of the student")
+        if facts["hidden_states"] == "weighted":
+            raise InputError(f"{path} has a weighted sum alone, and probes learn the weights; export all hidden states")
+        self.num_layers = len(self.session.get_outputs()) - 1
+        self.hidden_sizes, self.downsample_rates = [width] * self.num_layers, [hop] * self.num_layers
+
+    def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps waveforms [B, S] and their samples [B] to hidden states [B, T, D] and their frames [B]."""
+        outputs = self.session.run(None, {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
+        *states, frames = map(torch.from_numpy, outputs)
+        return states, [frames] * self.num_layers
 
 
 class TeacherUpstream(nn.Module):
@@ -154,6 +200,6 @@ def _read(path):
     if not isinstance(state, dict) or not {"model_weight", "Distiller"} & state.keys():
         raise InputError(
             f"{path} is no export for s3prl; give what fairseq-stack export made with --to huggingface,"
-            " s3prl or s3prl-distiller"
+            " s3prl or s3prl-distiller, or an ONNX file whose name ends in .onnx"
         )
     return state

@@ -1,7 +1,7 @@
 """The export formats by name. The module of each format registers it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # A function from a list of waveforms [S] to hidden states {number: [B, T, D]} and, if the format has prediction heads,
 # {"head {teacher layer}": [B, T, teacher width]}.
 Outputs = Callable[[list["Tensor"]], dict[int | str, "Tensor"]]
+
+PRECISIONS = ("fp32", "fp16", "int8")
+HIDDEN_STATES = ("all", "last", "weighted")
 
 ONE_BY_ONE = "give it one utterance at a time, or use --to onnx"
 
@@ -33,6 +36,8 @@ class Format:
         normalizer: the library that normalises waveforms, and what it adds to their variance; None if the export
             normalises as the training did.
         limits: functions of a student; each returns why the format cannot hold it, or None if it can.
+        fine_tuned: whether the format can hold a fine-tuned student, with its output layers.
+        choices: the options that `write` and `load` take besides, and their values. The first is the default.
     """
 
     load: Callable[..., Outputs]
@@ -42,6 +47,8 @@ class Format:
     layer_norm: str | None = None
     normalizer: tuple[str, float] | None = None
     limits: tuple[Callable[["Student"], str | None], ...] = ()
+    fine_tuned: bool = False
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def padding(self, student: "Student") -> str | None:
         """Why a padded batch of this student gives other features, and what to use instead; None if it does not."""

@@ -1,5 +1,6 @@
 """A student as a folder that transformers' HubertModel loads."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON
 MASK_TIME_PROB = 0.05
 
 # fairseq's names on the left, transformers' on the right.
-_NORMS = {"default": "group", "layer_norm": "layer"}
-_ACTIVATIONS = {
+NORMS = {"default": "group", "layer_norm": "layer"}
+ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_accurate": "gelu_new",
     "gelu_fast": "gelu_new",
@@ -120,7 +121,7 @@ def _config(student: Student) -> HubertConfig:
     config = student.config
     channels, kernels, strides = zip(*student.conv_layers)
     return HubertConfig(
-        feat_extract_norm=_NORMS[config["extractor_mode"]],
+        feat_extract_norm=NORMS[config["extractor_mode"]],
         conv_dim=channels,
         conv_kernel=kernels,
         conv_stride=strides,
@@ -130,7 +131,7 @@ def _config(student: Student) -> HubertConfig:
         intermediate_size=config["encoder_ffn_embed_dim"],
         num_hidden_layers=student.depth,
         num_attention_heads=config["encoder_attention_heads"],
-        hidden_act=_ACTIVATIONS[config["activation_fn"]],
+        hidden_act=ACTIVATIONS[config["activation_fn"]],
         do_stable_layer_norm=config["layer_norm_first"],
         num_conv_pos_embeddings=config["conv_pos"],
         num_conv_pos_embedding_groups=config["conv_pos_groups"],
@@ -151,20 +152,8 @@ def _config(student: Student) -> HubertConfig:
 
 def _weights(student: Student) -> dict[str, torch.Tensor]:
     """The student's tensors under transformers' names."""
-    modules = dict(_MODULES)
-    for index in range(len(student.conv_layers)):
-        block = f"feature_extractor.conv_layers.{index}"
-        modules[f"{block}.0"] = f"{block}.conv"
-        # The norm comes third in fairseq's block; a layer norm there sits between two transpositions.
-        modules[f"{block}.2"] = modules[f"{block}.2.1"] = f"{block}.layer_norm"
-    for index in range(student.depth):
-        layer = f"encoder.layers.{index}"
-        modules.update({f"{layer}.{ours}": f"{layer}.{theirs}" for ours, theirs in _LAYER_MODULES.items()})
-
-    weights = {}
-    for name, tensor in student.weights.items():
-        module, _, parameter = name.rpartition(".")
-        weights[f"{modules[module]}.{_PARAMETERS[parameter]}"] = tensor
+    names = transformers_names(student.weights, len(student.conv_layers), student.depth)
+    weights = {names[name]: tensor for name, tensor in student.weights.items()}
     if student.mask_emb is not None:
         weights["masked_spec_embed"] = student.mask_emb
     width = student.config["encoder_embed_dim"]
@@ -173,3 +162,18 @@ def _weights(student: Student) -> dict[str, torch.Tensor]:
         weights["feature_projection.projection.weight"] = torch.eye(width)
         weights["feature_projection.projection.bias"] = torch.zeros(width)
     return weights
+
+
+def transformers_names(names: Iterable[str], conv_layers: int, depth: int) -> dict[str, str]:
+    """{fairseq's name of a tensor: transformers' name}, for a model with so many convolutions and layers."""
+    modules = dict(_MODULES)
+    for index in range(conv_layers):
+        block = f"feature_extractor.conv_layers.{index}"
+        modules[f"{block}.0"] = f"{block}.conv"
+        # The norm comes third in fairseq's block; a layer norm there sits between two transpositions.
+        modules[f"{block}.2"] = modules[f"{block}.2.1"] = f"{block}.layer_norm"
+    for index in range(depth):
+        layer = f"encoder.layers.{index}"
+        modules.update({f"{layer}.{ours}": f"{layer}.{theirs}" for ours, theirs in _LAYER_MODULES.items()})
+    split = {name: name.rpartition(".") for name in names}
+    return {name: f"{modules[module]}.{_PARAMETERS[parameter]}" for name, (module, _, parameter) in split.items()}

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_stack.checkpoints.student import Student
+from fairseq_stack.checkpoints.student import Output, Student
 
 EPSILON = 1e-5  # of every norm in the network
 
@@ -31,7 +31,8 @@ _ACTIVATIONS = {
 
 
 class PlainStudent(nn.Module):
-    """A student of fixed depth, in eval mode.
+    """A student of fixed depth, in eval mode. After `.half()` it computes in fp16, except for the first
+    convolution and the weighted sums of attention.
 
     Args:
         student: a Student.
@@ -47,6 +48,8 @@ class PlainStudent(nn.Module):
         # Weight norm: each position in the kernel has a length and a direction.
         length, direction = (weights.pop(f"encoder.pos_conv.0.weight_{part}") for part in "gv")
         weights["encoder.pos_conv.0.weight"] = direction * length / direction.norm(dim=(0, 1), keepdim=True)
+        for number, (weight, bias) in enumerate(student.output.maps if student.output else ()):
+            weights.update({f"output.{number}.weight": weight, f"output.{number}.bias": bias})
         for name, tensor in weights.items():
             self.register_buffer(name.replace(".", "_"), tensor)
 
@@ -117,11 +120,17 @@ class PlainStudent(nn.Module):
         for index, (_, kernel, stride) in enumerate(self.student.conv_layers):
             block = f"feature_extractor.conv_layers.{index}"
             frames = (frames - kernel) // stride + 1
-            if index == 0 and self.config["extractor_mode"] == "default":
-                weight, _ = self.parameters_of(f"{block}.0")
-                x = convolution_and_group_norm(waveforms, frames, weight, stride, *self.parameters_of(f"{block}.2"))
+            weight, bias = self.parameters_of(f"{block}.0")
+            if index > 0:
+                x = F.conv1d(x, weight, bias, stride=stride)
             else:
-                x = F.conv1d(x, *self.parameters_of(f"{block}.0"), stride=stride)
+                # Always in fp32, because fp16 has too few digits for a quiet recording with an offset.
+                if self.config["extractor_mode"] == "default":
+                    norm = self.parameters_of(f"{block}.2")
+                    x = convolution_and_group_norm(waveforms, frames, weight.float(), stride, *norm)
+                else:
+                    x = F.conv1d(x, weight.float(), None if bias is None else bias.float(), stride=stride)
+                x = x.to(weight.dtype)
             if self.config["extractor_mode"] == "layer_norm":
                 x = self.norm(x.transpose(1, 2), f"{block}.2.1").transpose(1, 2)
             x = F.gelu(x)
@@ -130,17 +139,32 @@ class PlainStudent(nn.Module):
     def attention(self, x: Tensor, inside: Tensor, module: str) -> Tensor:
         heads = self.config["encoder_attention_heads"]
         query, key, value = (
-            self.linear(x, f"{module}.{part}_proj").unflatten(2, (heads, -1)).transpose(1, 2) for part in "qkv"
+            self.linear(x, f"{module}.{part}_proj").float().unflatten(2, (heads, -1)).transpose(1, 2) for part in "qkv"
         )
         mixed = self.attend(query, key, value, inside[:, None, None], _QUERIES)
-        return self.linear(mixed.transpose(1, 2).flatten(2), f"{module}.out_proj")
+        return self.linear(mixed.transpose(1, 2).flatten(2).to(x.dtype), f"{module}.out_proj")
 
     def feed_forward(self, x: Tensor, layer: str) -> Tensor:
         return self.linear(self.activation(self.linear(x, f"{layer}.fc1")), f"{layer}.fc2")
 
+    def logits(self, output: Output, x: Tensor, frames: Tensor) -> Tensor:
+        """The logits [B, T, outputs], or pooled [B, outputs], of a last hidden state x [B, T, D] and frames [B]."""
+        for number in range(len(output.maps)):
+            x = self.linear(x, f"output.{number}")
+            if output.pooled and number == 0:
+                inside = valid_mask(x.size(1), frames)[:, :, None]
+                x = ((x * inside).float().sum(1) / frames[:, None]).to(x.dtype)
+        return x
+
     def outputs(self, waveforms: Tensor, lengths: Tensor) -> dict[int | str, Tensor]:
-        """Hidden states by number, and predictions of the heads on the last one by `head {teacher layer}`."""
-        states, _ = self(waveforms, lengths)
+        """Hidden states by number, and predictions of the heads on the last one by `head {teacher layer}`.
+
+        Of a fine-tuned student only the logits, [B, T, outputs]; T is 1 if they are pooled.
+        """
+        states, frames = self(waveforms, lengths)
+        if output := self.student.output:
+            logits = self.logits(output, states[-1], frames)
+            return {"logits": logits[:, None] if output.pooled else logits}
         heads = {
             f"head {layer}": head_prediction(self.student, layer, states[-1]) for layer in heads_on_top(self.student)
         }

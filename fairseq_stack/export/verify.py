@@ -24,6 +24,10 @@ ConvLayers = Sequence[tuple[int, int, int]]  # (channels, kernel, stride) of eac
 # The largest difference in a hidden state that rounding in fp32 can explain; see tolerance_for.
 TOLERANCE = 1e-4
 
+# The largest mean square difference of a hidden state that rounding in a lower precision can explain, as a share of
+# the hidden state's variance over time.
+SHARES = {"fp16": 1e-3, "int8": 1e-2}
+
 PADDING_AGREES = "an utterance in a padded batch gives what it gives alone"
 
 _RECORDINGS = 4
@@ -50,6 +54,7 @@ def write_verified(
     normalization: tuple[str, Outputs] | None = None,
     facts: dict | None = None,
     card: Callable[[dict], str] | None = None,
+    precision: str = "fp32",
 ) -> dict:
     """Write an export to a temporary folder, compare it with the reference, and then move it to `output`.
 
@@ -68,6 +73,7 @@ def write_verified(
             a reference that normalises as the format does. The export has to agree with that reference.
         facts: plain values to store with the comparison.
         card: makes a README.md from the comparison, for an export that is a folder.
+        precision: in which the export computes; in PRECISIONS.
 
     Returns:
         the stored comparison, a dict of plain values; see compare_hidden_states.
@@ -82,18 +88,19 @@ def write_verified(
         draft = Path(folder) / output.name
         write(draft)
         exported = load(draft)
-        proof = {**(facts or {}), **compare_hidden_states(reference, exported, waveforms, conv_layers)}
+        proof = {**(facts or {}), **compare_hidden_states(reference, exported, waveforms, conv_layers, precision)}
         required = proof
         if normalization:
-            required = compare_hidden_states(normalization[1], exported, waveforms, conv_layers)
+            required = compare_hidden_states(normalization[1], exported, waveforms, conv_layers, precision)
         found = [(_largest(one["difference"].values()), one["tolerance"]) for one in required["alone"]]
         if padding is None:
-            found.append((required["largest_difference_padded"], TOLERANCE))
+            found.append((required["largest_difference_padded"], SHARES.get(precision, TOLERANCE)))
         for difference, tolerance in found:
             if not difference <= tolerance:  # NaN fails too
                 raise ExportMismatch(
                     f"{output} is not written: its hidden states differ from those of"
                     f" {proof.get('compared_with', 'the reference')} by {difference:.3g}, more than {tolerance:.3g}"
+                    + (" of their variance; export it with --precision fp32" if precision in SHARES else "")
                 )
         if normalization:
             proof["normalization"] = normalization[0]
@@ -136,20 +143,29 @@ def check_may_write(output: str | Path, force: bool = False) -> None:
 
 @torch.no_grad()
 def compare_hidden_states(
-    reference: Outputs, exported: Outputs, waveforms: list[Tensor], conv_layers: ConvLayers
+    reference: Outputs,
+    exported: Outputs,
+    waveforms: list[Tensor],
+    conv_layers: ConvLayers,
+    precision: str = "fp32",
 ) -> dict:
-    """The largest absolute differences between two models, for every hidden state and waveform.
+    """The differences between two models, for every hidden state and waveform.
+
+    In fp32 a difference is the largest absolute one. In a lower precision it is the mean square difference, as a
+    share of the variance over time that the hidden state has in the longest waveform; of logits, the variance over
+    the outputs.
 
     Args:
         reference, exported: the two models. The reference may have more outputs than the export.
         waveforms: list of [S]. Each is compared alone. Three of them, of up to 16 s, are compared in one batch.
         conv_layers: the CNN of the student.
+        precision: in which the export computes; in PRECISIONS.
 
     Returns:
-        a dict. `alone` has for each waveform its samples, its level (the root mean square around the mean), its
-        offset (the mean), its tolerance and {name: difference}. `padded_batch` has the samples and differences of the
-        batch, over the frames of each utterance without its padding. `largest_difference_alone` and
-        `largest_difference_padded` are the largest of each, NaN if there is one.
+        a dict. `measure` says what a difference is. `alone` has for each waveform its samples, its level (the root
+        mean square around the mean), its offset (the mean), its tolerance and {name: difference}. `padded_batch` has
+        the samples and differences of the batch, over the frames of each utterance without its padding.
+        `largest_difference_alone` and `largest_difference_padded` are the largest of each, NaN if there is one.
 
     Raises:
         ExportMismatch: the hidden states differ in number or shape.
@@ -157,21 +173,25 @@ def compare_hidden_states(
     ordered = sorted(waveforms, key=len)
     short = [waveform for waveform in ordered if len(waveform) <= _MAX_SAMPLES] or ordered[:1]
     batch = [short[0], short[len(short) // 2], short[-1]]
+    variances = None
+    if precision in SHARES:
+        variances = {name: _variance(name, state[0]) for name, state in reference(ordered[-1:]).items()}
     alone = [
         {
             "samples": len(waveform),
             "level": round(waveform.std(unbiased=False).item(), 6),
             "offset": round(waveform.mean().item(), 6),
-            "tolerance": tolerance_for(waveform),
-            "difference": _differences(reference, exported, [waveform], conv_layers),
+            "tolerance": SHARES.get(precision) or tolerance_for(waveform),
+            "difference": _differences(reference, exported, [waveform], conv_layers, variances),
         }
         for waveform in ordered
     ]
     padded = {
         "samples": [len(waveform) for waveform in batch],
-        "difference": _differences(reference, exported, batch, conv_layers),
+        "difference": _differences(reference, exported, batch, conv_layers, variances),
     }
     return {
+        "measure": "mean square difference, as a share of the variance" if variances else "largest absolute difference",
         "largest_difference_alone": _largest(value for one in alone for value in one["difference"].values()),
         "largest_difference_padded": _largest(padded["difference"].values()),
         "alone": alone,
@@ -190,13 +210,19 @@ def tolerance_for(waveform: Tensor) -> float:
 
 
 def _differences(
-    reference: Outputs, exported: Outputs, waveforms: list[Tensor], conv_layers: ConvLayers
+    reference: Outputs,
+    exported: Outputs,
+    waveforms: list[Tensor],
+    conv_layers: ConvLayers,
+    variances: dict[int | str, float] | None,
 ) -> dict[str, float]:
+    """Differences by hidden state; see compare_hidden_states. `variances` are given for a lower precision."""
     ours, theirs = reference(waveforms), exported(waveforms)
     frames = [frames_from_samples(len(waveform), conv_layers) for waveform in waveforms]
     names = [name for name in ours if name in theirs]
-    depth = max(name for name in ours if isinstance(name, int))
-    if set(theirs) - set(ours) or not set(range(1, depth + 1)) <= set(names):
+    # Some formats have no hidden state 0, and most have no heads.
+    optional = {name for name in ours if name == 0 or str(name).startswith("head")}
+    if set(theirs) - set(ours) or set(ours) - set(theirs) - optional:
         raise ExportMismatch(f"the training model has the hidden states {list(ours)}, the export {list(theirs)}")
     differences = {}
     for name in names:
@@ -206,9 +232,17 @@ def _differences(
             raise ExportMismatch(
                 f"the training model has hidden state {name} as {list(one.shape)}, the export as {list(other.shape)}"
             )
-        rows = [(one[row, :count] - other[row, :count]).abs().max().item() for row, count in enumerate(frames)]
-        differences[str(name)] = _largest(rows)
+        errors = [one[row, :count] - other[row, :count] for row, count in enumerate(frames)]
+        if variances is None:
+            differences[str(name)] = _largest(error.abs().max().item() for error in errors)
+        else:
+            differences[str(name)] = _largest(error.pow(2).mean().item() / variances[name] for error in errors)
     return differences
+
+
+def _variance(name: int | str, state: Tensor) -> float:
+    """The variance of a hidden state [T, D] over time, a mean over its features. Of logits, over the outputs."""
+    return state.var(1 if name == "logits" else 0).mean().item()
 
 
 def _largest(values: Iterable[float]) -> float:
@@ -223,6 +257,31 @@ def difference_table(proof: dict) -> str:
     entries = zip([*labels, ("batch", "", "")], [*proof["alone"], proof["padded_batch"]])
     rows = [(*label, *(f"{entry['difference'][name]:.0e}" for name in names)) for label, entry in entries]
     return markdown_table(("samples", "level", "offset", *names), rows)
+
+
+def trial_weights(depth: int) -> Tensor:
+    """Weights [depth + 1] with which a weighted sum is verified: all differ, and their sum is 1."""
+    weights = torch.arange(1.0, depth + 2)
+    return weights / weights.sum()
+
+
+def chosen_states(outputs: dict[int | str, Tensor], hidden_states: str) -> dict[int | str, Tensor]:
+    """Those outputs of the training model that a file with these hidden states has."""
+    if hidden_states == "all":
+        return outputs
+    numbers = sorted(name for name in outputs if isinstance(name, int))
+    if hidden_states == "last":
+        return {numbers[-1]: outputs[numbers[-1]]}
+    states = [outputs[number] for number in numbers]
+    return {"weighted sum": weighted_sum(states, trial_weights(numbers[-1]))}
+
+
+def weighted_sum(states: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The sum of hidden states [B, T, D], each times its weight in [depth + 1]."""
+    total = states[0] * weights[0]
+    for number, state in enumerate(states[1:], start=1):
+        total = total + state * weights[number]
+    return total
 
 
 def padded_batch(waveforms: list[Tensor], epsilon: float | None = None) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LINKED, S3PRL_FITS, TINY, stock_hubert
+from documented import blocks
 from omegaconf import OmegaConf
 from training import composed
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
@@ -31,12 +32,14 @@ from fairseq_stack.cli import main
 from fairseq_stack.errors import InputError
 from fairseq_stack.export.card import model_card
 from fairseq_stack.export.fairseq import export_fairseq
+from fairseq_stack.export.formats import HIDDEN_STATES
 from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.onnx import export_onnx
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.s3prl import export_s3prl
 from fairseq_stack.export.student import FORMATS
 from fairseq_stack.export.verify import (
+    SHARES,
     TOLERANCE,
     ExportMismatch,
     padded_batch,
@@ -310,6 +313,93 @@ def test_attention_in_onnx_has_a_loop_over_blocks_of_queries(tmp_path):
     assert len(loops) == 3 and not any(node.op_type == "Softmax" for node in nodes)
     for loop in loops:
         assert [node.op_type for node in loop.attribute[0].g.node].count("Softmax") == 1
+
+
+@pytest.mark.parametrize("precision, shape", [("fp16", BASE), ("fp16", LARGE), ("int8", BASE)])
+def test_a_lower_precision_makes_the_file_smaller_and_is_verified(tmp_path, speech, export_student, precision, shape):
+    # Wide enough that the weights outweigh the graph.
+    checkpoint = student_file(tmp_path, speech, 1, encoder_embed_dim=96, encoder_ffn_embed_dim=384, **shape)
+    files = {name: tmp_path / f"{name}.onnx" for name in ("fp32", precision)}
+    for name, file in files.items():
+        error, output = export_student(checkpoint, "--to", "onnx", "--output", file, "--precision", name)
+        assert error is None
+    assert "(mean square difference, as a share of the variance)" in output
+    proof = json.loads((tmp_path / f"{precision}.onnx.verification.json").read_text())
+    assert 0 < proof["largest_difference_alone"] <= SHARES[precision] and proof["precision"] == precision
+    ratio = files[precision].stat().st_size / files["fp32"].stat().st_size
+    assert ratio < {"fp16": 0.7, "int8": 0.5}[precision]
+    model = onnx.load(files[precision])
+    assert all(tensor.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for tensor in model.graph.output[:-1])
+    kinds = {node.op_type for node in model.graph.node}
+    # Each of 3 layers has six products with weights; the projection behind the CNN is another.
+    assert precision != "int8" or sum(node.op_type == "MatMulInteger" for node in model.graph.node) == 3 * 6 + 1
+    assert "ConvInteger" not in kinds and "Conv" in kinds
+
+
+def test_a_wrong_scale_in_int8_leaves_no_file(tmp_path, speech, export_student, monkeypatch):
+    from fairseq_stack.export import onnx as module
+
+    quantise = module._quantise
+
+    def wrong(file):
+        quantise(file)
+        model = onnx.load(file)
+        scale = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("_scale"))
+        scale.CopyFrom(onnx.numpy_helper.from_array(1.3 * onnx.numpy_helper.to_array(scale), scale.name))
+        onnx.save(model, file)
+
+    monkeypatch.setattr(module, "_quantise", wrong)
+    checkpoint = student_file(tmp_path, speech, 1)
+    error, _ = export_student(checkpoint, "--to", "onnx", "--precision", "int8", "--output", tmp_path / "student.onnx")
+    assert "more than 0.01 of their variance; export it with --precision fp32" in error
+    assert not (tmp_path / "student.onnx").exists()
+
+
+def test_a_file_computes_the_hidden_states_that_are_asked_for_and_no_others(tmp_path, speech, export_student):
+    checkpoint = student_file(tmp_path, speech, 1)
+    inputs, lengths = padded_batch([waveform(8_000), waveform(4_000)])
+    inputs = {"waveforms": inputs.numpy(), "lengths": lengths.numpy()}
+    found = {}
+    for states in HIDDEN_STATES:
+        file = tmp_path / f"{states}.onnx"
+        options = ["--to", "onnx", "--hidden-states", states, "--output", file]
+        assert export_student(checkpoint, *options)[0] is None
+        session = onnxruntime.InferenceSession(str(file))
+        weights = {"layer_weights": np.array([0.1, 0.2, 0.7, 0.0], np.float32)} if states == "weighted" else {}
+        names = [output.name for output in session.get_outputs()]
+        found[states] = dict(zip(names, session.run(None, {**inputs, **weights})))
+        assert session.get_modelmeta().custom_metadata_map["hidden_states"] == states
+    assert list(found["all"]) == [*(f"hidden_state_{number}" for number in range(4)), "frames"]
+    assert list(found["last"]) == ["hidden_state_3", "frames"] and list(found["weighted"]) == ["weighted_sum", "frames"]
+    assert np.allclose(found["last"]["hidden_state_3"], found["all"]["hidden_state_3"], atol=1e-5)
+    expected = sum(weight * found["all"][f"hidden_state_{number}"] for number, weight in enumerate((0.1, 0.2, 0.7)))
+    assert np.allclose(found["weighted"]["weighted_sum"], expected, atol=1e-5)
+    proof = json.loads((tmp_path / "weighted.onnx.verification.json").read_text())
+    assert list(proof["padded_batch"]["difference"]) == ["weighted sum"]
+
+
+def test_the_example_without_torch_gives_each_recordings_features(tmp_path, monkeypatch):
+    _, state = hubert_and_state(BASE, 0, False)
+    student = student_from_checkpoint(state)
+    export_onnx(student, tmp_path / "student.onnx")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(blocks("docs/export.md", "python")[0], names)
+    assert not any(type(value).__module__.startswith("torch") for value in names.values())
+    for recording, features in zip(names["recordings"], names["features"]):
+        source = torch.from_numpy(recording).float()
+        expected = PlainStudent(student)(source[None], torch.tensor([len(source)]))[0][-1]
+        assert difference([torch.from_numpy(features)[None]], [expected]) < TOLERANCE
+
+
+def test_options_that_a_format_does_not_have_are_refused(tmp_path, speech, export_student):
+    checkpoint = student_file(tmp_path, speech, 1)
+    for to, option, value, words in (
+        ("s3prl", "--precision", "int8", "--precision int8: --to s3prl has no such choice; export with --to onnx"),
+        ("onnx", "--hidden-states", "first", "--hidden-states=first is unknown; choose from all, last, weighted"),
+    ):
+        error, _ = export_student(checkpoint, "--to", to, option, value, "--output", tmp_path / "target")
+        assert error == f"error: {words}"
 
 
 @pytest.mark.parametrize("format", ["s3prl", "s3prl-distiller", "fairseq"])

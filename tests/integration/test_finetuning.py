@@ -1,25 +1,36 @@
-"""Students are fine-tuned by fairseq's own CTC: with the commands of docs/finetuning.md, and with fairseq's recipe."""
+"""Students are fine-tuned by fairseq and by transformers with the commands of docs/finetuning.md, and exported."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import fairseq
+import onnxruntime
 import pytest
+import soundfile
 import torch
 from conftest import TINY, stock_hubert
+from documented import blocks, commands_of, run_command
 from training import ROOT, train
+from transformers import HubertForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
+from fairseq_stack.data.manifest import read_manifest
+from fairseq_stack.data.prepare import LABELS
 from fairseq_stack.export.fairseq import export_fairseq
+from fairseq_stack.export.huggingface import export_huggingface
+from fairseq_stack.export.verify import TOLERANCE
+from fairseq_stack.models.exact_padding import ignore_padding
 
 pytest.importorskip("editdistance", reason="fairseq's CTC loss needs pip install editdistance")
 
-COMMANDS = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/finetuning.md").read_text(), re.MULTILINE | re.DOTALL)
-DICTIONARY = next(text for text in COMMANDS if "dict.ltr.txt" in text)
-TRAIN = next(text for text in COMMANDS if text.startswith("fairseq-hydra-train"))
+PAGE = "docs/finetuning.md"
+COMMANDS = commands_of(PAGE)
+(TRAIN,) = (line for line in COMMANDS if line.startswith("fairseq-hydra-train"))
+(LETTERS,) = (line for line in COMMANDS if "letters.py" in line)
 SMALL = {
     "common.fp16": "false",
     "dataset.num_workers": 0,
@@ -34,22 +45,40 @@ SMALL = {
 }
 
 
+FEW_STEPS = "--max_steps 2 --per_device_train_batch_size 4 --report_to none --save_strategy no".split()
+
+
 @pytest.fixture
-def root(tmp_path, speech):
-    """A folder as the guide has it: the repository, manifests, transcripts without a dictionary, and a student."""
+def root(tmp_path, speech, monkeypatch):
+    """A folder as the guide has it, to be in: the repository, labelled speech, and a student in two formats."""
     for name in ("examples", "fairseq_stack"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "manifests").symlink_to(speech)
-    (tmp_path / "transcripts").mkdir()
-    for split, count in (("train", 24), ("valid", 6)):
-        (tmp_path / f"transcripts/{split}.ltr").write_text("A | M A N |\n" * count)
+    labelled_speech(tmp_path / "manifests", speech)
     model, cfg = stock_hubert(**TINY, extractor_mode="layer_norm")
     pretraining = ("mask_emb", "final_proj", "label_embs")
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(pretraining)}
     cfg["model"].update(_name="stacked_hubert", stack_method="none", stack_stages=1)
     torch.save({"model": {**weights, "stage": torch.tensor(0.0)}, "cfg": cfg}, tmp_path / "checkpoint.pt")
-    export_fairseq(student_from_checkpoint(load_checkpoint(tmp_path / "checkpoint.pt")), tmp_path / "student.pt")
+    student = student_from_checkpoint(load_checkpoint(tmp_path / "checkpoint.pt"))
+    export_fairseq(student, tmp_path / "student.pt")
+    export_huggingface(student, tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def labelled_speech(folder, speech):
+    """Write the manifests of `speech` to a folder as fairseq-stack prepare does, with labels and a test.tsv."""
+    folder.mkdir()
+    rows = ["\t".join(LABELS)]
+    for split in ("train", "valid", "test"):
+        lines = (speech / f"{split.replace('test', 'valid')}.tsv").read_text().splitlines()
+        if split == "test":
+            lines = [str(speech / "audio"), *(line.removeprefix("audio/") for line in lines[1:])]
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+        for number, line in enumerate(lines[1:]):
+            utterance = line.split("\t")[0].removesuffix(".flac")
+            rows.append(f"{utterance}\tspeaker{number % 2}\ten\tA man.\t{'ab'[number % 2]}")
+    (folder / "labels.tsv").write_text("\n".join(rows) + "\n")
 
 
 def typed(command, folder):
@@ -67,26 +96,130 @@ def moved(folder, start):
     return {name for name, value in start.items() if name in tuned and not torch.equal(value, tuned[name])}
 
 
-def test_the_documented_commands_fine_tune_a_student_and_resume(root):
-    typed(DICTIONARY, root)
-    assert (root / "transcripts/dict.ltr.txt").read_text().split() == ["|", "48", "A", "48", "N", "24", "M", "24"]
+def test_the_documented_commands_fine_tune_a_student_with_fairseq_and_resume(root, capsys):
+    run_command(LETTERS)
+    assert (root / "letters/dict.ltr.txt").read_text().split() == ["a", "48", "|", "48", "m", "24", "n", "24"]
+    assert (root / "letters/train.ltr").read_text() == "a | m a n |\n" * 24
     small = " ".join(f"{name}={value}" for name, value in SMALL.items())
-    log = typed(f"{TRAIN.strip()} {small} optimization.max_update=4", root)
+    log = typed(f"{TRAIN} {small} optimization.max_update=4", root)
     assert "num_updates 4" in log and re.search(r"valid on 'valid' subset .* wer [\d.]+ .* num_updates 4", log)
     start = load_checkpoint(root / "student.pt")["model"]
     changed = moved(root, start)
     assert {"encoder.layers.0.fc1.weight", "encoder.layers.11.fc1.weight", "mask_emb"} <= changed
     assert not any(name.startswith("feature_extractor") for name in changed)  # frozen by the recipe
 
-    log = typed(f"{TRAIN.strip()} {small} optimization.max_update=6", root)
+    log = typed(f"{TRAIN} {small} optimization.max_update=6", root)
     assert "(epoch 1 @ 4 updates)" in log and "num_updates 6" in log
+
+    capsys.readouterr()
+    run_command(next(line for line in COMMANDS if line.startswith("fairseq-validate")))
+    assert re.search(r"uer [\d.]+ .* wer [\d.]+", capsys.readouterr().out)
+    run_command(next(line for line in COMMANDS if "outputs/ctc/" in line and "--to onnx" in line))
+    proof = json.loads((root / "ctc_fairseq.onnx.verification.json").read_text())
+    assert proof["compared_with"] == "fairseq's hubert_ctc" and 0 < proof["largest_difference_alone"] <= TOLERANCE
+    assert labels_of("ctc_fairseq.onnx") == ["", "<pad>", "</s>", "<unk>", "a", "|", "m", "n"]
+
+
+def labels_of(file):
+    """What the outputs of an ONNX file stand for."""
+    return json.loads(onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map["labels"])
+
+
+def test_the_documented_commands_fine_tune_a_student_with_transformers_and_export_it(root, capsys):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs pip install accelerate")
+    others = [
+        line for line in COMMANDS if "transformers_" in line or "outputs/ctc_hf" in line or "outputs/keyword" in line
+    ]
+    assert len(others) == 4 and {*others, TRAIN, LETTERS} | {line for line in COMMANDS if "letters" in line} == {
+        *COMMANDS
+    }
+    for line in others:
+        run_command(line, transformers_ctc=FEW_STEPS, transformers_classification=FEW_STEPS)
+    for folder, errors in (("ctc_hf", {"cer", "wer"}), ("keyword", {"accuracy"})):
+        results = json.loads((root / "outputs" / folder / "results.json").read_text())
+        assert results.keys() == {"valid", "test"}
+        assert {f"test_{name}" for name in errors} <= results["test"].keys()
+    for file, labels in (("ctc.onnx", ["", "[UNK]", "|", "a", "m", "n"]), ("keyword.onnx", ["a", "b"])):
+        assert labels_of(file) == labels
+        assert json.loads((root / f"{file}.verification.json").read_text())["compared_with"].startswith("transformers'")
+
+    for options, words in (
+        ("--to huggingface", "is fine-tuned, and --to huggingface has no place for its output layers; use --to onnx"),
+        ("--to onnx", "is fine-tuned and names no speech; give --speech"),
+        ("--to onnx --speech none.tsv", "none.tsv does not exist; give --speech"),
+        ("--to onnx --hidden-states last", "--hidden-states last: outputs/ctc_hf is fine-tuned and has only logits"),
+        ("--to onnx --ema", "--ema: outputs/ctc_hf is fine-tuned; leave the option out"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(words)):
+            run_command(f"fairseq-stack export outputs/ctc_hf {options} --output x")
+
+    # The example without torch reads what transformers reads.
+    manifest = read_manifest(root / "manifests/test.tsv")
+    wave, rate = soundfile.read(manifest.path(0))
+    soundfile.write(root / "recording.wav", wave, rate)
+    capsys.readouterr()
+    exec(blocks(PAGE, "python")[-1], {})
+    found = capsys.readouterr().out.rstrip("\n")
+    model, tokenizer = (
+        HubertForCTC.from_pretrained("outputs/ctc_hf"),
+        Wav2Vec2CTCTokenizer.from_pretrained("outputs/ctc_hf"),
+    )
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(wave).float()[None]).logits
+    assert (
+        found.replace("[UNK]", "").strip() == tokenizer.batch_decode(logits.argmax(-1))[0].replace("[UNK]", "").strip()
+    )
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_padding_changes_nothing_in_a_group_norm_that_ignores_it(tmp_path, normalize):
+    model, cfg = stock_hubert(normalize=normalize, **TINY)
+    pretraining = ("mask_emb", "final_proj", "label_embs")
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(pretraining)}
+    cfg["model"].update(_name="stacked_hubert", stack_method="none", stack_stages=1)
+    export_huggingface(
+        student_from_checkpoint({"model": {**weights, "stage": torch.tensor(0.0)}, "cfg": cfg}), tmp_path
+    )
+    preprocess = Wav2Vec2FeatureExtractor.from_pretrained(tmp_path)
+    torch.manual_seed(0)
+    waveforms = [0.1 * torch.randn(length).numpy() for length in (4000, 16000, 9000)]
+    ours, stock = HubertForCTC.from_pretrained(tmp_path).eval(), HubertForCTC.from_pretrained(tmp_path).eval()
+    ours.load_state_dict(stock.state_dict())
+    ignore_padding(ours)
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    batch = preprocess(waveforms, padding=True, sampling_rate=16_000, return_tensors="pt")
+    differences = {}
+    with torch.no_grad():
+        for name, padded in (("ours", ours(**batch).logits), ("stock", stock(**batch).logits)):
+            alone = [stock(**preprocess(one, sampling_rate=16_000, return_tensors="pt")).logits[0] for one in waveforms]
+            differences[name] = max((row[: len(one)] - one).abs().max().item() for row, one in zip(padded, alone))
+    assert differences["ours"] < 1e-4 < 0.01 < differences["stock"]
+    ours(**batch).logits.sum().backward()
+    assert ours.hubert.feature_extractor.conv_layers[0].layer_norm.weight.grad.abs().max() > 0
+
+
+def test_what_cannot_be_fine_tuned_or_exported_is_said_in_one_line(root, capsys):
+    for line, words in (
+        (
+            "fairseq-stack export student --to onnx --output x --speech manifests/test.tsv",
+            "it holds a HubertModel; give",
+        ),
+        (
+            "fairseq-stack export manifests --to onnx --output x --speech manifests/test.tsv",
+            "cannot be loaded as a fine-tuned",
+        ),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run_command(line)
+        assert words in str(exit.value.code) and "\n" not in str(exit.value.code)
+    assert not (root / "x").exists()
 
 
 def test_fairseqs_own_recipe_fine_tunes_a_student(root):
-    typed(DICTIONARY, root)
+    run_command(LETTERS)
     overrides = [f"{name}={value}" for name, value in SMALL.items()]
     overrides += ["+task.pad_audio=true", "+task.random_crop=false", "optimization.max_update=3",
-                  f"task.data={root}/manifests", f"task.label_dir={root}/transcripts",
+                  f"task.data={root}/letters", f"task.label_dir={root}/letters",
                   f"model.w2v_path={root}/student.pt", f"checkpoint.save_dir={root}/stock",
                   f"common.tensorboard_logdir={root}/tensorboard"]  # fmt: skip
     recipes = Path(fairseq.__file__).parent / "examples/hubert/config/finetune"

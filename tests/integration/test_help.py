@@ -29,7 +29,7 @@ def parsers(monkeypatch):
 
 
 def test_there_are_commands_and_scripts():
-    assert {"report", "export", "prepare"} < set(COMMANDS) and len(COMMANDS) == 10 and "demo.sh" in SHELL_SCRIPTS
+    assert {"report", "export", "prepare"} < set(COMMANDS) and len(COMMANDS) == 11 and "demo.sh" in SHELL_SCRIPTS
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])

@@ -4,6 +4,7 @@ import csv
 import gzip
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from fairseq_stack.cli import main
 from fairseq_stack.data import prepare as prepare_module
 from fairseq_stack.data.debian import ASTERISK, OTHERS, asterisk_recordings, debian_recordings, fetch_packages
 from fairseq_stack.data.manifest import read_manifest
-from fairseq_stack.data.prepare import check_speech, prepare, prepare_recordings
+from fairseq_stack.data.prepare import check_speech, prepare, prepare_recordings, with_texts
 from fairseq_stack.data.recordings import Recording
 from fairseq_stack.data.splits import choose_splits
 from fairseq_stack.errors import InputError
@@ -179,6 +180,25 @@ def test_unusable_folders_are_refused_before_anything_is_written(folder, tmp_pat
     with pytest.raises(InputError, match="2 different prompts"):
         prepare(str(folder), output)
     assert not output.exists()
+
+
+def test_texts_come_from_a_file_with_a_line_for_each_recording(tmp_path, caplog):
+    recordings = [Recording(Path(f"/s/{name}.wav"), name) for name in ("a/one", "a/two", "b/one")]
+    file = tmp_path / "texts.tsv"
+    file.write_text("a/one\tОдин,  please!\nb/one.wav\tone\nelsewhere\tlost\n", encoding="utf-8")
+    assert [one.text for one in with_texts(recordings, file)] == ["Один, please!", "", "one"]
+    assert f"1 recordings have no text in {file}" in caplog.text
+    for content, words in (
+        ("a/one Один", ":1: has no tab between the path of a recording and its text"),
+        ("c/one\tОдин", ": names no recording; write paths below --source, such as a/one"),
+    ):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=re.escape(f"--texts {file}{words}")):
+            with_texts(recordings, file)
+    with pytest.raises(InputError, match="cannot be read as UTF-8 text"):
+        with_texts(recordings, tmp_path)
+    with pytest.raises(InputError, match="asterisk has its own texts"):
+        prepare("asterisk", tmp_path / "out", texts=file)
 
 
 def test_what_was_prepared_inside_the_source_is_not_a_source(folder):

@@ -45,6 +45,7 @@ from fairseq_stack.evaluation.upstreams import (
 from fairseq_stack.evaluation.verification import equal_error_rate, verify
 from fairseq_stack.export.distiller import export_distiller
 from fairseq_stack.export.huggingface import export_huggingface
+from fairseq_stack.export.onnx import export_onnx
 from fairseq_stack.export.s3prl import export_s3prl
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,8 @@ def exports(tmp_path_factory):
     state = {"model": {**weights, "stage": torch.tensor(0.0)}, "cfg": cfg}
     export_huggingface(student_from_checkpoint(state), folder / "student")
     export_s3prl(student_from_checkpoint(state), folder / "student.pt")
+    export_onnx(student_from_checkpoint(state), folder / "student.onnx")
+    export_onnx(student_from_checkpoint(state), folder / "weighted.onnx", hidden_states="weighted")
     for name in ("layer_norm.weight", "layer_norm.bias"):
         del state["model"][name]
     cfg["model"].update(feature_layer_norm=False, intermediate_style="prediction", output_weight=1.0)
@@ -416,6 +419,36 @@ def test_what_is_no_export_is_refused(tmp_path, teacher_file):
     for path in (tmp_path / "empty", tmp_path / "code.pt", tmp_path / "missing.pt", teacher_file):
         with pytest.raises(InputError, match="fairseq-stack export"):
             load_export(path)
+
+
+def test_an_onnx_file_is_probed_on_the_same_hidden_states(exports, tmp_path):
+    ours, stock = load_export(exports / "student.onnx"), load_export(exports / "student")
+    assert (ours.num_layers, ours.hidden_sizes, ours.downsample_rates) == (13, stock.hidden_sizes, [320] * 13)
+    assert multiply_adds(ours) is None
+    source = 0.1 * torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (states, (frames, *_)), (expected, _) = (model(source, torch.tensor([8000])) for model in (ours, stock))
+    for state, other in zip(states, expected):
+        assert torch.allclose(state, other[:, : state.size(1)], atol=1e-4)
+    assert frames.tolist() == [24] == [states[0].size(1)]
+    with pytest.raises(InputError, match="weighted.onnx has a weighted sum alone"):
+        load_export(exports / "weighted.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="broken.onnx cannot be loaded by onnxruntime"):
+        load_export(tmp_path / "broken.onnx")
+    rows = upstream_rows([exports / "student.onnx"])
+    assert "random student" not in rows  # an ONNX file does not say how to build one
+
+
+def test_the_cost_of_exports_is_compared_with_the_first(exports, teacher_file, capsys):
+    paths = [str(exports / name) for name in ("student.onnx", "student")]
+    main(["cost", *paths, "--teacher", str(teacher_file), "--seconds", "1", "--runs", "2"])
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
+    )
+    assert header == ["model", "M parameters", "MB", "of the first", "real-time factor", "of the first"]
+    assert [row[0] for row in rows] == [*paths, "teacher"] and rows[0][3] == "1.00" and rows[0][5] == "1.00"
+    assert all(float(row[4]) > 0 for row in rows)
 
 
 def test_frames_that_s3prl_cannot_count_are_refused(exports, tmp_path):
