@@ -24,8 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--source", metavar="NAME|FOLDER",
         help="asterisk: fetch Debian's telephone prompts, 2.9 hours in five languages (needs apt-get and dpkg, no"
              " root); debian-speech: fetch more from Debian, 7.2 hours in 19 languages; a LibriSpeech folder: list its"
-             " files in place, in its own splits; any other folder: convert its audio, of any rate and number of"
-             " channels, of every format that libsndfile reads",
+             " files in place, in its own splits; any other folder: convert its audio",
     )  # fmt: skip
     parser.add_argument("--output", metavar="FOLDER", required=True, help="where to write")
     parser.add_argument(
