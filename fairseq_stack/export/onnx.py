@@ -20,6 +20,7 @@ from fairseq_stack.models.conv_geometry import receptive_field, samples_per_fram
 
 _OPSET = 17  # the first opset with a layer norm
 
+_LANES = 16  # a product is quantised only if its outputs are a multiple of this
 _SMALL = 4096  # values of a tensor that is not worth storing in fp16
 
 
@@ -125,6 +126,10 @@ class _Graph(nn.Module):
 def _quantise(file: Path) -> None:
     """Replace a file by its quantised version: matrix products with constant weights, one scale for each channel."""
     quantization = _import("onnxruntime.quantization")
+    graph = _import("onnx").load(file).graph
+    widths = {tensor.name: tensor.dims[-1] for tensor in graph.initializer if tensor.dims}
+    # ONNX Runtime 1.23 computes wrong numbers for other widths, such as those of CTC's letters, on CPUs with AMX.
+    odd = [node.name for node in graph.node if node.op_type == "MatMul" and widths.get(node.input[1], 0) % _LANES]
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the quantiser warns that it leaves other operations as they are
     try:
@@ -132,6 +137,7 @@ def _quantise(file: Path) -> None:
             file,
             file,
             op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=odd,
             per_channel=True,
             # Weights of 7 bits: on CPUs with AVX2 or AVX-512 but without VNNI, products of 8 bits overflow.
             reduce_range=True,

@@ -2,6 +2,7 @@
 
 import json
 
+import onnx
 import pytest
 from documented import commands_of, run_command
 from training import ROOT, tiny
@@ -28,4 +29,10 @@ def test_the_commands_lead_from_recordings_to_an_exported_recognizer(
     assert f"\tTake {names[0][5:-5]}, please!\t" in labels
     proof = json.loads((tmp_path / "recognizer_int8.onnx.verification.json").read_text())
     assert (proof["precision"], proof["compared_with"]) == ("int8", "transformers' HubertForCTC")
+    # 17 letters, with CTC's blank, an unknown letter and the space, are no multiple of 16.
+    tensors = {tensor.name: tensor for tensor in onnx.load("recognizer_int8.onnx").graph.initializer}
+    assert {tensor.dims[-1] % 16 for name, tensor in tensors.items() if name.endswith("_quantized")} == {0}
+    assert any(
+        list(tensor.dims) == [16, 20] and tensor.data_type == onnx.TensorProto.FLOAT for tensor in tensors.values()
+    )
     assert json.loads((tmp_path / "recognizer.onnx.verification.json").read_text())["largest_difference_alone"] < 1e-4
