@@ -216,7 +216,7 @@ one_line_errors(lambda: print(*LOSSES))()
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: the installed extension mine (missing_parts) cannot be imported")
     points.write_text("[fairseq_stack.extensions]\nmine = huber\n")
-    assert listed().stdout.split() == ["mse", "l1", "l1_cosine", "temporal_gram", "huber"]
+    assert listed().stdout.split() == ["mse", "l1", "l1_cosine", "temporal_gram", "units", "codes", "huber"]
 
 
 def test_a_task_set_up_from_a_checkpoint_runs_no_file_that_it_names(run, examples):
