@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
-from fairseq_stack.data.prepare import LABELS
+from fairseq_stack.data.recordings import LABELS
 from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError, check_choice, one_line_errors
 from fairseq_stack.evaluation.tasks import read_labelled_speech
