@@ -50,11 +50,10 @@ class Comparison:
         if not (Path(speech) / "test.tsv").is_file():
             raise InputError(f"--speech {speech} has no test.tsv; make it with fairseq-stack prepare")
         read_manifest(Path(speech) / "test.tsv")
-        if probes:
-            check_probes(speech)
-        self.grid, self.output, self.speech, self.teacher, self.probes = grid, Path(output), speech, teacher, probes
+        self.probes = check_probes(speech) if probes else None
+        self.grid, self.output, self.speech, self.teacher = grid, Path(output), speech, teacher
         self.planned = trainings(grid, output, [f"task.data={speech}", f"task.teacher={teacher}", *fields])
-        self.due = [training for training in self.planned if not is_measured(training, probes)]
+        self.due = [training for training in self.planned if not is_measured(training, self.probes)]
         self._configurations = [
             compose_recipe(grid.recipe.parent, grid.recipe.stem, training.fields) for training in self.due
         ]
@@ -125,12 +124,14 @@ class Comparison:
         return table
 
 
-def check_probes(speech: str | Path) -> None:
-    """Raises an InputError unless probes can be trained on the speech."""
+def check_probes(speech: str | Path) -> str:
+    """Returns the protocol_digest of the speech; raises an InputError unless probes can be trained on it."""
     try:
         import s3prl  # noqa: F401
 
+        from fairseq_stack.evaluation.results import protocol_digest
         from fairseq_stack.evaluation.tasks import read_tasks
     except ModuleNotFoundError as error:
         raise InputError(f"--probes needs {error.name}, which is not installed; leave it out") from None
     read_tasks(speech)
+    return protocol_digest(speech)

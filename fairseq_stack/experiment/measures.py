@@ -47,19 +47,24 @@ def cannot_measure(cfg: Any, teacher_depth: int) -> list[str]:
     return missing
 
 
-def is_measured(training: Training, probes: bool = False) -> bool:
-    """Returns whether a training is finished and measured; with `probes`, whether its probes are measured too."""
+def is_measured(training: Training, probes: str | None = None) -> bool:
+    """Returns whether a training is finished and measured.
+
+    Args:
+        training: of an experiment.
+        probes: the protocol_digest of the speech if its probes must be measured too.
+    """
     file = training.folder / MEASURED
-    return file.exists() and (not probes or bool(json.loads(file.read_text())["probes"]))
+    return file.exists() and (probes is None or json.loads(file.read_text()).get("probes_of") == probes)
 
 
-def measure_training(training: Training, speech: str | Path, probes: bool) -> None:
+def measure_training(training: Training, speech: str | Path, probes: str | None) -> None:
     """Measures a finished training and saves the numbers in its folder. Measures that it does not have stay empty.
 
     Args:
         training: finished.
         speech: folder with test.tsv and, for probes, labels.
-        probes: whether to train the probes of fairseq-stack evaluate, with one seed each.
+        probes: the protocol_digest of the speech, to train the probes of fairseq-stack evaluate with one seed each.
 
     Raises:
         InputError: a file cannot be read.
@@ -72,7 +77,7 @@ def measure_training(training: Training, speech: str | Path, probes: bool) -> No
     except NoHeads:
         explained = {}
     student = student_from_checkpoint(load_checkpoint(checkpoint), str(checkpoint))
-    probed = _probes(training, checkpoint, speech) if probes else {}
+    probed = _probes(training, checkpoint, speech) if probes is not None else {}
     found = {
         "depth": student.depth,
         "full_depth": student.config["encoder_layers"],
@@ -82,6 +87,7 @@ def measure_training(training: Training, speech: str | Path, probes: bool) -> No
         "stages": [[stage.depth, stage.begin, stage.end] for stage in run.stages],
         "seconds_per_update": run.costs,
         "explained": {str(layer): share for layer, share in explained.items()},
+        "probes_of": probes,
         "probes": {task: result["test"] for task, result in probed.items()},
         "resampled": {task: result["resampled"] for task, result in probed.items()},
     }

@@ -15,7 +15,7 @@ import soundfile
 import torch
 from conftest import LINKED, TINY, stock_hubert
 from s3prl.metric import compute_eer
-from training import tiny, train
+from training import EXAMPLES, tiny, train
 from transformers import HubertModel
 
 from fairseq_stack.analysis.intervals import bootstrap, mean_and_interval, percentile_interval
@@ -43,6 +43,8 @@ from fairseq_stack.evaluation.upstreams import (
     load_random,
 )
 from fairseq_stack.evaluation.verification import equal_error_rate, verify
+from fairseq_stack.experiment.comparison import Comparison
+from fairseq_stack.experiment.grid import read_grid
 from fairseq_stack.export.distiller import export_distiller
 from fairseq_stack.export.huggingface import export_huggingface
 from fairseq_stack.export.onnx import export_onnx
@@ -545,3 +547,40 @@ def test_the_script_prints_a_table_and_keeps_every_number(
         kept = json.loads(output_file.read_text())
         assert kept["upstreams"] == results["upstreams"] and ("held_out_variance" in kept) is with_heads
     assert list(kept["held_out_variance"]["shares"]) == ["4", "8", "12"]
+
+
+# Experiments
+
+
+def test_an_experiment_probes_its_students_and_again_when_the_labels_change(labelled, teacher_file, quick, tmp_path):
+    speech, out, grid = shutil.copytree(labelled, tmp_path / "speech"), tmp_path / "out", tmp_path / "grid.yaml"
+    recipe = f"recipe: {EXAMPLES}/interleaved/librispeech_base.yaml"
+    students = "students: {full: [model.stack_method=none, model.stack_stages=1, optimization.max_update=3]}"
+    grid.write_text(f"{recipe}\nreference: full\nseeds: [1]\nfields: []\n{students}\n")
+    others = (
+        "common.tensorboard_logdir",
+        "checkpoint.save_dir",
+        "task.data",
+        "task.teacher",
+        "optimization.max_update",
+    )
+    fields = [field for field in tiny("", "", "") if not field.startswith(others)]
+    threads = torch.get_num_threads()
+    try:
+        main([
+            "compare", grid, "--output", out, "--speech", speech, "--teacher", teacher_file, "--processes", 1,
+            "--probes", *fields,
+        ])  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    student = json.loads((out / "results.json").read_text())["students"]["full"]
+    assert set(student["seeds"]["1"]["probes"]) == set(student["probe_intervals"]) == {"speaker", "recognition"}
+    assert "Probes, with 95 % intervals" in (out / "summary.md").read_text()
+
+    def due():
+        return Comparison(read_grid(grid), out, speech, teacher_file, fields, probes=True).due
+
+    assert not due()
+    with open(speech / "labels.tsv", "a") as labels:
+        labels.write("low/another\tlow\ten\tAnother prompt.\t\n")
+    assert [training.student for training in due()] == ["full"]
