@@ -22,7 +22,7 @@ step "2/5 Teacher: a small HuBERT, pre-trained by fairseq on this speech"
 python examples/demo_teacher/make_demo_teacher.py --speech "$speech" --output "$run/teacher"
 
 step "3/5 Distillation: 3, 6, 9, 12 layers"
-fairseq-hydra-train --config-dir examples/interleaved --config-name demo \
+fairseq-hydra-train --config-dir examples/interleaved --config-name demo_fast \
   task.data="$speech" task.teacher="$teacher"
 
 step "4/5 Exports, each compared with the training model on real speech"

@@ -18,7 +18,7 @@ RECIPES = sorted(
     if path.parent.name not in ("demo_teacher", "experiments", "finetuning")
 )
 GROWN = {"librispeech_base", "librispeech_base_equal", "librispeech_base_fast", "librispeech_base_star",
-         "librispeech_base_units", "hubert_large", "wavlm_base", "demo",
+         "librispeech_base_units", "hubert_large", "wavlm_base", "demo", "demo_fast",
          "gradstack_equal", "gradstack_prop", "midas_equal", "midas_prop"}  # fmt: skip
 UNITS = {"dicehubert", "librispeech_base_units"}
 
@@ -54,7 +54,7 @@ def trained(speech, teacher_file, large_teacher, wavlm_teacher, tmp_path_factory
             folder = root / recipe.name
             teacher = {"hubert_large": large_teacher, "wavlm_base": wavlm_teacher}.get(recipe.name, teacher_file)
             overrides = tiny(speech, teacher, folder)
-            if recipe.name == "demo":  # it batches by length
+            if recipe.name in ("demo", "demo_fast"):  # they batch by length
                 overrides = [item for item in overrides if not item.startswith(("dataset.batch_size", "common.fp16"))]
             if recipe.name in UNITS:  # so little speech has fewer units
                 overrides += [f"task.target_store={folder}/targets", "task.target_format=units20"]
