@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from fairseq_stack.errors import InputError, check_choice
-from fairseq_stack.extensions import load_installed
+from fairseq_stack.extensions import load_installed, note_registration
 
 Entry = TypeVar("Entry")
 Thing = TypeVar("Thing", bound=Callable)
@@ -38,16 +38,32 @@ class Registry(Mapping[str, Entry]):
         """
 
         def decorate(thing: Thing) -> Thing:
-            taken = self._found.get(name, (thing,))[0]
-            # The same module and name again mean that the module is executed a second time.
-            if (taken.__module__, taken.__qualname__) != (thing.__module__, thing.__qualname__):
-                raise InputError(
-                    f"{self.field}={name} is taken by {taken.__module__}.{taken.__qualname__}; choose another name"
-                )
-            self._found[name] = thing, self._entry(thing, **options) if self._entry else thing
+            found = thing, self._entry(thing, **options) if self._entry else thing
+            self.add(name, found)
+            note_registration(self, name, found)
             return thing
 
         return decorate
+
+    def add(self, name: str, found: tuple[Any, Any]) -> None:
+        """Add a pair (decorated thing, entry) under a name.
+
+        Raises:
+            InputError: something else has the name already.
+        """
+        thing = found[0]
+        taken = self._found.get(name, found)[0]
+        # The same module and name again mean that the module is executed a second time.
+        if (taken.__module__, taken.__qualname__) != (thing.__module__, thing.__qualname__):
+            raise InputError(
+                f"{self.field}={name} is taken by {taken.__module__}.{taken.__qualname__}; choose another name"
+            )
+        self._found[name] = found
+
+    def discard(self, name: str, found: tuple[Any, Any]) -> None:
+        """Remove a pair that `add` has added, if it is there."""
+        if self._found.get(name) is found:
+            del self._found[name]
 
     def choose(self, name: str) -> Entry:
         """Return the entry with a name.

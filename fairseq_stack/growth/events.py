@@ -1,4 +1,4 @@
-"""Growth as an event: listeners are called right before and right after the student grows."""
+"""Growth as an event: listeners are called when a student is built, and right before and right after it grows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +34,10 @@ class Growth:
 
 
 class GrowthListener:
-    """Base class of what runs around a growth. Every process makes a new object for every growth."""
+    """Base class of what runs around a growth. Every process makes a new object for every growth and for the start."""
+
+    def start(self, model: Any) -> None:
+        """Run on a new student, before a checkpoint is loaded into it."""
 
     def before(self, growth: Growth) -> None:
         """Run before the student grows."""
@@ -44,6 +47,12 @@ class GrowthListener:
 
 
 LISTENERS: Registry[Callable[[], GrowthListener]] = Registry("listener")
+
+
+def announce_start(model: Any) -> None:
+    """Call `start` of all LISTENERS, in the order of their registration."""
+    for listener in LISTENERS.values():
+        listener().start(model)
 
 
 @contextmanager

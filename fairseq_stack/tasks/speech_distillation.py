@@ -25,7 +25,7 @@ from fairseq_stack.data.dataset import SpeechDataset
 from fairseq_stack.data.manifest import read_manifests
 from fairseq_stack.data.masking import span_mask
 from fairseq_stack.errors import InputError, TrainingStopped, check_choice
-from fairseq_stack.growth.events import Growth, announced
+from fairseq_stack.growth.events import Growth, announce_start, announced
 from fairseq_stack.models.conv_geometry import receptive_field
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
@@ -275,6 +275,7 @@ class SpeechDistillation(FairseqTask):
         model = super().build_model(cfg, *args)
         self.shares_cnn = cfg.share_teacher_cnn
         check_frames(model, self.teacher, self.cfg.max_sample_size)
+        announce_start(model)
         self.model_cfg = cfg
         return model
 

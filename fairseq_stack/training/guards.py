@@ -52,7 +52,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.recovery import LAST, UNFINISHED, recover
 from fairseq_stack.errors import InputError, input_errors, one_line_errors
-from fairseq_stack.extensions import load_extensions
+from fairseq_stack.extensions import use_extensions
 from fairseq_stack.teachers.base import default_precision
 from fairseq_stack.training import preemption, progress
 from fairseq_stack.training.full_depth import check_depth
@@ -102,7 +102,10 @@ def _end_in_one_line(call_main: Callable, cfg: DictConfig | Namespace, main: Cal
 @one_line_errors
 def one_line_training(cfg: Any, **kwargs: Any) -> None:
     """Run fairseq's training. An InputError or TrainingStopped ends the process with its one-line message."""
-    return fairseq_train.main(cfg, **kwargs)
+    try:
+        return fairseq_train.main(cfg, **kwargs)
+    finally:
+        use_extensions([])  # they belong to this training
 
 
 @_guard(distributed_utils, "infer_init_method", always=True)
@@ -155,7 +158,7 @@ def _start_clean_and_checked(add_defaults: Callable, cfg: DictConfig) -> None:
     if not ours:
         preemption.unlisten()
         return add_defaults(cfg)
-    load_extensions(getattr(cfg.task, "extensions", None) or [])  # they may register an optimizer with fairseq
+    use_extensions(getattr(cfg.task, "extensions", None))  # they may register an optimizer with fairseq
     check_names(cfg)
     add_defaults(cfg)
     check_configuration(cfg)

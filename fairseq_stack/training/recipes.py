@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import fairseq_stack
 from fairseq_stack.errors import InputError
-from fairseq_stack.extensions import load_extensions
+from fairseq_stack.extensions import use_extensions
 
 # In a checkout this is a link to the folder beside the package. Otherwise the folder is installed with the package.
 EXAMPLES = (Path(fairseq_stack.__file__).parent / "examples").resolve()
@@ -41,6 +41,8 @@ def find_recipe(name: str | Path) -> Path:
 def compose_recipe(config_dir: str | Path, config_name: str, overrides: Iterable[str]) -> DictConfig:
     """Return a recipe as `fairseq-hydra-train` composes it, with all interpolations resolved.
 
+    What its task.extensions register is used from here on (see use_extensions).
+
     Raises:
         InputError: hydra cannot compose it.
     """
@@ -59,7 +61,7 @@ def compose_recipe(config_dir: str | Path, config_name: str, overrides: Iterable
         first, *others = str(error).splitlines()
         advice = next((f" {line}" for line in others if line.startswith("To append")), "")
         raise InputError(f"{config_dir}/{config_name}: {first}{advice}") from None
-    load_extensions(getattr(cfg.task, "extensions", None) or [])
+    use_extensions(getattr(cfg.task, "extensions", None))
     add_defaults(cfg)
     values: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     return DictConfig(values)

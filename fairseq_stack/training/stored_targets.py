@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 import fairseq_stack
 from fairseq_stack.errors import InputError
-from fairseq_stack.extensions import load_extensions
+from fairseq_stack.extensions import use_extensions
 from fairseq_stack.targets.fill import fill
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def set_up(cfg: DictConfig, splits: Sequence[str]) -> "SpeechDistillation":
         InputError: as the training would.
     """
     fairseq_stack.register()  # a spawned process has registered nothing
-    load_extensions(cfg.task.extensions)
+    use_extensions(cfg.task.extensions)
     task = cast("SpeechDistillation", tasks.setup_task(cfg.task))
     task.build_model(cfg.model)
     task.build_criterion(cfg.criterion)

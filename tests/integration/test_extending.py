@@ -1,5 +1,6 @@
 """The examples of docs/extending.md do what the page says, from a folder outside the package."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from training import EXAMPLES, ROOT, hydra_train, tiny, train
 from transformers import Wav2Vec2ConformerConfig, Wav2Vec2ConformerModel, Wav2Vec2FeatureExtractor
 
+from fairseq_stack import extensions
 from fairseq_stack.analysis.held_out import explained_by_layer, read_held_out
 from fairseq_stack.analysis.objective import objective_of
 from fairseq_stack.checkpoints.read import load_checkpoint
@@ -26,17 +28,19 @@ from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation.tasks import TASKS, LabelledRecording, find_tasks
 from fairseq_stack.export.formats import FORMATS
 from fairseq_stack.export.student import export
-from fairseq_stack.extensions import load_extensions
+from fairseq_stack.extensions import load_extensions, use_extensions
 from fairseq_stack.growth.events import LISTENERS
 from fairseq_stack.growth.plan import METHODS, plan_growth
 from fairseq_stack.growth.schedule import SCHEDULES, stage_starts
 from fairseq_stack.models.stacked_hubert import StackedHubert
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.teachers.families import FAMILIES, LAYOUTS
+from fairseq_stack.training import growth_listeners  # noqa: F401  registers the package's own
 from fairseq_stack.training.recipes import compose_recipe
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 REGISTRIES = (LOSSES, METHODS, SCHEDULES, LISTENERS, FAMILIES, LAYOUTS, FORMATS, TASKS)
+OF_THE_PACKAGE = [list(registry) for registry in REGISTRIES]
 FIELDS = {
     "+task.extensions": "[huber.py,top_layer.py,doubling.py,growth_ratios.py]",
     "+criterion.loss": "huber",
@@ -58,14 +62,13 @@ def write_examples(folder):
 
 @pytest.fixture
 def examples(tmp_path, monkeypatch):
-    """The page's files in the current folder. What they register is forgotten afterwards."""
+    """The page's files in the current folder. What they register is not used afterwards."""
     monkeypatch.chdir(write_examples(tmp_path))
-    for registry in REGISTRIES:
-        list(registry)  # the package's own are there
-        monkeypatch.setattr(registry, "_found", dict(registry._found))
+    monkeypatch.setattr(extensions, "_of_program", [])
     yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("fairseq_stack_extension_")]:
-        del sys.modules[name]
+    extensions._of_program.clear()
+    use_extensions([])
+    assert [list(registry) for registry in REGISTRIES] == OF_THE_PACKAGE
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,7 @@ def test_the_command_trains_with_a_users_loss_method_schedule_and_listener(run):
 
 def test_the_same_training_in_this_process_ends_with_the_same_weights(run, examples, speech, teacher_file):
     model = train("librispeech_base", tiny(speech, teacher_file, examples, **FIELDS)).get_model()
-    assert model.plan == plan_growth("top_layer", 12, 2) and model.starts == (0, 2)
+    assert model.plan.depths == (6, 12) and model.starts == (0, 2)
     assert model.plan.growths == (tuple((5, seat) for seat in range(6, 12)),)
     for name, value in load_checkpoint(run / "checkpoints/checkpoint_last.pt")["model"].items():
         if name in dict(model.named_parameters()):
@@ -100,6 +103,46 @@ def test_the_same_training_in_this_process_ends_with_the_same_weights(run, examp
     fields = {**FIELDS, "checkpoint.restore_file": run / "checkpoints/checkpoint_1_2.pt"}
     train("librispeech_base", tiny(speech, teacher_file, examples, **fields))
     assert ratios.read_text() == 2 * before
+
+
+def test_a_training_has_the_extensions_that_it_names_and_not_those_of_another(examples, speech, teacher_file):
+    """In one process, as in a notebook or a sweep."""
+    short = {"model.stack_stages": 2, "optimization.max_update": 2}
+
+    def ratios(folder, fields):
+        train("librispeech_base", tiny(speech, teacher_file, examples / folder, **short, **fields))
+        path = examples / folder / "checkpoints/growth_ratios.tsv"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    named = {"+task.extensions": "[growth_ratios.py,huber.py]", "+criterion.loss": "huber"}
+    assert ratios("first", named) == 1
+    assert [list(registry) for registry in REGISTRIES] == OF_THE_PACKAGE
+    assert ratios("second", {}) == 0
+    assert ratios("third", named) == 1
+    (examples / "other.py").write_text((examples / "huber.py").read_text())
+    assert ratios("fourth", {"+task.extensions": "[other.py]", "+criterion.loss": "huber"}) == 0
+    with pytest.raises(SystemExit, match="error: criterion.loss=huber"):
+        ratios("fifth", {"+criterion.loss": "huber"})
+
+
+def test_extensions_of_a_program_stay_and_those_that_share_a_module_both_have_it(examples, monkeypatch):
+    monkeypatch.syspath_prepend(examples)
+    (examples / "a.py").write_text("import huber\n")
+    (examples / "b.py").write_text("from fairseq_stack.extensions import load_extensions\nload_extensions(['huber'])\n")
+    for names, used in ((["a.py"], 1), ([], 0), (["b.py"], 1), ([], 0), (["huber"], 1), (None, 0)):
+        use_extensions(names)
+        assert ("huber" in LOSSES) == used, names
+    load_extensions(["growth_ratios.py"])
+    use_extensions(["growth_ratios.py"])
+    use_extensions([])
+    assert list(LISTENERS).count("growth ratios") == 1
+    # What is imported, but not by an extension, is the program's.
+    (examples / "mine.py").write_text((examples / "growth_ratios.py").read_text().replace("growth ratios", "mine"))
+    importlib.import_module("mine")
+    use_extensions(["mine"])
+    use_extensions([])
+    assert "mine" in LISTENERS
+    del LISTENERS._found["mine"]
 
 
 @pytest.mark.parametrize("file, depth", [("checkpoint_1_2.pt", 6), ("checkpoint_last.pt", 12)])
@@ -232,6 +275,17 @@ def test_a_file_is_loaded_once_and_a_name_belongs_to_one(examples):
         load_extensions(["other.py"])
 
 
+def test_a_file_that_has_failed_is_executed_again(examples):
+    code = (examples / "huber.py").read_text()
+    Path("bad.py").write_text(code.replace("def huber", "def first") + "\n1 / 0\n")
+    with pytest.raises(InputError, match="ZeroDivisionError"):
+        use_extensions(["bad.py"])
+    assert "huber" not in LOSSES
+    Path("bad.py").write_text(code)
+    use_extensions(["bad.py"])
+    assert LOSSES["huber"].function.__name__ == "huber"
+
+
 @pytest.mark.parametrize(
     "code, given, message",
     [
@@ -253,14 +307,16 @@ def test_a_file_that_cannot_be_loaded_ends_the_training_in_one_line(
 
 
 @pytest.mark.parametrize("grown", ["stack", "stack + [7]", "stack[::-1] * 2", "stack * 9"])
-def test_a_growth_method_that_loses_layers_is_refused(grown, examples):
+def test_a_growth_method_that_loses_layers_is_refused(grown, monkeypatch):
+    monkeypatch.setattr(METHODS, "_found", dict(METHODS._found))
     METHODS.register("bad")(eval(f"lambda stack, block, layers: {grown}"))
     with pytest.raises(InputError, match="model.stack_method=bad makes .* a growth must keep them all in their order"):
         plan_growth("bad", 12, 4)
 
 
 @pytest.mark.parametrize("starts", [[0], [1, 2, 3, 4], [0, 5, 4, 6], [0, 1, 2, 99]])
-def test_a_schedule_that_gives_a_stage_no_update_is_refused(starts, examples):
+def test_a_schedule_that_gives_a_stage_no_update_is_refused(starts, monkeypatch):
+    monkeypatch.setattr(SCHEDULES, "_found", dict(SCHEDULES._found))
     SCHEDULES.register("bad")(lambda *_: starts)
     with pytest.raises(InputError):
         stage_starts("bad", 4, 10)

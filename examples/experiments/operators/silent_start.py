@@ -2,19 +2,17 @@
 
 import torch
 
-from fairseq_stack.models.stacked_hubert import StackedHubert
+from fairseq_stack.growth.events import LISTENERS, GrowthListener
+from fairseq_stack.models.layer_stack import OUTPUT_PROJECTIONS
 
-build = StackedHubert.build_model.__func__
 
+@LISTENERS.register("silent start")
+class SilentStart(GrowthListener):
+    """Zeroes the output projections of a new student."""
 
-def build_model(cls, cfg, task):
-    model = build(cls, cfg, task)
-    with torch.no_grad():
+    @torch.no_grad()
+    def start(self, model):
         for layer in model.encoder.layers:
-            for projection in (layer.self_attn.out_proj, layer.fc2):
-                for parameter in projection.parameters():
+            for name in OUTPUT_PROJECTIONS:
+                for parameter in layer.get_submodule(name).parameters():
                     parameter.zero_()
-    return model
-
-
-StackedHubert.build_model = classmethod(build_model)
