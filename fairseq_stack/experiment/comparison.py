@@ -1,10 +1,11 @@
 """Trains and measures the students of a grid, and summarises the results."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from fairseq_stack.data.manifest import read_manifest
@@ -13,6 +14,7 @@ from fairseq_stack.experiment.grid import Grid
 from fairseq_stack.experiment.measures import cannot_measure, collect, is_measured, measure_training, write_results
 from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
 from fairseq_stack.experiment.training import Terminated, train_all, trainings
+from fairseq_stack.extensions import use_extensions
 from fairseq_stack.files import write_whole
 from fairseq_stack.teachers import load_teacher
 from fairseq_stack.training.recipes import compose_recipe, subsets
@@ -54,9 +56,10 @@ class Comparison:
         self.grid, self.output, self.speech, self.teacher = grid, Path(output), speech, teacher
         self.planned = trainings(grid, output, [f"task.data={speech}", f"task.teacher={teacher}", *fields])
         self.due = [training for training in self.planned if not is_measured(training, self.probes)]
-        self._configurations = [
-            compose_recipe(grid.recipe.parent, grid.recipe.stem, training.fields) for training in self.due
-        ]
+        students = {training.student: training.fields for training in self.due}  # the same with every seed
+        self._configurations = {
+            student: compose_recipe(grid.recipe.parent, grid.recipe.stem, own) for student, own in students.items()
+        }
 
     def notes(self) -> list[str]:
         """Returns a sentence for each measure that a student does not have.
@@ -64,15 +67,12 @@ class Comparison:
         Raises:
             InputError: the teacher cannot be loaded.
         """
-        if not self.due:
-            return []
-        depth = load_teacher(self.teacher).depth
-        missing = {
-            training.student: cannot_measure(cfg, depth) for training, cfg in zip(self.due, self._configurations)
-        }
-        return [
-            f"{student}: {reason}; its cells stay empty" for student, reasons in missing.items() for reason in reasons
-        ]
+        notes, depth = [], 0
+        for student, cfg in self._configurations.items():
+            use_extensions(cfg.task.extensions)
+            depth = depth or load_teacher(self.teacher).depth
+            notes += [f"{student}: {reason}; its cells stay empty" for reason in cannot_measure(cfg, depth)]
+        return notes
 
     def train(self, processes: int) -> list[str]:
         """Trains and measures the due trainings.
@@ -86,9 +86,8 @@ class Comparison:
         Raises:
             Preempted: SIGTERM was received.
         """
-        for cfg in self._configurations:  # before the trainings, which read them
-            if cfg.task.get("target_store"):
-                store_targets(cfg, subsets(cfg.dataset))
+        for cfg in _one_for_each_store(self._configurations.values()):  # before the trainings, which read them
+            store_targets(cfg, subsets(cfg.dataset))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))  # measures while trainings run
         failed, done = [], len(self.planned) - len(self.due)
         try:
@@ -96,6 +95,7 @@ class Comparison:
                 for training, problem in train_all(self.grid, self.due, processes):
                     try:
                         if problem is None:
+                            use_extensions(self._configurations[training.student].task.extensions)
                             measure_training(training, self.speech, self.probes)
                     except InputError as error:
                         problem = str(error)
@@ -122,6 +122,16 @@ class Comparison:
         table = summary_table(results)
         write_whole(self.output / "summary.md", table + "\n")
         return table
+
+
+def _one_for_each_store(configurations: Iterable[DictConfig]) -> list[DictConfig]:
+    """Return those that store targets, without those that store the same targets as one before."""
+    found = {}
+    for cfg in configurations:
+        if cfg.task.get("target_store"):
+            loading = subsets(cfg.dataset), cfg.dataset.combine_valid_subsets
+            found.setdefault(str((cfg.task, cfg.criterion, cfg.model.share_teacher_cnn, loading)), cfg)
+    return list(found.values())
 
 
 def check_probes(speech: str | Path) -> str:

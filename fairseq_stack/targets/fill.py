@@ -58,7 +58,7 @@ def fill(
             # Workers of a spawned process would be spawned too, and would import everything again.
             multiprocessing_context="fork" if loading.num_workers else None,
         )
-        bar = tqdm(total=len(windows), desc=split, unit=" windows", mininterval=1, disable=rank > 0)
+        bar = tqdm(total=len(windows), desc=split, unit=" windows", mininterval=1, disable=rank > 0 or not windows)
         with bar, task.store.writing_beside():
             for batch in batches:
                 task.bad_audio[split].report(batch["problems"])

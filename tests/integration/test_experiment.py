@@ -6,14 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from training import EXAMPLES, command, tiny
+from training import EXAMPLES, ROOT, tiny
 
 from fairseq_stack.cli import main
 from fairseq_stack.errors import InputError
+from fairseq_stack.experiment import comparison
 from fairseq_stack.experiment.grid import read_grid
 from fairseq_stack.experiment.measures import collect, time_to_reach
 from fairseq_stack.experiment.summary import draw_curves, draw_loss_and_time, summary_table
 from fairseq_stack.experiment.training import MEASURED, trainings
+from fairseq_stack.training.recipes import compose_recipe
+from fairseq_stack.training.stored_targets import store_targets
 
 GRID = f"""
 recipe: {EXAMPLES}/interleaved/librispeech_base.yaml
@@ -71,12 +74,19 @@ def start(grid_file, speech_with_test, teacher_file, tmp_path, capsys):
     torch.set_num_threads(threads)
 
 
-def test_every_seed_is_trained_once_and_all_are_in_the_results(start, grid_file, tmp_path):
-    out = tmp_path / "out"
+def test_every_seed_is_trained_once_and_all_are_in_the_results(start, grid_file, tmp_path, monkeypatch):
+    out, stored = tmp_path / "out", []
+
+    def stores(*arguments):
+        stored.append(arguments)
+        store_targets(*arguments)
+
+    monkeypatch.setattr(comparison, "store_targets", stores)
     alone = GRID.replace("  full: [model.stack_method=none, model.stack_stages=1]\n", "")
     grid_file.write_text(alone.replace("reference: full", "reference: grown"))
     code, output = start(f"+task.target_store={tmp_path}/store")
     assert code == 0, output
+    assert len(stored) == 1 and "valid: 100%" in output  # both seeds use them
     results = json.loads((out / "results.json").read_text())
     seeds = results["students"]["grown"]["seeds"]
     assert list(seeds) == ["1", "2"] and seeds["1"]["loss"] != seeds["2"]["loss"]
@@ -97,6 +107,7 @@ def test_every_seed_is_trained_once_and_all_are_in_the_results(start, grid_file,
     shutil.rmtree(out / "runs" / "grown" / "2" / "checkpoints")
     code, output = start(f"+task.target_store={tmp_path}/store")
     assert code == 0, output
+    assert len(stored) == 2 and "windows" not in output  # no bar where nothing is missing
     again = json.loads((out / "results.json").read_text())
     assert again["students"]["grown"]["seeds"]["2"]["loss"] == seeds["2"]["loss"]
     changed = [log.parent for log, text in logs.items() if log.read_text() != text]
@@ -283,24 +294,10 @@ def test_a_grid_that_cannot_be_says_which_field(grid_file, old, new, says):
     assert "\n" not in str(raised.value) and str(grid_file) in str(raised.value)
 
 
-COMPOSES_ALL = """
-import sys
-from fairseq_stack.experiment.grid import read_grid
-from fairseq_stack.training.recipes import compose_recipe
-
-for file in sys.argv[1:]:
-    grid = read_grid(file)
-    for student, fields in grid.students.items():
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_experiments_that_come_along_can_be_composed(path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # which the paths of growth operators start from
+    grid = read_grid(path)
+    for fields in {*grid.students.values()}:
         given = [*grid.fields, *fields, "task.data=x", "task.teacher=y"]
-        cfg = compose_recipe(grid.recipe.parent, grid.recipe.stem, given)
-        assert cfg.model._name == "stacked_hubert", (file, student)
-print(len(sys.argv) - 1, "experiments")
-"""
-
-
-def test_the_experiments_that_come_along_can_be_composed():
-    """In a process of their own, because the growth operators of some would stay loaded here."""
-    files = sorted((EXAMPLES / "experiments").glob("*.yaml"))
-    process = command("python", "-c", COMPOSES_ALL, *files)
-    output, _ = process.communicate()
-    assert process.returncode == 0 and f"{len(files)} experiments" in output, output[-2000:]
+        assert compose_recipe(grid.recipe.parent, grid.recipe.stem, given).model._name == "stacked_hubert"
