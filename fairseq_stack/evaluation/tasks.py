@@ -1,6 +1,7 @@
 """The tasks of the probes: their training, validation and test recordings with the correct answers."""
 
 import hashlib
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -290,8 +291,14 @@ def classification(labelled: Pairs, most: int) -> tuple[list[Fold], tuple[str, .
 
 
 def plain_text(text: str) -> str:
-    """Returns text in lower case without punctuation other than apostrophes, as ASR is scored."""
-    kept = (sign if sign.isalnum() or sign == "'" else " " for sign in text.casefold())
+    """Returns text in lower case without punctuation other than apostrophes, as ASR is scored.
+
+    Marks stay, because they are part of a letter: the vowel signs of Hindi, the tones of Thai.
+    """
+    text = unicodedata.normalize("NFC", text.casefold()).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    kept = (
+        sign if sign.isalnum() or sign == "'" or unicodedata.category(sign).startswith("M") else " " for sign in text
+    )
     return " ".join("".join(kept).split())
 
 

@@ -220,6 +220,12 @@ def test_texts_are_compared_without_case_and_punctuation():
     assert plain_text("Please, don't press  #1!") == "please don't press 1"
 
 
+def test_letters_of_all_languages_stay_whole_in_texts():
+    assert plain_text("Don\N{RIGHT SINGLE QUOTATION MARK}t!") == "don't"
+    assert plain_text("Cafe\N{COMBINING ACUTE ACCENT}.") == "café"  # two signs, as macOS writes it
+    assert plain_text("नमस्ते दुनिया।") == "नमस्ते दुनिया"
+
+
 # Probes
 
 
