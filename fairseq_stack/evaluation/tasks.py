@@ -262,6 +262,8 @@ def _verification(recordings, most):
             for tested in range(number)
         ]
     for fold in folds:
+        if len({speaker for _, speaker in fold.train}) < 2:
+            raise NoTask("train has fewer than two speakers")
         for part in (fold.valid, fold.test):
             speakers = Counter(speaker for _, speaker in part)
             if len(speakers) < 2 or speakers.most_common(1)[0][1] < 2:

@@ -183,6 +183,8 @@ def test_a_verified_speaker_is_no_training_speaker_of_the_fold():
     (fold,) = task.folds
     assert [len(part) for part in (fold.train, fold.valid, fold.test)] == [6, 6, 6]
 
+    one = [pair for pair in apart if pair.split != "train" or pair.labels["speaker"] == "traina"]
+    assert find_tasks(one)[1]["verification"] == "train has fewer than two speakers"
     few = [said(split, speaker, n) for split in SPLITS for speaker in "abcde" for n in range(2)]
     assert "the number of speakers is 5; at least 6" in find_tasks(few)[1]["verification"]
     once = [said(split, speaker, 0) for split in SPLITS for speaker in "abcdef"]
