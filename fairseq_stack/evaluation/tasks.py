@@ -34,7 +34,7 @@ class LabelledRecording:
         path: the file.
         samples: its length in samples.
         split: train, valid or test.
-        labels: {column of labels.tsv and phones.tsv: text}; "" if unknown.
+        labels: {column of phones.tsv and labels.tsv: text}; "" if unknown.
     """
 
     utterance: str
@@ -113,19 +113,24 @@ def read_labelled_speech(folder: str | Path) -> list[LabelledRecording]:
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Returns {utterance: {column: text}} of a file that fairseq-stack prepare wrote."""
+    """Returns {utterance: {column: text}} of a file that fairseq-stack prepare wrote.
+
+    It has the `columns`, and may have others that a user added.
+    """
     try:
         header, *lines = path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it with fairseq-stack prepare") from None
-    if tuple(header.split("\t")) != columns:
-        raise InputError(f"{path}:1: is not {' '.join(columns)}; prepare the speech again")
+    names = header.split("\t")
+    if lacking := [column for column in columns if column not in names]:
+        raise InputError(f"{path}:1: lacks the column {lacking[0]} in its first line; prepare the speech again")
     table = {}
     for number, line in enumerate(lines, start=2):
         fields = line.split("\t")
-        if len(fields) != len(columns):
-            raise InputError(f"{path}:{number}: has {len(fields)} fields instead of {len(columns)}; prepare again")
-        table[fields[0]] = dict(zip(columns, fields))
+        if len(fields) != len(names):
+            raise InputError(f"{path}:{number}: has {len(fields)} fields instead of {len(names)}; prepare again")
+        row = dict(zip(names, fields))
+        table[row[columns[0]]] = row
     return table
 
 

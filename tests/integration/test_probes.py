@@ -218,6 +218,19 @@ def test_texts_are_recognized_in_the_language_that_has_most():
     assert {recording.labels["language"] for recording in task.recordings.values()} == {"cs"}
 
 
+def test_labels_may_have_columns_of_their_own(labelled, tmp_path):
+    for name in ("labels", *SPLITS):
+        shutil.copy(labelled / f"{name}.tsv", tmp_path)
+    header, *lines = (tmp_path / "labels.tsv").read_text().splitlines()
+    write_lines(tmp_path / "labels.tsv", [f"mood\t{header}", *(f"calm\t{line}" for line in lines)])
+    ours, theirs = read_labelled_speech(tmp_path), read_labelled_speech(labelled)
+    assert {one.labels["mood"] for one in ours} == {"calm"}
+    assert [one.labels["text"] for one in ours] == [one.labels["text"] for one in theirs]
+    write_lines(tmp_path / "labels.tsv", [header.replace("keyword", "word"), *lines])
+    with pytest.raises(InputError, match=r"labels\.tsv:1: lacks the column keyword"):
+        read_labelled_speech(tmp_path)
+
+
 def test_texts_are_compared_without_case_and_punctuation():
     assert plain_text("Please, don't press  #1!") == "please don't press 1"
 
