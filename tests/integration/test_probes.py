@@ -455,7 +455,7 @@ def test_an_onnx_file_is_probed_on_the_same_hidden_states(exports, tmp_path):
         assert torch.allclose(state, other[:, : state.size(1)], atol=1e-4)
     assert frames.tolist() == [24] == [states[0].size(1)]
     with pytest.raises(InputError, match="weighted.onnx has a weighted sum alone"):
-        load_export(exports / "weighted.onnx")
+        upstream_rows([exports / "weighted.onnx"])
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     with pytest.raises(InputError, match="broken.onnx cannot be loaded by onnxruntime"):
         load_export(tmp_path / "broken.onnx")
@@ -464,7 +464,7 @@ def test_an_onnx_file_is_probed_on_the_same_hidden_states(exports, tmp_path):
 
 
 def test_the_cost_of_exports_is_compared_with_the_first(exports, teacher_file, capsys):
-    paths = [str(exports / name) for name in ("student.onnx", "student")]
+    paths = [str(exports / name) for name in ("student.onnx", "student", "weighted.onnx")]
     main(["cost", *paths, "--teacher", str(teacher_file), "--seconds", "1", "--runs", "2"])
     header, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
