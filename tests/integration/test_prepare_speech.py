@@ -185,7 +185,8 @@ def test_unusable_folders_are_refused_before_anything_is_written(folder, tmp_pat
 def test_texts_come_from_a_file_with_a_line_for_each_recording(tmp_path, caplog):
     recordings = [Recording(Path(f"/s/{name}.wav"), name) for name in ("a/one", "a/two", "b/one")]
     file = tmp_path / "texts.tsv"
-    file.write_text("a/one\tОдин,  please!\nb/one.wav\tone\nelsewhere\tlost\n", encoding="utf-8")
+    lines = "a/one\tОдин,\u2028 please!\r\nb/one.wav\tone\r\n\r\nelsewhere\tlost\r\n"
+    file.write_bytes(lines.encode("utf-8-sig"))  # as a spreadsheet on Windows writes it
     assert [one.text for one in with_texts(recordings, file)] == ["Один, please!", "", "one"]
     assert f"1 recordings have no text in {file}" in caplog.text
     for content, words in (
