@@ -1,7 +1,9 @@
 """Students are fine-tuned by fairseq and by transformers with the commands of docs/finetuning.md, and exported."""
 
+import copy
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +196,10 @@ def test_padding_changes_nothing_in_a_group_norm_that_ignores_it(tmp_path, norma
             alone = [stock(**preprocess(one, sampling_rate=16_000, return_tensors="pt")).logits[0] for one in waveforms]
             differences[name] = max((row[: len(one)] - one).abs().max().item() for row, one in zip(padded, alone))
     assert differences["ours"] < 1e-4 < 0.01 < differences["stock"]
+    with torch.no_grad():
+        ours(**preprocess(waveforms[0], sampling_rate=16_000, return_tensors="pt"))
+        copied = copy.deepcopy(ours)  # as a Trainer puts one on each of several GPUs
+        assert torch.equal(copied(**batch).logits, ours(**batch).logits)
     ours(**batch).logits.sum().backward()
     assert ours.hubert.feature_extractor.conv_layers[0].layer_norm.weight.grad.abs().max() > 0
 
