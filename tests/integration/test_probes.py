@@ -528,9 +528,7 @@ def test_two_exports_of_one_name_are_refused(exports, tmp_path):
         upstream_rows([exports / "student", tmp_path / "student"])
 
 
-def test_the_script_prints_a_table_and_keeps_every_number(
-    exports, labelled, teacher_file, tmp_path, quick, monkeypatch, capsys
-):
+def test_the_script_prints_a_table_and_keeps_every_number(exports, labelled, teacher_file, tmp_path, quick, capsys):
     output_file = tmp_path / "probes.json"
     arguments = [
         "evaluate", str(exports / "student"), "--speech", str(labelled), "--teacher", str(teacher_file),
