@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from fairseq_stack.data.audio import SAMPLE_RATE, read_audio
-from fairseq_stack.data.recordings import LABELS
+from fairseq_stack.data.recordings import PHONES
 from fairseq_stack.data.splits import SPLITS
 from fairseq_stack.errors import InputError, check_choice, one_line_errors
 from fairseq_stack.evaluation.tasks import read_labelled_speech
@@ -46,27 +46,35 @@ class Arguments:
 @one_line_errors
 def main():
     arguments, training = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
-    check_choice("--label", arguments.label, LABELS[1:])
+    recordings = read_labelled_speech(arguments.speech)
+    check_choice("--label", arguments.label, [name for name in recordings[0].labels if name not in PHONES])
     set_seed(training.seed)
     output = Path(training.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    labelled = [one for one in read_labelled_speech(arguments.speech) if one.labels[arguments.label]]
+    labelled = [one for one in recordings if one.labels[arguments.label]]
     classes = sorted({one.labels[arguments.label] for one in labelled if one.split == "train"})
-    if len(classes) < 2:
-        raise InputError(f"--label {arguments.label} has {len(classes)} classes in train of {arguments.speech}")
     number = {name: index for index, name in enumerate(classes)}
 
     config = HubertConfig.from_pretrained(
         arguments.student, label2id=number, id2label={index: name for name, index in number.items()}
     )
     conv_layers = list(zip(config.conv_dim, config.conv_kernel, config.conv_stride))
-    parts = {
-        split: [one for one in labelled if one.split == split and one.labels[arguments.label] in number]
-        for split in SPLITS
-    }
+    parts = {split: [one for one in labelled if one.split == split] for split in SPLITS}
+    for split in SPLITS[1:]:
+        known = [one for one in parts[split] if one.labels[arguments.label] in number]
+        if len(known) < len(parts[split]):
+            print(f"{split}: left out {len(parts[split]) - len(known)} utterances whose {arguments.label} train lacks")
+        parts[split] = known
     # Masks of mask_time_length frames need longer utterances.
     masked = config.mask_time_length if config.mask_time_prob > 0 else 0
     parts["train"] = [one for one in parts["train"] if frames_from_samples(one.samples, conv_layers) > masked]
+    if len(classes) < 2 or not (parts["train"] and parts["valid"]):
+        raise InputError(
+            f"--label {arguments.label} of {arguments.speech} gives {len(classes)} classes, {len(parts['train'])}"
+            f" utterances of train that are longer than {masked} frames and {len(parts['valid'])} of valid with these"
+            " classes; at least two classes and an utterance in both are needed"
+        )
+    keep_arguments(arguments, output)
     if arguments.random_weights:
         model = HubertForSequenceClassification(config)
     else:
@@ -99,6 +107,14 @@ def main():
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     for split, metrics in results.items():
         print(f"{split}: {metrics[f'{split}_accuracy']:.1%} of utterances right")
+
+
+def keep_arguments(arguments, output):
+    """Write the arguments to the folder `output`; refuse a folder whose run, which would resume, had others."""
+    file, given = output / "arguments.json", json.dumps(vars(arguments))
+    if file.exists() and file.read_text() != given:
+        raise InputError(f"--output_dir {output} has a run with {file.read_text()}; give another folder")
+    file.write_text(given)
 
 
 if __name__ == "__main__":

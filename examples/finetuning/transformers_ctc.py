@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from torchaudio.functional import edit_distance
 from transformers import (
     AutoFeatureExtractor,
@@ -32,6 +33,8 @@ from fairseq_stack.errors import InputError, one_line_errors
 from fairseq_stack.evaluation.tasks import plain_text, read_labelled_speech
 from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.models.exact_padding import ignore_padding
+
+UNKNOWN = "⁇"
 
 
 @dataclass
@@ -54,6 +57,7 @@ def main():
             texts[recording.split].append((recording, text))
     if not (texts["train"] and texts["valid"]):
         raise InputError(f"{arguments.speech}/labels.tsv has no texts in train and valid; fill its column text")
+    keep_arguments(arguments, output)
     tokenizer = letter_tokenizer([text for _, text in texts["train"]], output)
 
     config = HubertConfig.from_pretrained(
@@ -71,6 +75,11 @@ def main():
         for recording, text in texts["train"]
         if frames_from_samples(recording.samples, conv_layers) > max(masked, len(text))
     ]
+    if not texts["train"]:
+        raise InputError(
+            f"{arguments.speech}/train.tsv has no recording that is longer than a mask of {masked} frames and has a"
+            " frame for each letter of its text; check the column text of labels.tsv"
+        )
     if arguments.random_weights:
         model = HubertForCTC(config)
     else:
@@ -95,7 +104,7 @@ def main():
         found, wanted = tokenizer.batch_decode(best), tokenizer.batch_decode(wanted, group_tokens=False)
         return {name: error_rate(found, wanted, parts) for name, parts in (("cer", list), ("wer", str.split))}
 
-    trainer = Trainer(
+    trainer = LetterTrainer(
         model,
         training,
         data_collator=batch,
@@ -103,7 +112,6 @@ def main():
         eval_dataset=texts["valid"],
         processing_class=preprocess,
         compute_metrics=error_rates,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output))  # None if there is none
     trainer.save_model()
@@ -114,13 +122,32 @@ def main():
         print(f"{split}: {metrics[f'{split}_cer']:.1%} of characters and {metrics[f'{split}_wer']:.1%} of words wrong")
 
 
+class LetterTrainer(Trainer):
+    """A Trainer that predicts the best letter of each frame, and -100 after the end of an utterance."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        frames = self.model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1))
+        padding = torch.arange(logits.size(1), device=logits.device) >= frames[:, None].to(logits.device)
+        return loss, logits.argmax(-1).masked_fill(padding, -100), labels
+
+
+def keep_arguments(arguments, output):
+    """Write the arguments to the folder `output`; refuse a folder whose run, which would resume, had others."""
+    file, given = output / "arguments.json", json.dumps(vars(arguments))
+    if file.exists() and file.read_text() != given:
+        raise InputError(f"--output_dir {output} has a run with {file.read_text()}; give another folder")
+    file.write_text(given)
+
+
 def letter_tokenizer(texts, output):
     """A tokenizer of the letters in texts, saved in the folder `output`."""
     letters = sorted({letter for text in texts for letter in text} - {" "})
-    vocabulary = {letter: number for number, letter in enumerate(["[PAD]", "[UNK]", "|", *letters])}
+    # A letter that train lacks is one sign, so that it counts as one error.
+    vocabulary = {letter: number for number, letter in enumerate(["[PAD]", UNKNOWN, "|", *letters])}
     (output / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     tokenizer = Wav2Vec2CTCTokenizer(
-        str(output / "vocab.json"), pad_token="[PAD]", unk_token="[UNK]", bos_token=None, eos_token=None
+        str(output / "vocab.json"), pad_token="[PAD]", unk_token=UNKNOWN, bos_token=None, eos_token=None
     )
     tokenizer.save_pretrained(output)
     return tokenizer

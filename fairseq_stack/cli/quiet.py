@@ -13,6 +13,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING)  # otherwise a module of fairseq sets INFO
+    logging.getLogger("s3prl").setLevel(logging.ERROR)  # names the upstreams that it cannot import
 
     from transformers.utils.logging import disable_progress_bar
 

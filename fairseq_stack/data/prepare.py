@@ -146,12 +146,12 @@ def with_texts(recordings: Sequence[Recording], texts: str | Path) -> list[Recor
     """
     said = {}
     try:
-        lines = Path(texts).read_text(encoding="utf-8").splitlines()
+        lines = Path(texts).read_text(encoding="utf-8-sig").split("\n")  # spreadsheets write a BOM
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--texts {texts}: cannot be read as UTF-8 text ({error})") from None
     for number, line in enumerate(lines, start=1):
         name, tab, text = line.partition("\t")
-        if not tab:
+        if not tab and line.strip():
             raise InputError(f"--texts {texts}:{number}: has no tab between the path of a recording and its text")
         said[name] = " ".join(text.split())
     found = [

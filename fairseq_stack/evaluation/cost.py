@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_stack.data.audio import SAMPLE_RATE
-from fairseq_stack.evaluation.upstreams import OnnxUpstream, TeacherUpstream, load_export
+from fairseq_stack.evaluation.upstreams import OnnxUpstream, TeacherUpstream, is_onnx, load_export
 from fairseq_stack.tables import markdown_table
 
 SECONDS = 10  # length of the measured utterance; the cost of attention grows with its square
@@ -84,7 +84,7 @@ def cost_table(exports: Sequence[str | Path], teacher: str | Path | None, second
     The fastest run of each counts, because other work on the machine can only slow a run down.
 
     Args:
-        exports: see load_export.
+        exports: see load_export; ONNX files with any outputs.
         teacher: see load_teacher, or None.
         seconds: length of the utterance that all compute.
         runs: number of timed runs.
@@ -92,7 +92,8 @@ def cost_table(exports: Sequence[str | Path], teacher: str | Path | None, second
     Raises:
         InputError: one of them cannot be loaded.
     """
-    upstreams = {str(path): load_export(path) for path in exports}
+    # An ONNX file needs no hidden states here.
+    upstreams = {str(path): OnnxUpstream(path) if is_onnx(path) else load_export(path) for path in exports}
     sizes = {str(path): _bytes(Path(path)) for path in exports}
     if teacher:
         upstreams["teacher"] = TeacherUpstream(teacher)

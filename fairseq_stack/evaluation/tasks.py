@@ -1,6 +1,8 @@
 """The tasks of the probes: their training, validation and test recordings with the correct answers."""
 
 import hashlib
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ class LabelledRecording:
         path: the file.
         samples: its length in samples.
         split: train, valid or test.
-        labels: {column of labels.tsv and phones.tsv: text}; "" if unknown.
+        labels: {column of phones.tsv and labels.tsv: text}; "" if unknown.
     """
 
     utterance: str
@@ -112,19 +114,24 @@ def read_labelled_speech(folder: str | Path) -> list[LabelledRecording]:
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """Returns {utterance: {column: text}} of a file that fairseq-stack prepare wrote."""
+    """Returns {utterance: {column: text}} of a file that fairseq-stack prepare wrote.
+
+    It has the `columns`, and may have others that a user added.
+    """
     try:
         header, *lines = path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make it with fairseq-stack prepare") from None
-    if tuple(header.split("\t")) != columns:
-        raise InputError(f"{path}:1: is not {' '.join(columns)}; prepare the speech again")
+    names = header.split("\t")
+    if lacking := [column for column in columns if column not in names]:
+        raise InputError(f"{path}:1: lacks the column {lacking[0]} in its first line; prepare the speech again")
     table = {}
     for number, line in enumerate(lines, start=2):
         fields = line.split("\t")
-        if len(fields) != len(columns):
-            raise InputError(f"{path}:{number}: has {len(fields)} fields instead of {len(columns)}; prepare again")
-        table[fields[0]] = dict(zip(columns, fields))
+        if len(fields) != len(names):
+            raise InputError(f"{path}:{number}: has {len(fields)} fields instead of {len(names)}; prepare again")
+        row = dict(zip(names, fields))
+        table[row[columns[0]]] = row
     return table
 
 
@@ -261,6 +268,8 @@ def _verification(recordings, most):
             for tested in range(number)
         ]
     for fold in folds:
+        if len({speaker for _, speaker in fold.train}) < 2:
+            raise NoTask("train has fewer than two speakers")
         for part in (fold.valid, fold.test):
             speakers = Counter(speaker for _, speaker in part)
             if len(speakers) < 2 or speakers.most_common(1)[0][1] < 2:
@@ -290,8 +299,15 @@ def classification(labelled: Pairs, most: int) -> tuple[list[Fold], tuple[str, .
 
 
 def plain_text(text: str) -> str:
-    """Returns text in lower case without punctuation other than apostrophes, as ASR is scored."""
-    kept = (sign if sign.isalnum() or sign == "'" else " " for sign in text.casefold())
+    """Returns text in lower case without punctuation other than apostrophes, as ASR is scored.
+
+    Marks stay, because they are part of a letter: the vowel signs of Hindi, the tones of Thai.
+    """
+    # A typographic apostrophe is one between two letters; elsewhere, the sign closes a quotation.
+    text = re.sub(r"(?<=\w)\N{RIGHT SINGLE QUOTATION MARK}(?=\w)", "'", unicodedata.normalize("NFC", text.casefold()))
+    kept = (
+        sign if sign.isalnum() or sign == "'" or unicodedata.category(sign).startswith("M") else " " for sign in text
+    )
     return " ".join("".join(kept).split())
 
 

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from s3prl.nn import S3PRLUpstream
@@ -37,11 +38,17 @@ def load_export(path: str | Path) -> Any:
         path: the folder of `--to huggingface`, or the file of `--to s3prl`, `--to s3prl-distiller` or `--to onnx`.
 
     Raises:
-        InputError: the path is no such export, or cannot be loaded without running code from it.
+        InputError: the path is no such export, cannot be loaded without running code from it, or is an ONNX file
+            without hidden states to probe.
     """
     path = Path(path)
     if is_onnx(path):
-        return OnnxUpstream(path)
+        upstream = OnnxUpstream(path)
+        if upstream.output == "logits":
+            raise InputError(f"{path} is fine-tuned, and probes need hidden states; give the export of the student")
+        if upstream.output == "weighted_sum":
+            raise InputError(f"{path} has a weighted sum alone, and probes learn the weights; export all hidden states")
+        return upstream
     if path.is_dir():
         check_export(path)
         upstream = _load("hf_hubert_custom", path)
@@ -102,12 +109,16 @@ def load_log_mel(normalized: bool = False) -> S3PRLUpstream:
 class OnnxUpstream(nn.Module):
     """A student in an ONNX file, with the interface of S3PRLUpstream. onnxruntime has as many threads as torch.
 
+    Logits of a fine-tuned student, or a weighted sum with equal weights, take the place of the hidden states.
+
     Args:
         path: the file of `--to onnx`.
 
+    Attributes:
+        output: name of the file's first output.
+
     Raises:
-        InputError: onnxruntime is not installed, or the file is none of fairseq-stack's, has a weighted sum or is
-            fine-tuned.
+        InputError: onnxruntime is not installed, or the file is none of fairseq-stack's.
     """
 
     def __init__(self, path: str | Path):
@@ -124,16 +135,18 @@ class OnnxUpstream(nn.Module):
             width, hop, self.parameter_count = (
                 int(facts[name]) for name in ("width", "samples_per_frame", "parameters")
             )
-        if "labels" in facts:
-            raise InputError(f"{path} is fine-tuned, and probes need hidden states; give the export of the student")
-        if facts["hidden_states"] == "weighted":
-            raise InputError(f"{path} has a weighted sum alone, and probes learn the weights; export all hidden states")
-        self.num_layers = len(self.session.get_outputs()) - 1
+        outputs, inputs = self.session.get_outputs(), self.session.get_inputs()
+        self.output = outputs[0].name
+        self.layer_weights = {
+            one.name: np.full(one.shape, 1 / one.shape[0], np.float32) for one in inputs if one.name == "layer_weights"
+        }
+        self.num_layers = len(outputs) - 1
         self.hidden_sizes, self.downsample_rates = [width] * self.num_layers, [hop] * self.num_layers
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Maps waveforms [B, S] and their samples [B] to hidden states [B, T, D] and their frames [B]."""
-        outputs = self.session.run(None, {"waveforms": waveforms.numpy(), "lengths": lengths.numpy()})
+        inputs = {"waveforms": waveforms.numpy(), "lengths": lengths.numpy(), **self.layer_weights}
+        outputs = self.session.run(None, inputs)
         *states, frames = map(torch.from_numpy, outputs)
         return states, [frames] * self.num_layers
 

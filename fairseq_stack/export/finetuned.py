@@ -130,7 +130,13 @@ def from_fairseq(state: dict[str, Any], path: Path) -> FineTuned:
     config, task = configurations(state)
     assert config is not None and task is not None  # the name of the model stands there
     with input_errors(f"{path} cannot be read as a checkpoint of hubert_ctc"):
-        start = load_checkpoint(config["w2v_path"])  # its configuration is in no other file
+        start_path = Path(config["w2v_path"]).absolute()
+        if not start_path.is_file():
+            raise InputError(
+                f"it was fine-tuned from model.w2v_path={config['w2v_path']}, and there is no {start_path}; put the"
+                " file there"
+            )
+        start = load_checkpoint(start_path)  # its configuration is in no other file
         shape, _ = configurations(start)
         if shape is None:
             raise InputError(f"{config['w2v_path']} has no configuration; give the file that was fine-tuned")

@@ -20,14 +20,16 @@ def ignore_padding(model: nn.Module) -> None:
     first = hubert.feature_extractor.conv_layers[0]
     if not isinstance(getattr(first, "layer_norm", None), nn.GroupNorm):
         return
-    norm = first.layer_norm = GroupNormOfFrames(first.layer_norm)
+    first.layer_norm = GroupNormOfFrames(first.layer_norm)
+    hubert.register_forward_pre_hook(_remember_frames, with_kwargs=True)
+
+
+def _remember_frames(hubert: Any, inputs: tuple, named: dict) -> None:
+    """Give the group norm the frames of each utterance. `hubert` may be a copy, such as one on another GPU."""
+    mask = named.get("attention_mask", inputs[1] if len(inputs) > 1 else None)
+    first = hubert.feature_extractor.conv_layers[0]
     kernel, stride = first.conv.kernel_size[0], first.conv.stride[0]
-
-    def remember_frames(module: nn.Module, inputs: tuple, named: dict) -> None:
-        mask = named.get("attention_mask", inputs[1] if len(inputs) > 1 else None)
-        norm.frames = None if mask is None else (mask.sum(1) - kernel) // stride + 1
-
-    hubert.register_forward_pre_hook(remember_frames, with_kwargs=True)
+    first.layer_norm.frames = None if mask is None else (mask.sum(1) - kernel) // stride + 1
 
 
 class GroupNormOfFrames(nn.GroupNorm):

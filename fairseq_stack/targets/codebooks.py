@@ -63,6 +63,8 @@ class Codebooks:
         small beside that of the codes.
         """
         self._move_to(codes.device)
+        # On a CPU in fp32, a sum of entries that are already rotated takes a third of the time for 16 codebooks, the
+        # same for 64, and three times as long for 128.
         parts = self.entries.to(dtype)[torch.arange(len(self.entries), device=codes.device), codes.long()]
         return F.linear(parts.flatten(-2), self.rotation.flatten(1).to(dtype)).float() + self.mean
 

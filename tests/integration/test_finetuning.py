@@ -1,7 +1,9 @@
 """Students are fine-tuned by fairseq and by transformers with the commands of docs/finetuning.md, and exported."""
 
+import copy
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,14 @@ import onnxruntime
 import pytest
 import soundfile
 import torch
-from conftest import TINY, stock_hubert
+from conftest import S3PRL_FITS, TINY, stock_hubert
 from documented import blocks, commands_of, run_command
 from training import ROOT, train
 from transformers import HubertForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.checkpoints.read import load_checkpoint
 from fairseq_stack.checkpoints.student import student_from_checkpoint
+from fairseq_stack.cli import main
 from fairseq_stack.data.manifest import read_manifest
 from fairseq_stack.data.prepare import LABELS
 from fairseq_stack.export.fairseq import export_fairseq
@@ -117,6 +120,9 @@ def test_the_documented_commands_fine_tune_a_student_with_fairseq_and_resume(roo
     run_command(next(line for line in COMMANDS if "outputs/ctc/" in line and "--to onnx" in line))
     proof = json.loads((root / "ctc_fairseq.onnx.verification.json").read_text())
     assert proof["compared_with"] == "fairseq's hubert_ctc" and 0 < proof["largest_difference_alone"] <= TOLERANCE
+    (root / "student.pt").rename(root / "moved.pt")
+    with pytest.raises(SystemExit, match=f"model.w2v_path=student.pt, and there is no {root}/student.pt; put the file"):
+        main(["export", "outputs/ctc/checkpoints/checkpoint_last.pt", "--to", "onnx", "--output", "x.onnx"])
     assert labels_of("ctc_fairseq.onnx") == ["", "<pad>", "</s>", "<unk>", "a", "|", "m", "n"]
 
 
@@ -139,9 +145,15 @@ def test_the_documented_commands_fine_tune_a_student_with_transformers_and_expor
         results = json.loads((root / "outputs" / folder / "results.json").read_text())
         assert results.keys() == {"valid", "test"}
         assert {f"test_{name}" for name in errors} <= results["test"].keys()
-    for file, labels in (("ctc.onnx", ["", "[UNK]", "|", "a", "m", "n"]), ("keyword.onnx", ["a", "b"])):
+    for file, labels in (("ctc.onnx", ["", "⁇", "|", "a", "m", "n"]), ("keyword.onnx", ["a", "b"])):
         assert labels_of(file) == labels
         assert json.loads((root / f"{file}.verification.json").read_text())["compared_with"].startswith("transformers'")
+
+    with pytest.raises(SystemExit, match="--output_dir outputs/ctc_hf has a run with .*; give another folder"):
+        run_command(others[0], transformers_ctc=["--random_weights", "true"])
+    if S3PRL_FITS:
+        main(["cost", "ctc.onnx", "--seconds", "1", "--runs", "1"])
+        assert "| ctc.onnx |" in capsys.readouterr().out
 
     for options, words in (
         ("--to huggingface", "is fine-tuned, and --to huggingface has no place for its output layers; use --to onnx"),
@@ -166,9 +178,44 @@ def test_the_documented_commands_fine_tune_a_student_with_transformers_and_expor
     )
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(wave).float()[None]).logits
-    assert (
-        found.replace("[UNK]", "").strip() == tokenizer.batch_decode(logits.argmax(-1))[0].replace("[UNK]", "").strip()
-    )
+    assert found.replace("⁇", "").strip() == tokenizer.batch_decode(logits.argmax(-1))[0].replace("⁇", "").strip()
+
+
+def test_labels_of_ones_own_and_letters_that_train_lacks_are_scored(root, capsys):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs pip install accelerate")
+    table = root / "manifests/labels.tsv"
+    header, *lines = table.read_text().splitlines()
+    rows = [f"{header}\tmood", *(f"{line}\t{'calm' if number % 2 else 'glad'}" for number, line in enumerate(lines))]
+    rows = [re.sub("^(audio/valid.*)A man", r"\1A жук", row) for row in rows]  # valid, and not test
+    table.write_text("\n".join([*rows[:-1], rows[-1].replace("glad", "new").replace("calm", "new"), ""]))
+    (CTC, CLASSES) = (line for line in COMMANDS if "transformers_" in line)
+    run_command(CLASSES.replace("keyword", "mood"), transformers_classification=FEW_STEPS)
+    assert "test: left out 1 utterances whose mood train lacks" in capsys.readouterr().out
+    # A batch of utterances that differ in length has the transcripts that each has alone.
+    found = {}
+    for size in ("1", "8"):
+        options = [*FEW_STEPS, "--max_steps", "1", "--learning_rate", "0", "--per_device_eval_batch_size", size]
+        run_command(f"{CTC} --output_dir outputs/by{size}", transformers_ctc=options)
+        found[size] = json.loads((root / f"outputs/by{size}/results.json").read_text())
+        found[size] = {name: found[size][name.split("_")[0]][name] for name in ("valid_cer", "test_cer", "test_wer")}
+    assert found["1"] == found["8"]
+    tokenizer = runpy.run_path(str(ROOT / "examples/finetuning/transformers_ctc.py"))["letter_tokenizer"](["a"], root)
+    assert tokenizer.decode(tokenizer("a жук").input_ids, group_tokens=False) == "a ⁇⁇⁇"
+    for words, change in (
+        ("gives 1 classes", lambda text: re.sub("calm|glad", "same", text)),
+        ("gives 2 classes, 24 utterances of train that are longer than 0 frames and 0 of valid",
+         lambda text: re.sub("(?m)^(audio/valid.*)(calm|glad)", r"\1other", text)),
+    ):  # fmt: skip
+        text = table.read_text()
+        table.write_text(change(text))
+        with pytest.raises(SystemExit, match=re.escape(words)):
+            run_command(CLASSES.replace("keyword", "mood"), transformers_classification=FEW_STEPS)
+        table.write_text(text)
+    with pytest.raises(SystemExit, match="--label=tone is unknown; choose from speaker, language, text, keyword, mood"):
+        run_command(CLASSES.replace("keyword", "tone"))
+    table.write_text(table.read_text().replace("A man.", "A man who never ends speaking."))
+    with pytest.raises(SystemExit, match="train.tsv has no recording that is longer"):
+        run_command(f"{CTC} --output_dir outputs/long", transformers_ctc=FEW_STEPS)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -194,6 +241,10 @@ def test_padding_changes_nothing_in_a_group_norm_that_ignores_it(tmp_path, norma
             alone = [stock(**preprocess(one, sampling_rate=16_000, return_tensors="pt")).logits[0] for one in waveforms]
             differences[name] = max((row[: len(one)] - one).abs().max().item() for row, one in zip(padded, alone))
     assert differences["ours"] < 1e-4 < 0.01 < differences["stock"]
+    with torch.no_grad():
+        ours(**preprocess(waveforms[0], sampling_rate=16_000, return_tensors="pt"))
+        copied = copy.deepcopy(ours)  # as a Trainer puts one on each of several GPUs
+        assert torch.equal(copied(**batch).logits, ours(**batch).logits)
     ours(**batch).logits.sum().backward()
     assert ours.hubert.feature_extractor.conv_layers[0].layer_norm.weight.grad.abs().max() > 0
 

@@ -185,7 +185,8 @@ def test_unusable_folders_are_refused_before_anything_is_written(folder, tmp_pat
 def test_texts_come_from_a_file_with_a_line_for_each_recording(tmp_path, caplog):
     recordings = [Recording(Path(f"/s/{name}.wav"), name) for name in ("a/one", "a/two", "b/one")]
     file = tmp_path / "texts.tsv"
-    file.write_text("a/one\tОдин,  please!\nb/one.wav\tone\nelsewhere\tlost\n", encoding="utf-8")
+    lines = "a/one\tОдин,\u2028 please!\r\nb/one.wav\tone\r\n\r\nelsewhere\tlost\r\n"
+    file.write_bytes(lines.encode("utf-8-sig"))  # as a spreadsheet on Windows writes it
     assert [one.text for one in with_texts(recordings, file)] == ["Один, please!", "", "one"]
     assert f"1 recordings have no text in {file}" in caplog.text
     for content, words in (
@@ -464,7 +465,7 @@ def test_speakers_are_kept_together_on_request_and_the_shares_too():
     assert shares(few, grouping="speaker")[0]["a/0"] == "train"
 
 
-def test_speakers_are_the_first_folders(tmp_path, monkeypatch):
+def test_speakers_are_the_first_folders(tmp_path):
     source, output = tmp_path / "source", tmp_path / "output"
     for seed, name in enumerate(("ann/1/a", "ann/2/b", "bob/1/c", "cleo/1/a")):
         write(source / f"{name}.wav", noise(seed))
@@ -633,7 +634,7 @@ def test_a_damaged_package_is_named(tmp_path, source, packages):
     assert len(list(folder.iterdir())) == len(packages)
 
 
-def test_packages_are_unpacked_and_only_known_speakers_can_be_kept_apart(unpacked, tmp_path, monkeypatch):
+def test_packages_are_unpacked_and_only_known_speakers_can_be_kept_apart(unpacked, tmp_path):
     for package in (*ASTERISK, *OTHERS):
         root = tmp_path / package
         (root / "DEBIAN").mkdir(parents=True)
@@ -725,7 +726,7 @@ def test_librispeech_files_of_another_rate_are_refused(librispeech, tmp_path):
 # The command line
 
 
-def test_the_script_prepares_checks_and_names_each_damage_in_a_line(folder, tmp_path, monkeypatch, capsys):
+def test_the_script_prepares_checks_and_names_each_damage_in_a_line(folder, tmp_path, capsys):
     output = tmp_path / "output"
     command("--source", folder, "--output", output)
     command("--output", output, "--check")
@@ -748,7 +749,7 @@ def test_the_script_prepares_checks_and_names_each_damage_in_a_line(folder, tmp_
     command("--output", output, "--check")
 
 
-def test_check_without_manifests_says_how_to_make_them(tmp_path, monkeypatch):
+def test_check_without_manifests_says_how_to_make_them(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: .*train\.tsv: cannot read .* make one with fairseq-stack prepare"):
         command("--output", tmp_path, "--check")
 

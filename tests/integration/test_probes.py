@@ -183,6 +183,8 @@ def test_a_verified_speaker_is_no_training_speaker_of_the_fold():
     (fold,) = task.folds
     assert [len(part) for part in (fold.train, fold.valid, fold.test)] == [6, 6, 6]
 
+    one = [pair for pair in apart if pair.split != "train" or pair.labels["speaker"] == "traina"]
+    assert find_tasks(one)[1]["verification"] == "train has fewer than two speakers"
     few = [said(split, speaker, n) for split in SPLITS for speaker in "abcde" for n in range(2)]
     assert "the number of speakers is 5; at least 6" in find_tasks(few)[1]["verification"]
     once = [said(split, speaker, 0) for split in SPLITS for speaker in "abcdef"]
@@ -216,8 +218,27 @@ def test_texts_are_recognized_in_the_language_that_has_most():
     assert {recording.labels["language"] for recording in task.recordings.values()} == {"cs"}
 
 
+def test_labels_may_have_columns_of_their_own(labelled, tmp_path):
+    for name in ("labels", *SPLITS):
+        shutil.copy(labelled / f"{name}.tsv", tmp_path)
+    header, *lines = (tmp_path / "labels.tsv").read_text().splitlines()
+    write_lines(tmp_path / "labels.tsv", [f"mood\t{header}", *(f"calm\t{line}" for line in lines)])
+    ours, theirs = read_labelled_speech(tmp_path), read_labelled_speech(labelled)
+    assert {one.labels["mood"] for one in ours} == {"calm"}
+    assert [one.labels["text"] for one in ours] == [one.labels["text"] for one in theirs]
+    write_lines(tmp_path / "labels.tsv", [header.replace("keyword", "word"), *lines])
+    with pytest.raises(InputError, match=r"labels\.tsv:1: lacks the column keyword"):
+        read_labelled_speech(tmp_path)
+
+
 def test_texts_are_compared_without_case_and_punctuation():
     assert plain_text("Please, don't press  #1!") == "please don't press 1"
+
+
+def test_letters_of_all_languages_stay_whole_in_texts():
+    assert plain_text("Don\N{RIGHT SINGLE QUOTATION MARK}t!") == "don't"
+    assert plain_text("Cafe\N{COMBINING ACUTE ACCENT}.") == "café"  # two signs, as macOS writes it
+    assert plain_text("नमस्ते दुनिया।") == "नमस्ते दुनिया"
 
 
 # Probes
@@ -434,7 +455,7 @@ def test_an_onnx_file_is_probed_on_the_same_hidden_states(exports, tmp_path):
         assert torch.allclose(state, other[:, : state.size(1)], atol=1e-4)
     assert frames.tolist() == [24] == [states[0].size(1)]
     with pytest.raises(InputError, match="weighted.onnx has a weighted sum alone"):
-        load_export(exports / "weighted.onnx")
+        upstream_rows([exports / "weighted.onnx"])
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     with pytest.raises(InputError, match="broken.onnx cannot be loaded by onnxruntime"):
         load_export(tmp_path / "broken.onnx")
@@ -443,7 +464,7 @@ def test_an_onnx_file_is_probed_on_the_same_hidden_states(exports, tmp_path):
 
 
 def test_the_cost_of_exports_is_compared_with_the_first(exports, teacher_file, capsys):
-    paths = [str(exports / name) for name in ("student.onnx", "student")]
+    paths = [str(exports / name) for name in ("student.onnx", "student", "weighted.onnx")]
     main(["cost", *paths, "--teacher", str(teacher_file), "--seconds", "1", "--runs", "2"])
     header, _, *rows = (
         [cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
@@ -507,9 +528,7 @@ def test_two_exports_of_one_name_are_refused(exports, tmp_path):
         upstream_rows([exports / "student", tmp_path / "student"])
 
 
-def test_the_script_prints_a_table_and_keeps_every_number(
-    exports, labelled, teacher_file, tmp_path, quick, monkeypatch, capsys
-):
+def test_the_script_prints_a_table_and_keeps_every_number(exports, labelled, teacher_file, tmp_path, quick, capsys):
     output_file = tmp_path / "probes.json"
     arguments = [
         "evaluate", str(exports / "student"), "--speech", str(labelled), "--teacher", str(teacher_file),

@@ -66,6 +66,16 @@ MUON_PRECISIONS = {
     "fp32, Muon, silent copies": {**MUON, "+model.stack_silent_copies": True},
     "bf16, Muon, reset moments": {**MUON, **PRECISIONS["bf16"], **PRECISIONS["fp32, reset moments"]},
 }
+# Each run learns its own clusters, and its store grows with it.
+UNITS = {
+    "bf16, units of masked frames": {
+        **PRECISIONS["bf16"],
+        "+criterion.loss": "units",
+        "+task.target_format": "units20",
+        "+task.target_store": "store",
+        "+task.mask_prob": 0.5,
+    }
+}
 STOPS = {
     "at epoch end": lambda growths: [EPOCH_END],
     "in mid-epoch": lambda growths: [MID_EPOCH],
@@ -92,6 +102,7 @@ def cells():
     yield "none", "at epoch end", "equal", "2 workers, accumulation", "no average", "bf16"
     yield "interleaved", "at each growth", "equal", "2 workers", "average", "fp32, Muon, silent copies"
     yield "midas", "after each growth", "milestones", "accumulation", "fp32 average", "bf16, Muon, reset moments"
+    yield "interleaved", "at each growth", "prop", "0 workers, cropped", "average", "bf16, units of masked frames"
 
 
 def test_every_level_of_each_factor_meets_every_level_of_each_other():
@@ -188,7 +199,7 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(
         **SCHEDULES[schedule],
         **LOADING[loading],
         **AVERAGES[average],
-        **{**PRECISIONS, **MUON_PRECISIONS}[precision],
+        **{**PRECISIONS, **MUON_PRECISIONS, **UNITS}[precision],
     }
     if schedule == "milestones":
         fields["+model.stack_milestones"] = MILESTONES[method]
@@ -198,6 +209,8 @@ def test_a_stopped_run_ends_as_the_uninterrupted_one(
     def run(folder, stop=None):
         cfg = copy.deepcopy(composed)
         cfg.checkpoint.save_dir, cfg.common.tensorboard_logdir = f"{folder}/checkpoints", f"{folder}/tensorboard"
+        if cfg.task.target_store:
+            cfg.task.target_store = f"{folder}/store"
         if schedule not in ("plateau", "patient plateau"):
             cfg.checkpoint.save_interval_updates = stop or 0
         watch.stop = stop

@@ -4,6 +4,7 @@ import json
 
 import onnx
 import pytest
+from conftest import S3PRL_FITS
 from documented import commands_of, run_command
 from training import ROOT, tiny
 
@@ -22,6 +23,8 @@ def test_the_commands_lead_from_recordings_to_an_exported_recognizer(
     small = [field for field in tiny("", "", "", **{"optimization.max_update": 12}) if not field.startswith(("task.", "checkpoint.", "common.tensorboard"))]  # fmt: skip
     steps = "--max_steps 2 --per_device_train_batch_size 4 --report_to none --save_strategy no".split()
     for line in commands_of("docs/your_data.md"):
+        if "fairseq-stack cost" in line and not S3PRL_FITS:
+            continue
         run_command(line, fairseq_hydra_train=small, transformers_ctc=steps)
     said = capsys.readouterr().out
     assert "of characters and" in said and "onnx: recognizer_int8.onnx" in said

@@ -20,6 +20,7 @@ MASKED = {"+task.mask_prob": 0.5, "+task.mask_length": 4}
 SHARED_CNN = {"+model.share_teacher_cnn": True, "+model.feature_grad_mult": 0.0}
 GRAM = {"+criterion.loss": "temporal_gram", "+criterion.output_weight": 0.0}
 HEADS = {"+criterion.intermediate_style": "prediction", "+criterion.output_weight": 0.0, "+model.head_inner_dim": 16}
+UNITS = {"+criterion.loss": "units"}
 AVERAGED = {"ema.store_ema": True, "ema.ema_decay": 0.9}
 PRE_NORM = {
     "+model.extractor_mode": "layer_norm",
@@ -62,7 +63,16 @@ TRAININGS = {
     "fp16, store": {**FP16, STORE: "fp16"},
     "bf16, int8 store with a shared CNN": {**BF16, STORE: "int8", **SHARED_CNN},
     "bf16, store of codes with a shared CNN": {**BF16, STORE: "pq4", **SHARED_CNN},
-    "AMP, units, masked": {**AMP, STORE: "units20", "+criterion.loss": "units", **MASKED},
+    "AMP, units, masked": {**AMP, STORE: "units20", **UNITS, **MASKED},
+    "fp16, units, masked, prediction heads, moving average": {
+        **FP16,
+        STORE: "units300",  # in two bytes
+        **UNITS,
+        **MASKED,
+        **HEADS,
+        **AVERAGED,
+    },
+    "bf16, codes, shared CNN": {**BF16, STORE: "pq4", "+criterion.loss": "codes", **SHARED_CNN},
     "fp16, moving average in fp32": {**FP16, **AVERAGED, "ema.ema_fp32": True},
     "AMP, moving average": {**AMP, **AVERAGED},
     "fp16, plateau, accumulated gradients": {**FP16, **PLATEAU},
