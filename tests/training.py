@@ -10,6 +10,7 @@ from conftest import TINY
 
 import fairseq_stack
 from fairseq_stack.errors import one_line_errors
+from fairseq_stack.targets.shards import ROW
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -32,6 +33,11 @@ def tiny(speech, teacher_file, run_dir, **overrides):
         **overrides,
     }
     return [f"{name}={_quoted(value)}" for name, value in fields.items()]
+
+
+def stored_entries(folder):
+    """The number of entries in the stores below a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*.index")) // ROW.itemsize
 
 
 def _quoted(value):

@@ -1,15 +1,14 @@
 """Targets on disk, so that a frozen teacher processes each recording only once.
 
     DIR/<teacher>/teacher.json                      the teacher's shape, to be known without loading it
-    DIR/<teacher>/<arrays>.<format>/ab/cdef...npz   the targets of one window of one recording
-    DIR/<teacher>/<arrays>.<format>/unfinished/     entries that are being written
+    DIR/<teacher>/<arrays>.<format>/<shard>.tar     the targets of many windows of recordings (shards.py)
     DIR/<teacher>/codebooks/<layer>.<format>...     the codebooks of a layer, for a format of codes
 
 <teacher> is a hash of the teacher's files. <arrays> are numbers of layers, and `cnn` for the features of
-the teacher's CNN. An entry is a plain npz file for numpy.load. It holds a CRC-32 of every array and
-says which audio it was made from, and with which codebooks. Each entry is written under another name and
-then renamed. So any number of processes on any number of machines fill a store together, and a kill
-leaves no half entry.
+the teacher's CNN. An entry is the targets of one window: a plain npz file for numpy.load. It holds a CRC-32 of every
+array and says which audio it was made from, and with which codebooks. Any number of processes on any number of
+machines fill a store together. An entry that two of them have computed is in the store twice, and either one is read.
+Earlier versions stored each entry in a file of its own, <arrays>.<format>/ab/cdef...npz, which is still read.
 """
 
 import hashlib
@@ -17,12 +16,12 @@ import io
 import logging
 import os
 import shutil
-import time
-import uuid
+import threading
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -35,6 +34,7 @@ from fairseq_stack.errors import InputError
 from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.targets.codebooks import Codebooks, read_codebooks, write_codebooks
 from fairseq_stack.targets.formats import codebook_shape, decode, encode, frame_bytes, parts_of
+from fairseq_stack.targets.shards import ENDING, Part, Place, Shards, listed
 
 if TYPE_CHECKING:
     from fairseq_stack.data.dataset import SpeechDataset
@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 CNN = "cnn"
 Array: TypeAlias = int | str  # a layer, or CNN
 Count = TypeVar("Count", int, np.ndarray)
-UNFINISHED = "unfinished"
-ABANDONED_SECONDS = 3600  # no process takes longer to write a file
 OVERHEAD = 2048  # approximate bytes of an entry besides its values
-WRITERS = 4  # threads; writing and checksums release Python's global lock
+ZIP_HEADER = 30  # bytes of the zip format's local header, without the file's name
+NPY_HEADER = 512  # more bytes than the header of an array takes
+WRITERS = 4  # threads; checksums release Python's global lock
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class TargetStore:
     Attributes:
         wanted: the arrays to read, a list of layers (ints) and CNN.
         arrays: the arrays to write: all that entries of this store hold.
+        shards: the Shards with the entries.
         codebooks: {layer: Codebooks}, as far as they are learned; empty for a format without codebooks.
 
     Raises:
@@ -111,10 +112,10 @@ class TargetStore:
         self.arrays: list[Array] = min(_supersets(folder, self.wanted, form), key=len, default=self.wanted)
         self.folder = os.path.join(folder, f"{'+'.join(map(str, self.arrays))}.{form}")
         try:
-            os.makedirs(os.path.join(self.folder, UNFINISHED), exist_ok=True)
-            self._remove_abandoned()
+            os.makedirs(self.folder, exist_ok=True)
         except OSError as error:
             raise self._failure(error) from None
+        self.shards = Shards(self.folder)
         self.shape = codebook_shape(form)
         if self.shape and self.shape[0] > width:
             raise InputError(f"task.target_format={form} has more codebooks than the teacher has features: {width}")
@@ -175,22 +176,15 @@ class TargetStore:
         Raises:
             UnusableEntry: the stored entry is damaged or about other audio.
         """
-        path = self._path(entry)
-        try:
-            with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-                digest, source, *version = _array(archive, "audio").tolist()
-                if entry.source != source if entry.digest is None else entry.digest != digest:
-                    raise UnusableEntry(f"{path} is about other audio")
-                if version != self._version:
-                    raise UnusableEntry(f"{path} was made with other codebooks")
-                stored = {name: self._parts(archive, name, entry.frames) for name in self.wanted}
-        except FileNotFoundError:
-            return None
-        except UnusableEntry:
-            raise
-        except Exception as error:  # damage can break any of the zip format's and numpy's rules
-            raise UnusableEntry(f"{path} is damaged ({type(error).__name__}: {error})") from None
-        return stored
+        problem = None
+        for place in reversed(self.shards.places(entry.name)):  # the newest first
+            try:
+                return self._arrays(entry, place)
+            except UnusableEntry as error:
+                problem = error
+        if problem is not None:
+            raise problem
+        return None
 
     def encode(self, arrays: Mapping[Array, Tensor], entries: Mapping[int, Entry]) -> dict[Array, dict[str, Tensor]]:
         """Return the targets of a batch in the store's format, {array: {part: [B, T, ...]}}.
@@ -250,19 +244,26 @@ class TargetStore:
 
     def _write_batch(self, entries: Mapping[int, Entry], arrays: Mapping[Array, Mapping[str, Tensor]]) -> None:
         batch = {f"{name}.{part}": values.cpu() for name in arrays for part, values in arrays[name].items()}
+        self.shards.refresh()  # another process may have stored some of these since they were looked for
+        rows = [row for row, entry in entries.items() if entry.problem or not self.shards.places(entry.name)]
+        one_at_a_time = threading.Lock()
 
         def write(row: int) -> None:
             entry = entries[row]
-            self._write(entry, {name: values[row, : entry.frames].numpy() for name, values in batch.items()})
+            content = self._npz(entry, {name: values[row, : entry.frames].numpy() for name, values in batch.items()})
+            with one_at_a_time:
+                self.shards.append(entry.name, content)
 
-        with ThreadPoolExecutor(WRITERS) as pool:
-            list(pool.map(write, entries))
+        try:
+            with ThreadPoolExecutor(WRITERS) as pool:
+                list(pool.map(write, rows))
+        except OSError as error:
+            raise self._failure(error) from None
+        self.shards.refresh()  # this process, and data workers that it forks, read what it has written
 
     def names(self) -> set[str]:
         """Return the names of all stored entries, whole or damaged."""
-        starts = [name for name in _names(self.folder) if name != UNFINISHED]
-        paths = {start: os.path.join(self.folder, start) for start in starts}
-        return {start + rest.removesuffix(".npz") for start in starts for rest in _names(paths[start])}
+        return self.shards.names()
 
     def plan(self, dataset: "SpeechDataset") -> tuple[int, int, int]:
         """Return what it takes to store all windows of a SpeechDataset.
@@ -305,32 +306,36 @@ class TargetStore:
     def _width(self, name: Array) -> int:
         return self.conv_layers[-1][0] if name == CNN else self.width
 
-    def _path(self, entry: Entry) -> str:
-        return os.path.join(self.folder, entry.name[:2], f"{entry.name[2:]}.npz")
+    def _arrays(self, entry: Entry, place: Place) -> dict[Array, dict[str, Tensor]]:
+        where = f"{entry.name}{ENDING} in {place.path}"
+        try:
+            with self.shards.open(entry.name, place) as file, zipfile.ZipFile(file) as archive:
+                digest, source, *version = _array(file, archive, "audio").tolist()
+                if entry.source != source if entry.digest is None else entry.digest != digest:
+                    raise UnusableEntry(f"{where} is about other audio")
+                if version != self._version:
+                    raise UnusableEntry(f"{where} was made with other codebooks")
+                return {name: self._parts(file, archive, name, entry.frames) for name in self.wanted}
+        except UnusableEntry:
+            raise
+        except Exception as error:  # damage can break any of the zip format's and numpy's rules
+            raise UnusableEntry(f"{where} is damaged ({type(error).__name__}: {error})") from None
 
-    def _parts(self, archive: zipfile.ZipFile, name: Array, frames: int) -> dict[str, Tensor]:
+    def _parts(self, file: Part, archive: zipfile.ZipFile, name: Array, frames: int) -> dict[str, Tensor]:
         parts = {}
         for part, size in parts_of(self._form(name), self._width(name)).items():
-            values = parts[part] = _array(archive, f"{name}.{part}")
+            values = parts[part] = _array(file, archive, f"{name}.{part}")
             if values.shape != (frames, size):
                 raise ValueError(f"{name} has the shape {values.shape}")
         return {part: torch.from_numpy(values) for part, values in parts.items()}
 
-    def _write(self, entry: Entry, values: Mapping[str, Any]) -> None:
+    def _npz(self, entry: Entry, values: Mapping[str, Any]) -> memoryview:
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise self._not_finite(name.split(".")[0], entry)
-        beside = os.path.join(self.folder, UNFINISHED, uuid.uuid4().hex)
-        path = self._path(entry)
-        try:
-            with open(beside, "wb") as file:
-                np.savez(file, audio=np.array([entry.digest, entry.source, *self._version]), **values)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            os.replace(beside, path)
-        except OSError as error:
-            if os.path.exists(beside):
-                os.remove(beside)
-            raise self._failure(error) from None
+        file = io.BytesIO()
+        np.savez(file, audio=np.array([entry.digest, entry.source, *self._version]), **values)
+        return file.getbuffer()
 
     @property
     def _version(self) -> list[str]:
@@ -350,12 +355,6 @@ class TargetStore:
             f"task.target_store={self.folder} cannot be written ({error.strerror}); what it holds stays good:"
             " make room or choose another folder, and start again"
         )
-
-    def _remove_abandoned(self) -> None:
-        for file in os.scandir(os.path.join(self.folder, UNFINISHED)):
-            with suppress(FileNotFoundError):  # another process has renamed or removed it
-                if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
-                    os.remove(file.path)
 
 
 class UnusableEntry(Exception):
@@ -384,20 +383,25 @@ def size_text(count: float) -> str:
 
 def _supersets(folder: str | Path, wanted: Sequence[Array], form: str) -> Iterator[list[Array]]:
     """Yield the arrays of each store in a teacher's folder that has this format and holds all that are wanted."""
-    for name in _names(folder):
+    for name in listed(folder):
         arrays, _, ending = name.rpartition(".")
         arrays = [int(array) if array.isdigit() else array for array in arrays.split("+")]
         if ending == form and set(wanted) <= set(arrays):
             yield arrays
 
 
-def _names(folder: str | Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-
-
-def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    # ZipFile.read verifies the checksum of the whole array; numpy.load would parse a damaged header before it.
-    return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+def _array(file: Part, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Return an array of an npz file. It is read once; ZipFile.read and numpy.load would make two more copies."""
+    member = archive.getinfo(f"{name}.npy")
+    # At the end of a zip file's local header are two lengths: of the member's name, and of extra fields behind it.
+    file.seek(member.header_offset + ZIP_HEADER - 4)
+    start = member.header_offset + ZIP_HEADER + sum(np.frombuffer(file.read(4), "<u2").tolist())
+    file.seek(start)
+    stored = np.empty(member.file_size, np.uint8)
+    file.readinto(stored.data)
+    if zlib.crc32(stored.data) != member.CRC:
+        raise zipfile.BadZipFile(f"Bad CRC-32 for file {member.filename!r}")
+    header = io.BytesIO(stored[:NPY_HEADER].tobytes())
+    np.lib.format.read_magic(header)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    return stored[header.tell() :].view(dtype).reshape(shape)

@@ -6,13 +6,15 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from fork_server import ForkServer
-from training import command, tiny, train
+from training import command, stored_entries, tiny, train
 
 from fairseq_stack.analysis.scalars import read_scalars
+from fairseq_stack.targets.shards import ROW
 from fairseq_stack.teachers.fairseq_checkpoint import FairseqTeacher
 
 SHARED_CNN = {"+model.share_teacher_cnn": True, "+model.feature_grad_mult": 0.0}
@@ -128,15 +130,18 @@ def test_codes_train_within_what_they_keep_and_are_all_that_the_next_run_needs(
 
 
 def test_damaged_entries_are_computed_again_and_said(speech, teacher_file, tmp_path, filled, store, heard, caplog):
-    paths = sorted(store.glob("*/*/??/*.npz"))
-    content = [path.read_bytes() for path in paths]
-    paths[3].write_bytes(content[3][:1000] + bytes([content[3][1000] ^ 1]) + content[3][1001:])
-    paths[4].write_bytes(b"")
+    (tar,), (index,) = store.glob("*/*/*.tar"), store.glob("*/*/*.index")
+    rows = np.fromfile(index, ROW)
+    content = bytearray(tar.read_bytes())
+    content[rows["offset"][3] + 512 + 1000] ^= 1
+    content[rows["offset"][4] : rows["offset"][5]] = bytes(rows["offset"][5] - rows["offset"][4])
+    tar.write_bytes(content)
     again = run(speech, teacher_file, tmp_path / "run", store)
     assert 1 <= len(heard) <= 2 and close(weights(again), filled[1])
     lines = warnings(caplog)
-    assert len(lines) == 2 and all(any(str(path) in line for line in lines) for path in paths[3:5])
-    assert [path.stat().st_size for path in paths] == list(map(len, content))
+    names = [row["name"].hex() for row in rows[3:5]]
+    assert len(lines) == 2 and all(any(f"{name}.npz in {tar}" in line for line in lines) for name in names)
+    assert stored_entries(store) == len(rows) + 2
 
 
 def test_other_audio_under_the_same_name_is_noticed(speech, teacher_file, tmp_path, store, heard, caplog):
@@ -171,23 +176,26 @@ def test_another_teacher_does_not_find_the_targets_of_the_first(speech, teacher_
 def test_a_run_killed_while_it_fills_the_store_ends_as_the_uninterrupted_one(
     speech, teacher_file, tmp_path, fork_server, options
 ):
-    def start(folder, kill_at=None, files="*/??/*.npz"):
-        """Kill the run as soon as the store holds so many files; returns its exit code."""
+    def start(folder, kill_at=None, count=stored_entries):
+        """Kill the run as soon as the store holds so many entries or codebooks; returns its exit code."""
         fields = {"checkpoint.save_interval_updates": 3, "+task.target_store": folder / "store"}
         overrides = tiny(speech, teacher_file, folder, **WINDOWS, **fields, **options)
         pid = fork_server.start("librispeech_base", overrides, tmp_path / f"{folder.name}.log")
-        while kill_at and len(list(folder.glob(f"store/*/{files}"))) < kill_at:
+        while kill_at and count(folder) < kill_at:
             time.sleep(0.001)
         if kill_at:
             os.kill(pid, signal.SIGKILL)
         return fork_server.wait()
+
+    def codebooks(folder):
+        return len(list(folder.glob("store/*/codebooks/*.safetensors")))
 
     def ending(folder):
         return torch.load(folder / "checkpoints/checkpoint_last.pt", weights_only=True)["model"]
 
     assert start(tmp_path / "whole") == 0
     if options is CODES:  # of the codebooks of three layers
-        assert start(tmp_path / "killed", kill_at=1, files="codebooks/*.safetensors") == -signal.SIGKILL
+        assert start(tmp_path / "killed", kill_at=1, count=codebooks) == -signal.SIGKILL
     else:  # of 24 entries: before the first checkpoint, and behind it
         assert start(tmp_path / "killed", kill_at=5) == -signal.SIGKILL
     assert start(tmp_path / "killed", kill_at=15) == -signal.SIGKILL
@@ -207,7 +215,7 @@ def test_a_store_filled_ahead_by_two_processes_and_by_steps_is_all_that_a_traini
     assert output.count("share of the variance that pq8 keeps") == 1
     samples = [int(line.split("\t")[1]) for line in (speech / "train.tsv").read_text().splitlines()[1:]]
     windows = sum(-(-each // WINDOWS["task.max_sample_size"]) for each in samples) + 6
-    assert len(list(tmp_path.glob("store/*/*/??/*.npz"))) == windows
+    assert stored_entries(tmp_path) == windows
     moved = move(speech, tmp_path / "moved")
     run(moved, teacher_file, tmp_path / "run", tmp_path / "store", **CODES)
     assert not heard

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from training import configuration, tiny, train
+from training import configuration, stored_entries, tiny, train
 
 from fairseq_stack.analysis.runs import read_run
 from fairseq_stack.data.manifest import read_manifest
@@ -85,7 +85,7 @@ def test_a_store_is_filled_with_all_windows_of_the_training(data, teacher_file, 
     assert subsets(cfg.dataset) == ["train_960", "dev"]
     store_targets(cfg, subsets(cfg.dataset))
     windows = count_windows(read_manifest(data / "train_960.tsv").samples, FIELDS["task.max_sample_size"])
-    assert len(list(tmp_path.glob("store/*/*/??/*.npz"))) == windows.sum() + 6
+    assert stored_entries(tmp_path) == windows.sum() + 6
 
 
 def test_a_store_is_filled_with_all_windows_of_one_of_several_training_subsets(data, teacher_file, tmp_path):
@@ -94,7 +94,7 @@ def test_a_store_is_filled_with_all_windows_of_one_of_several_training_subsets(d
     cfg = configuration("librispeech_base", tiny(data, teacher_file, tmp_path / "run", **fields))
     store_targets(cfg, ["second", "dev"])
     windows = count_windows(read_manifest(data / "second.tsv").samples, FIELDS["task.max_sample_size"])
-    assert windows.sum() > len(windows) and len(list(tmp_path.glob("store/*/*/??/*.npz"))) == windows.sum() + 6
+    assert windows.sum() > len(windows) and stored_entries(tmp_path) == windows.sum() + 6
 
 
 def test_combined_validation_subsets_are_one(speech, teacher_file, tmp_path):
