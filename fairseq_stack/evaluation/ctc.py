@@ -14,6 +14,7 @@ from torch import Tensor
 from torchaudio.functional import edit_distance
 
 from fairseq_stack.analysis.intervals import bootstrap
+from fairseq_stack.errors import InputError
 from fairseq_stack.evaluation.heads import Probe, best_of, train_probe
 from fairseq_stack.evaluation.tasks import Task
 
@@ -103,6 +104,9 @@ def recognize(
     Returns:
         {"test": error rate, "resampled": its bootstrap, "valid": the same, "learning_rates": [the chosen one],
         "layer_weights": list}, and the other error rates of Units.splits.
+
+    Raises:
+        InputError: no training recording has a frame for each unit of its text.
     """
     (fold,) = task.folds
     units = units_of([text for _, text in fold.train])
@@ -114,6 +118,11 @@ def recognize(
     # CTC needs a frame for each unit, and one more between two equal units.
     taught = [(x, torch.tensor(units.encode(text))) for x, text in train_set]
     taught = [(x, goal) for x, goal in taught if len(goal) + int((goal[1:] == goal[:-1]).sum()) <= x.size(1)]
+    if not taught:
+        raise InputError(
+            f"no training recording of the task {task.name} is long enough for its text; check the column of labels.tsv"
+            " or phones.tsv"
+        )
     # Batches of recordings with similar lengths need little padding.
     taught.sort(key=lambda entry: entry[0].size(1))
 

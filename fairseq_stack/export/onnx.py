@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,7 @@ def export_onnx(student: Student, file: str | Path, precision: str = "fp32", hid
             [depth + 1] are another input, `layer_weights`, float32.
 
     Raises:
-        InputError: onnx is not installed, or onnxruntime, which quantises.
+        InputError: onnx is not installed, or onnxruntime, which quantises; or int8 would quantise nothing.
     """
     onnx = _import("onnx")
     graph = _Graph(student, hidden_states)
@@ -128,8 +129,15 @@ def _quantise(file: Path) -> None:
     quantization = _import("onnxruntime.quantization")
     graph = _import("onnx").load(file).graph
     widths = {tensor.name: tensor.dims[-1] for tensor in graph.initializer if tensor.dims}
+    products = {node.name: widths[node.input[1]] for node in graph.node if _has_constant_weights(node, widths)}
     # ONNX Runtime 1.23 computes wrong numbers for other widths, such as those of CTC's letters, on CPUs with AMX.
-    odd = [node.name for node in graph.node if node.op_type == "MatMul" and widths.get(node.input[1], 0) % _LANES]
+    odd = [name for name, width in products.items() if width % _LANES]
+    if len(odd) == len(products):
+        found = ", ".join(map(str, sorted(set(products.values()))))
+        raise InputError(
+            f"--precision int8: none of the student's widths ({found}) is a multiple of {_LANES}, so nothing would be"
+            " quantised; choose fp16 or fp32"
+        )
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the quantiser warns that it leaves other operations as they are
     try:
@@ -145,6 +153,10 @@ def _quantise(file: Path) -> None:
         )
     finally:
         logging.disable(disabled)
+
+
+def _has_constant_weights(node: Any, widths: Mapping[str, int]) -> bool:
+    return node.op_type == "MatMul" and node.input[1] in widths
 
 
 def _store_kernels_in_fp16(model: Any) -> None:

@@ -336,6 +336,13 @@ def test_a_lower_precision_makes_the_file_smaller_and_is_verified(tmp_path, spee
     assert "ConvInteger" not in kinds and "Conv" in kinds
 
 
+def test_int8_that_would_quantise_nothing_is_refused(tmp_path, speech, export_student):
+    checkpoint = student_file(tmp_path, speech, 1, encoder_embed_dim=24, encoder_ffn_embed_dim=40)
+    error, _ = export_student(checkpoint, "--to", "onnx", "--precision", "int8", "--output", tmp_path / "student.onnx")
+    assert "--precision int8: none of the student's widths (24, 40) is a multiple of 16" in str(error)
+    assert not list(tmp_path.glob("*.onnx*"))
+
+
 def test_a_wrong_scale_in_int8_leaves_no_file(tmp_path, speech, export_student, monkeypatch):
     from fairseq_stack.export import onnx as module
 

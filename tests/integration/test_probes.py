@@ -285,6 +285,10 @@ def test_a_text_in_the_frames_is_recognized_and_noise_is_not(units_of, space, mo
     assert np.argmax(found["layer_weights"]) == 2
     assert ctc.recognize(task, noise, SHAPE, 1, units_of)["test"] > 0.5
 
+    too_short = {utterance: frames[:, :2] for utterance, frames in telling.items()}
+    with pytest.raises(InputError, match="no training recording of the task recognition is long enough for its text"):
+        ctc.recognize(task, too_short, SHAPE, 1, units_of)
+
 
 def test_a_speaker_in_a_hidden_state_is_verified_and_noise_is_not(monkeypatch):
     monkeypatch.setattr(heads, "STEPS", 64)
