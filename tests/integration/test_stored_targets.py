@@ -133,7 +133,7 @@ def test_damaged_entries_are_computed_again_and_said(speech, teacher_file, tmp_p
     (tar,), (index,) = store.glob("*/*/*.tar"), store.glob("*/*/*.index")
     rows = np.fromfile(index, ROW)
     content = bytearray(tar.read_bytes())
-    content[rows["offset"][3] + 512 + 1000] ^= 1
+    content[int(rows["offset"][3]) + 512 + 1000] ^= 1
     content[rows["offset"][4] : rows["offset"][5]] = bytes(rows["offset"][5] - rows["offset"][4])
     tar.write_bytes(content)
     again = run(speech, teacher_file, tmp_path / "run", store)
