@@ -14,6 +14,7 @@ import random
 import shutil
 import statistics
 import time
+import zipfile
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from multiprocessing import get_context
@@ -29,31 +30,38 @@ import webdataset
 import zarr
 
 from fairseq_stack.tables import markdown_table
-from fairseq_stack.targets.shards import Shards
+from fairseq_stack.targets.shards import ENDING, Shards
+from fairseq_stack.targets.store import read_array
 
 LAYERS, BATCH, SHARD = "248", 16, 32  # entries
 
 
 class Files:
-    """A file for each entry, written beside and renamed."""
+    """A file for each entry, written beside and renamed, and read as the store reads it."""
 
     name = "a file each"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
+        self.shards = Shards(str(folder))
 
     def write(self, names: list[str], entries: list[dict]) -> None:
         for name, entry in zip(names, entries, strict=True):
             (self.folder / "beside").write_bytes(packed(entry))
             (self.folder / name[:2]).mkdir(exist_ok=True)
-            os.replace(self.folder / "beside", self.folder / name[:2] / name[2:])
+            os.replace(self.folder / "beside", self.folder / name[:2] / f"{name[2:]}{ENDING}")
 
     def close(self) -> None:
         pass
 
     def read(self, names: list[str]) -> list[dict]:
-        return [unpacked((self.folder / name[:2] / name[2:]).read_bytes()) for name in names]
+        entries = []
+        for name in names:
+            place = self.shards.places(name)[0]
+            with self.shards.open(name, place) as file, zipfile.ZipFile(file) as archive:
+                entries.append({layer: read_array(file, archive, layer) for layer in LAYERS})
+        return entries
 
 
 class Tar(Files):
@@ -61,20 +69,9 @@ class Tar(Files):
 
     name = "tar and index"
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.shards = Shards(str(folder))
-
     def write(self, names: list[str], entries: list[dict]) -> None:
         for name, entry in zip(names, entries, strict=True):
             self.shards.append(name, packed(entry))
-
-    def read(self, names: list[str]) -> list[dict]:
-        entries = []
-        for name in names:
-            with self.shards.open(name, self.shards.places(name)[0]) as file, np.load(file) as archive:
-                entries.append(dict(archive))
-        return entries
 
 
 class WebDataset(Files):

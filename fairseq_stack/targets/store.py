@@ -310,7 +310,7 @@ class TargetStore:
         where = f"{entry.name}{ENDING} in {place.path}"
         try:
             with self.shards.open(entry.name, place) as file, zipfile.ZipFile(file) as archive:
-                digest, source, *version = _array(file, archive, "audio").tolist()
+                digest, source, *version = read_array(file, archive, "audio").tolist()
                 if entry.source != source if entry.digest is None else entry.digest != digest:
                     raise UnusableEntry(f"{where} is about other audio")
                 if version != self._version:
@@ -324,7 +324,7 @@ class TargetStore:
     def _parts(self, file: Part, archive: zipfile.ZipFile, name: Array, frames: int) -> dict[str, Tensor]:
         parts = {}
         for part, size in parts_of(self._form(name), self._width(name)).items():
-            values = parts[part] = _array(file, archive, f"{name}.{part}")
+            values = parts[part] = read_array(file, archive, f"{name}.{part}")
             if values.shape != (frames, size):
                 raise ValueError(f"{name} has the shape {values.shape}")
         return {part: torch.from_numpy(values) for part, values in parts.items()}
@@ -390,8 +390,12 @@ def _supersets(folder: str | Path, wanted: Sequence[Array], form: str) -> Iterat
             yield arrays
 
 
-def _array(file: Part, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Return an array of an npz file. It is read once; ZipFile.read and numpy.load would make two more copies."""
+def read_array(file: Part, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Return an array of an npz file, without the two further copies that ZipFile.read and numpy.load would make.
+
+    Raises:
+        Exception: the file is damaged; of any kind.
+    """
     member = archive.getinfo(f"{name}.npy")
     # At the end of a zip file's local header are two lengths: of the member's name, and of extra fields behind it.
     file.seek(member.header_offset + ZIP_HEADER - 4)
