@@ -407,5 +407,5 @@ def read_array(file: Part, archive: zipfile.ZipFile, name: str) -> np.ndarray:
         raise zipfile.BadZipFile(f"Bad CRC-32 for file {member.filename!r}")
     header = io.BytesIO(stored[:NPY_HEADER].tobytes())
     np.lib.format.read_magic(header)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-    return stored[header.tell() :].view(dtype).reshape(shape)
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(header)  # numpy writes a transposed array by columns
+    return stored[header.tell() :].view(dtype).reshape(shape, order="F" if by_columns else "C")

@@ -64,6 +64,19 @@ def test_an_entry_comes_back_as_it_was_stored_without_the_padding(tmp_path, form
     assert made.read(entry(made, "c.wav")) is None
 
 
+@pytest.mark.parametrize("form", ["fp16", "int8"])
+def test_how_a_target_lies_in_memory_does_not_matter(tmp_path, form):
+    """A teacher may give a view of features [B, D, T], which numpy writes by columns."""
+    made = store(tmp_path, form=form)
+    targets = made.encode({name: torch.randn(1, WIDTH, 12).transpose(1, 2) for name in made.arrays}, {})
+    made.write({0: entry(made)}, targets)
+    read = made.read(entry(made))
+    assert equal(read, targets)
+    assert all(
+        values.shape == (12, size) for parts in read.values() for values, size in zip(parts.values(), (WIDTH, 1))
+    )
+
+
 class OnItsWay(torch.Tensor):
     """A tensor that comes from its device when it is let go."""
 
