@@ -15,11 +15,13 @@ import shutil
 import statistics
 import time
 import zipfile
+from abc import ABC, abstractmethod
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import lance
 import lmdb
@@ -121,14 +123,14 @@ class Lmdb(Files):
             return [unpacked(transaction.get(name.encode())) for name in names]
 
 
-class Whole(Files):
+class Whole(Files, ABC):
     """A base for formats whose shards are written as a whole."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.waiting: dict[str, dict] = {}
         self.count = 0
-        self.places: dict[str, tuple[int, int]] = {}
+        self.places: dict[str, Any] = {}  # {name: where it is}
 
     def write(self, names: list[str], entries: list[dict]) -> None:
         self.waiting.update(zip(names, entries, strict=True))
@@ -140,8 +142,9 @@ class Whole(Files):
             self.write_shard()
             self.waiting, self.count = {}, self.count + 1
 
+    @abstractmethod
     def write_shard(self) -> None:
-        raise NotImplementedError
+        """Write what waits, as one file."""
 
 
 class Safetensors(Whole):
