@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fairseq_stack.benchmark.baselines import BASELINES
 from fairseq_stack.benchmark.inputs import make_inputs
-from fairseq_stack.benchmark.ours import Case, Ours, fill_store
+from fairseq_stack.benchmark.ours import LIVE, Case, Ours, fill_store
 from fairseq_stack.benchmark.workers import Killed, Maker, OutOfMemory, in_another_process, peak_memory, workers
 from fairseq_stack.growth.schedule import stage_starts
 
@@ -32,6 +32,7 @@ def measure(
     rounds: int,
     device: str,
     precisions: Sequence[str],
+    formats: Sequence[str],
     baselines: Sequence[str],
     threads: int,
 ) -> dict[str, Any]:
@@ -45,13 +46,14 @@ def measure(
         rounds: measured updates of each case at each depth; one more update before them warms up.
         device: cpu or cuda.
         precisions: of our students.
+        formats: of stored targets.
         baselines: names in BASELINES.
         threads: of each training, on a CPU.
 
     Returns:
         plain values, as `fairseq-stack benchmark` writes them.
     """
-    cases = {str(case): case for case in cases_of(precisions)}
+    cases = {str(case): case for case in cases_of(precisions, formats)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, size, seconds, utterances=batch * (rounds + 1) * len(DEPTHS))
@@ -59,12 +61,13 @@ def measure(
             name: (Ours, recipes, folder, size, batch, device, case) for name, case in cases.items()
         }
         makers.update({name: (BASELINES[name], folder, size, batch, seconds, device) for name in baselines})
-        for cnn in ("trained", "shared"):
-            case = Case(precisions[0], "stored", cnn)
+        for case in cases_of(precisions[:1], formats):
+            if case.targets == LIVE:
+                continue
             try:
                 in_another_process(threads, fill_store, recipes, folder, size, batch, device, case)
             except OutOfMemory:  # the teacher does not fit
-                makers = {name: maker for name, maker in makers.items() if not _needs_store(cases.get(name), cnn)}
+                makers = {name: maker for name, maker in makers.items() if not _same_store(cases.get(name), case)}
         names = [*cases, *baselines]
         depths = {name: DEPTHS if name in cases else DEPTHS[-1:] for name in names}
         measured = measure_each(threads, makers, depths, rounds, one_by_one=device == "cuda")
@@ -80,14 +83,14 @@ def measure(
     }
 
 
-def cases_of(precisions: Sequence[str]) -> list[Case]:
-    """Returns all Cases of these precisions."""
-    ways = itertools.product(precisions, ("trained", "shared"), ("live", "stored"))
+def cases_of(precisions: Sequence[str], formats: Sequence[str]) -> list[Case]:
+    """Returns all Cases of these precisions, with live targets and with targets stored in these formats."""
+    ways = itertools.product(precisions, ("trained", "shared"), (LIVE, *formats))
     return [Case(precision, targets, cnn) for precision, cnn, targets in ways]
 
 
-def _needs_store(case, cnn):
-    return case is not None and (case.targets, case.cnn) == ("stored", cnn)
+def _same_store(case, other):
+    return case is not None and (case.targets, case.cnn) == (other.targets, other.cnn)
 
 
 def measure_each(

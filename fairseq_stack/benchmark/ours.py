@@ -17,6 +17,7 @@ from fairseq_stack.training.trainer import StudentTrainer
 
 RECIPE = "librispeech_base"
 STORE = "targets"
+LIVE = "live"
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Case:
 
     Attributes:
         precision: of the student: fp32, bf16 or fp16. The teacher's is bf16.
-        targets: `live` from the teacher, or `stored`.
-        cnn: `trained`, or `shared` with the teacher and frozen; `stored` targets then include its features.
+        targets: LIVE, from the teacher, or the format in which they are stored.
+        cnn: `trained`, or `shared` with the teacher and frozen; stored targets then include its features.
     """
 
     precision: str
@@ -34,7 +35,8 @@ class Case:
     cnn: str
 
     def __str__(self) -> str:
-        return f"{self.precision}, {self.targets} targets, CNN {self.cnn}"
+        targets = "live targets" if self.targets == LIVE else f"targets stored in {self.targets}"
+        return f"{self.precision}, {targets}, CNN {self.cnn}"
 
 
 class Ours:
@@ -130,8 +132,8 @@ def configuration(recipes: Path, folder: Path, size: str, batch: int, device: st
         "+task.teacher_precision": "bf16",
         **{f"model.{name}": f'"{value}"' if isinstance(value, str) else value for name, value in shape.items()},
     }
-    if case.targets == "stored":
-        fields["+task.target_store"] = folder / STORE
+    if case.targets != LIVE:
+        fields.update({"+task.target_store": folder / STORE, "+task.target_format": case.targets})
     if case.cnn == "shared":
         fields.update({"+model.share_teacher_cnn": True, "+model.feature_grad_mult": 0})
     return compose_recipe(recipes, RECIPE, [f"{name}={value}" for name, value in fields.items()])

@@ -28,7 +28,7 @@ from fairseq_stack.benchmark.baselines import BASELINES
 from fairseq_stack.benchmark.clock import Clock
 from fairseq_stack.benchmark.inputs import make_inputs
 from fairseq_stack.benchmark.measure import DEPTHS, cases_of, growing
-from fairseq_stack.benchmark.ours import Ours, fill_store
+from fairseq_stack.benchmark.ours import LIVE, Ours, fill_store
 from fairseq_stack.benchmark.pretended_attention import chosen_kernel
 from fairseq_stack.benchmark.pretended_gpu import (
     INDEXING,
@@ -253,13 +253,14 @@ def rooflines(
     batch: int,
     seconds: float,
     precisions: Sequence[str],
+    formats: Sequence[str],
     baselines: Sequence[str],
     gpu: Gpu,
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Bounds an update of every case of benchmark.measure, and of the baselines.
 
     Args:
-        recipes, size, batch, seconds, precisions, baselines: see measure.
+        recipes, size, batch, seconds, precisions, formats, baselines: see measure.
         gpu: the rates.
 
     Returns:
@@ -270,8 +271,8 @@ def rooflines(
         folder = Path(temporary)
         make_inputs(folder, size, seconds, utterances=2 * batch * len(DEPTHS))
         inputs = recipes, folder, size, batch, "cuda"
-        for case in tqdm(cases_of(precisions), desc="cases"):
-            if case.targets == "stored":
+        for case in tqdm(cases_of(precisions, formats), desc="cases"):
+            if case.targets != LIVE:
                 with pretended_gpu(Shapes(gpu)):  # it stores zeros, which take as long to read
                     fill_store(*inputs, case)
             found[str(case)] = roofline(partial(Ours, *inputs, case), DEPTHS, gpu)

@@ -18,6 +18,7 @@ from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError, check_output, check_positive
 from fairseq_stack.files import write_whole
 from fairseq_stack.models.conv_geometry import parse_conv_layers, receptive_field
+from fairseq_stack.targets.formats import check_format
 
 
 def run(
@@ -27,6 +28,7 @@ def run(
     seconds: float | None,
     rounds: int,
     precisions: Sequence[str],
+    formats: Sequence[str],
     baselines: Sequence[str],
     device: str | None,
     threads: int | None,
@@ -36,7 +38,7 @@ def run(
     """Measures updates, or with `gpu` computes a lower bound of their time, and returns the tables as Markdown.
 
     Args:
-        recipes, size, rounds, precisions, baselines: see measure.
+        recipes, size, rounds, precisions, formats, baselines: see measure.
         batch, seconds: see measure; None for 4 utterances of 8 s, or with `gpu` for 64 of 12 s.
         device: cpu or cuda; None for cuda if there is a GPU, else cpu.
         threads: of each training, on a CPU; None for torch's default.
@@ -51,8 +53,15 @@ def run(
     threads = torch.get_num_threads() if threads is None else threads
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    check(batch, seconds, rounds, precisions, baselines, None if gpu else device, threads, output, size)
-    shared = {"size": size, "batch": batch, "seconds": seconds, "precisions": precisions, "baselines": baselines}
+    check(batch, seconds, rounds, precisions, formats, baselines, None if gpu else device, threads, output, size)
+    shared = {
+        "size": size,
+        "batch": batch,
+        "seconds": seconds,
+        "precisions": precisions,
+        "formats": formats,
+        "baselines": baselines,
+    }
     if gpu:
         bounded = named_gpu(gpu)
         logging.disable(logging.WARNING)
@@ -72,6 +81,7 @@ def check(
     seconds: float,
     rounds: int,
     precisions: Sequence[str],
+    formats: Sequence[str],
     baselines: Sequence[str],
     device: str | None,
     threads: int,
@@ -88,6 +98,11 @@ def check(
         raise InputError("--device cuda: torch finds no GPU that it can use; give --device cpu")
     if device == "cpu" and "fp16" in precisions:
         raise InputError("--precision fp16 needs a GPU; give fp32 or bf16")
+    for form in formats:
+        try:
+            check_format(form)
+        except InputError as error:
+            raise InputError(str(error).replace("task.target_format=", "--target-format ")) from None
     if "s3prl" in baselines and importlib.util.find_spec("s3prl") is None:
         raise InputError(
             "--baseline s3prl: s3prl is not installed; leave it out, or install what constraints.txt names"

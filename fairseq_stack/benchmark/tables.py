@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fairseq_stack.benchmark.measure import DEPTHS, growing, with_first_epoch
+from fairseq_stack.benchmark.ours import LIVE
 from fairseq_stack.tables import markdown_table
 
 # For each schedule, the speed-up by growing if the transformer layers were the only cost.
@@ -67,12 +68,13 @@ def _against(baseline, reference, ours):
     full = reference["update"].get(DEPTHS[-1])
     for name, figures in ours.items():
         at_depth, recipe, memory = "", "", ""
-        live = ours.get(name.replace("stored", "live"), figures)
+        precision, targets, cnn = name.split(", ")
+        live = ours.get(f"{precision}, {LIVE} targets, {cnn}", figures)
         if full and DEPTHS[-1] in figures["update"]:
             at_depth = f"{full / figures['update'][DEPTHS[-1]]:.2f}x"
             if "peak_memory" in figures and "peak_memory" in reference:
                 memory = f"{figures['peak_memory'] / reference['peak_memory']:.2f}x"
-        if full and "stored" in name and _whole(figures) and DEPTHS[0] in live["update"]:
+        if full and LIVE not in targets and _whole(figures) and DEPTHS[0] in live["update"]:
             recipe = f"{full / with_first_epoch(figures['update'], live['update']):.2f}x"
         rows.append([name, at_depth, recipe, memory])
     return markdown_table(header, rows)

@@ -21,6 +21,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="precision of the student (default: fp32 bf16)",
     )  # fmt: skip
     parser.add_argument(
+        "--target-format", nargs="+", default=["fp16"], metavar="FORMAT",
+        help="formats of stored targets: fp16, int8, pqN or unitsN (default: fp16)",
+    )  # fmt: skip
+    parser.add_argument(
         "--baseline", nargs="*", choices=("s3prl", "fairseq"), default=[], help="baselines to measure too"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: the GPU if there is one)")
@@ -42,5 +46,5 @@ def run(args: Namespace) -> None:
 
     print(run(
         find_recipe("interleaved/librispeech_base").parent, args.size, args.batch, args.seconds, args.rounds,
-        args.precision, args.baseline, args.device, args.threads, args.roofline, args.output,
+        args.precision, args.target_format, args.baseline, args.device, args.threads, args.roofline, args.output,
     ))  # fmt: skip

@@ -58,9 +58,9 @@ def test_a_clock_counts_a_part_within_a_part_once():
     assert clock.stop() == {REST: 1, "outer": 10, "inner": 4}
 
 
-@pytest.mark.parametrize("cnn", ["trained", "shared"])
-def test_with_stored_targets_neither_the_teacher_nor_a_shared_cnn_runs(inputs, cnn):
-    case = Case("fp32", "stored", cnn)
+@pytest.mark.parametrize("cnn, targets", [("trained", "fp16"), ("shared", "fp16"), ("trained", "pq4")])
+def test_with_stored_targets_neither_the_teacher_nor_a_shared_cnn_runs(inputs, cnn, targets):
+    case = Case("fp32", targets, cnn)
     given = RECIPES, inputs, "demo", BATCH, "cpu"
     fill_store(*given, case)
     ours = Ours(*given, case)
@@ -170,6 +170,7 @@ def test_an_update_that_runs_out_of_memory_has_no_time(inputs):
         (["--rounds", "0"], "--rounds 0"),
         (["--threads", "0"], "--threads 0"),
         (["--device", "cpu", "--precision", "fp16"], "--precision fp16 needs a GPU"),
+        (["--target-format", "fp16", "pq"], "--target-format pq is unknown"),
         (["--output", str(ROOT)], "is a folder; give a file"),
         (["--output", f"{ROOT}/setup.py/figures.json"], "setup.py is a file and no folder"),
         pytest.param(
@@ -192,7 +193,7 @@ def test_the_tables_hold_ratios():
         return {"update": update, "parts": parts, "peak_memory": 2**30, "growth": 0.01}
 
     baseline = {"update": {"12": 48.0}, "parts": {"12": {"data": 48.0}}, "peak_memory": 2**31}
-    cases = {"bf16, live targets, CNN trained": figures(2.0), "bf16, stored targets, CNN trained": figures(1.0)}
+    cases = {"bf16, live targets, CNN trained": figures(2.0), "bf16, targets stored in pq64, CNN trained": figures(1.0)}
     result = {
         "cases": {**cases, "s3prl": baseline},
         "baselines": ["s3prl"],
@@ -202,7 +203,7 @@ def test_the_tables_hold_ratios():
     assert "| bf16, live targets, CNN trained | 1.60x | 1.33x | 0.010 |" in text
     assert "| bf16, live targets, CNN trained | 2.00x | | 0.50x |" in text
     # 48 / (9 + 3 / 75)
-    assert "| bf16, stored targets, CNN trained | 4.00x | 5.31x | 0.50x |" in text
+    assert "| bf16, targets stored in pq64, CNN trained | 4.00x | 5.31x | 0.50x |" in text
     assert "fit" not in text
 
     live = result["cases"]["bf16, live targets, CNN trained"]
@@ -214,6 +215,6 @@ def test_the_tables_hold_ratios():
     text = re.sub(" +", " ", benchmark_tables(json.loads(json.dumps(result))))  # columns are padded
     assert "| bf16, live targets, CNN trained | 12 | | | |" in text
     assert "| bf16, live targets, CNN trained | | | |" in text
-    assert "| bf16, stored targets, CNN trained | 1.60x | 1.33x | 0.010 |" in text
+    assert "| bf16, targets stored in pq64, CNN trained | 1.60x | 1.33x | 0.010 |" in text
     assert text.endswith("bf16, live targets, CNN trained: 9 and 12 layers did not fit into memory\n"
                          "s3prl: 12 layers did not fit into memory")  # fmt: skip
