@@ -21,6 +21,7 @@ from transformers import (
     HubertConfig,
     HubertForCTC,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     Wav2Vec2CTCTokenizer,
     set_seed,
@@ -43,6 +44,10 @@ class Arguments:
     speech: str = field(metadata={"help": "folder of fairseq-stack prepare, with texts in labels.tsv"})
     random_weights: bool = field(default=False, metadata={"help": "start from random weights, as a baseline"})
     train_cnn: bool = field(default=False, metadata={"help": "train the CNN too"})
+    frozen_steps: int = field(default=0, metadata={"help": "steps at the start that train the new output layer alone"})
+    output_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of the output layer (default: --learning_rate)"}
+    )
 
 
 @one_line_errors
@@ -105,6 +110,7 @@ def main():
         return {name: error_rate(found, wanted, parts) for name, parts in (("cer", list), ("wer", str.split))}
 
     trainer = LetterTrainer(
+        training.learning_rate if arguments.output_learning_rate is None else arguments.output_learning_rate,
         model,
         training,
         data_collator=batch,
@@ -112,6 +118,7 @@ def main():
         eval_dataset=texts["valid"],
         processing_class=preprocess,
         compute_metrics=error_rates,
+        callbacks=[OutputLayerFirst(arguments.frozen_steps)],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output))  # None if there is none
     trainer.save_model()
@@ -123,13 +130,44 @@ def main():
 
 
 class LetterTrainer(Trainer):
-    """A Trainer that predicts the best letter of each frame, and -100 after the end of an utterance."""
+    """A Trainer that predicts the best letter of each frame, and -100 after the end of an utterance.
+
+    The output layer has its own learning rate: it starts from random weights, and the student does not.
+    """
+
+    def __init__(self, output_learning_rate, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.output_learning_rate = output_learning_rate
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        output_layer = set(self.model.lm_head.parameters())
+        for group in list(optimizer.param_groups):
+            outputs = [parameter for parameter in group["params"] if parameter in output_layer]
+            group["params"] = [parameter for parameter in group["params"] if parameter not in output_layer]
+            optimizer.add_param_group({**group, "params": outputs, "lr": self.output_learning_rate})
+        return optimizer
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         frames = self.model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1))
         padding = torch.arange(logits.size(1), device=logits.device) >= frames[:, None].to(logits.device)
         return loss, logits.argmax(-1).masked_fill(padding, -100), labels
+
+
+class OutputLayerFirst(TrainerCallback):
+    """Trains the output layer alone for some steps. Until it knows letters, its gradients only harm the student."""
+
+    def __init__(self, steps):
+        self.steps = steps
+        self.student = []
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.student = [parameter for parameter in model.hubert.parameters() if parameter.requires_grad]
+
+    def on_step_begin(self, args, state, control, **_):
+        for parameter in self.student:
+            parameter.requires_grad_(state.global_step >= self.steps)
 
 
 def keep_arguments(arguments, output):

@@ -218,6 +218,30 @@ def test_labels_of_ones_own_and_letters_that_train_lacks_are_scored(root, capsys
         run_command(f"{CTC} --output_dir outputs/long", transformers_ctc=FEW_STEPS)
 
 
+def test_the_output_layer_trains_alone_at_first_and_at_its_own_rate(root):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs pip install accelerate")
+    command = next(line for line in COMMANDS if "transformers_ctc" in line)
+    constant = [*FEW_STEPS, "--warmup_steps", "0", "--lr_scheduler_type", "constant"]
+
+    def weights_after_two_steps(*options):
+        output = f"outputs/{'_'.join(options)}"
+        run_command(f"{command} --output_dir {output}", transformers_ctc=[*constant, *options])
+        weights = HubertForCTC.from_pretrained(output).state_dict()
+        return weights.pop("lm_head.bias"), weights.pop("lm_head.weight"), weights
+
+    start, _, student = weights_after_two_steps("--learning_rate", "0")
+    for options, rate, student_changes in (
+        (["--learning_rate", "1e-3", "--frozen_steps", "2"], 1e-3, False),
+        (["--learning_rate", "1e-3", "--frozen_steps", "1"], 1e-3, True),
+        (["--learning_rate", "1e-3", "--output_learning_rate", "1e-2"], 1e-2, True),
+        (["--learning_rate", "1e-3", "--output_learning_rate", "0"], 0, True),
+    ):
+        bias, _, weights = weights_after_two_steps(*options)
+        # Adam's first steps are as long as the learning rate.
+        assert (bias - start).abs().max().item() == pytest.approx(2 * rate, rel=0.1)
+        assert any(not torch.equal(weights[name], value) for name, value in student.items()) == student_changes
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_padding_changes_nothing_in_a_group_norm_that_ignores_it(tmp_path, normalize):
     model, cfg = stock_hubert(normalize=normalize, **TINY)
