@@ -3,12 +3,16 @@
 - The encoder of fairseq's main branch reads the field `autoregressive`, but the configuration of `hubert_ctc` lacks it.
   So no configuration can build the model (fairseq#4916). fairseq 0.12.2 does not read the field.
 - The checkpoints hold the dictionary of the letters. torch's safe loading does not know it, so no run could resume.
+- fairseq finds a transcript by its place in bytes, but reads it by letters. So a transcript in any script but Latin
+  would run on into the next ones (av_hubert#74 has the same fault).
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from fairseq.data import Dictionary
+from fairseq.data.audio.hubert_dataset import HubertDataset
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from fairseq.models.hubert.hubert_asr import HubertCtcConfig
 
@@ -20,7 +24,20 @@ class CompleteHubertCtcConfig(HubertCtcConfig):
     )
 
 
+def label_by_bytes(dataset: HubertDataset, index: int, kind: int) -> Any:
+    """Return a label of an utterance, as `HubertDataset.get_label` does for texts in ASCII."""
+    if dataset.store_labels:
+        label = dataset.label_list[kind][index]
+    else:
+        begin, end = dataset.label_offsets_list[kind][index]
+        with open(dataset.label_paths[kind], "rb") as file:
+            file.seek(begin)
+            label = file.read(end - begin).decode()
+    return label if dataset.label_processors is None else dataset.label_processors[kind](label)
+
+
 def complete_hubert_ctc() -> None:
-    """Make fairseq able to build `hubert_ctc` and to resume its runs."""
+    """Make fairseq able to build `hubert_ctc`, to resume its runs, and to read transcripts of all languages."""
     MODEL_DATACLASS_REGISTRY["hubert_ctc"] = CompleteHubertCtcConfig
+    HubertDataset.get_label = label_by_bytes
     torch.serialization.add_safe_globals([Dictionary])  # a list of strings and numbers

@@ -15,7 +15,8 @@ import soundfile
 import torch
 from conftest import S3PRL_FITS, TINY, stock_hubert
 from documented import blocks, commands_of, run_command
-from training import ROOT, train
+from fairseq import tasks
+from training import ROOT, configuration, train
 from transformers import HubertForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.checkpoints.read import load_checkpoint
@@ -124,6 +125,22 @@ def test_the_documented_commands_fine_tune_a_student_with_fairseq_and_resume(roo
     with pytest.raises(SystemExit, match=f"model.w2v_path=student.pt, and there is no {root}/student.pt; put the file"):
         main(["export", "outputs/ctc/checkpoints/checkpoint_last.pt", "--to", "onnx", "--output", "x.onnx"])
     assert labels_of("ctc_fairseq.onnx") == ["", "<pad>", "</s>", "<unk>", "a", "|", "m", "n"]
+
+
+def test_fairseq_reads_the_transcripts_of_any_script(root):
+    texts = ["Да, это так.", "Ça va être très long.", "A man.", "人が 話す。", "Ёлка!"]
+    table = root / "manifests/labels.tsv"
+    header, *rows = (line.split("\t") for line in table.read_text().splitlines())
+    rows = [[*row[:3], texts[number % len(texts)], row[4]] for number, row in enumerate(rows)]
+    table.write_text("\n".join("\t".join(row) for row in [header, *rows]) + "\n")
+    run_command(LETTERS)
+    places = [f"task.data={root}/letters", f"task.label_dir={root}/letters", "model.w2v_path=student.pt"]
+    cfg = configuration("ctc", places, folder="finetuning")
+    task = tasks.setup_task(cfg.task)
+    task.load_dataset("train")
+    read = [task.target_dictionary.string(task.dataset("train")[index]["label_list"][0]) for index in range(24)]
+    assert read == (root / "letters/train.ltr").read_text().splitlines()
+    assert read[:2] == ["д а | э т о | т а к |", "ç a | v a | ê t r e | t r è s | l o n g |"]
 
 
 def labels_of(file):
