@@ -15,7 +15,8 @@ import soundfile
 import torch
 from conftest import S3PRL_FITS, TINY, stock_hubert
 from documented import blocks, commands_of, run_command
-from fairseq import tasks
+from fairseq import optim, tasks
+from fairseq.optim.lr_scheduler.tri_stage_lr_scheduler import TriStageLRSchedule
 from training import ROOT, configuration, train
 from transformers import HubertForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor
 
@@ -33,7 +34,7 @@ pytest.importorskip("editdistance", reason="fairseq's CTC loss needs pip install
 
 PAGE = "docs/finetuning.md"
 COMMANDS = commands_of(PAGE)
-(TRAIN,) = (line for line in COMMANDS if line.startswith("fairseq-hydra-train"))
+TRAIN, SHORT = (line for line in COMMANDS if line.startswith("fairseq-hydra-train"))
 (LETTERS,) = (line for line in COMMANDS if "letters.py" in line)
 SMALL = {
     "common.fp16": "false",
@@ -115,6 +116,13 @@ def test_the_documented_commands_fine_tune_a_student_with_fairseq_and_resume(roo
     log = typed(f"{TRAIN} {small} optimization.max_update=6", root)
     assert "(epoch 1 @ 4 updates)" in log and "num_updates 6" in log
 
+    quick = [f"{name}={value}" for name, value in SMALL.items() if name.startswith("dataset")]
+    run_command(f"{SHORT} {' '.join(quick)} optimization.max_update=4 model.freeze_finetune_updates=3")
+    weights = load_checkpoint(root / "outputs/ctc_short/checkpoints/checkpoint_last.pt")["model"]
+    assert not torch.equal(
+        weights["w2v_encoder.w2v_model.encoder.layers.0.fc1.weight"], start["encoder.layers.0.fc1.weight"]
+    )
+
     capsys.readouterr()
     run_command(next(line for line in COMMANDS if line.startswith("fairseq-validate")))
     assert re.search(r"uer [\d.]+ .* wer [\d.]+", capsys.readouterr().out)
@@ -125,6 +133,16 @@ def test_the_documented_commands_fine_tune_a_student_with_fairseq_and_resume(roo
     with pytest.raises(SystemExit, match=f"model.w2v_path=student.pt, and there is no {root}/student.pt; put the file"):
         main(["export", "outputs/ctc/checkpoints/checkpoint_last.pt", "--to", "onnx", "--output", "x.onnx"])
     assert labels_of("ctc_fairseq.onnx") == ["", "<pad>", "</s>", "<unk>", "a", "|", "m", "n"]
+
+
+def test_the_short_recipe_has_its_small_rate_when_the_students_layers_begin_to_train():
+    places = ["task.data=letters", "task.label_dir=letters", "model.w2v_path=student.pt"]
+    cfg = configuration("ctc_short", places, folder="finetuning")
+    optimizer = optim.build_optimizer(cfg.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+    schedule = TriStageLRSchedule(cfg.lr_scheduler, optimizer)
+    rates = [schedule.step_update(update) for update in range(cfg.optimization.max_update)]
+    later = rates[cfg.model.freeze_finetune_updates :]
+    assert max(rates) == 0.01 and len(later) == 400 and later == [pytest.approx(0.001)] * 400
 
 
 def test_fairseq_reads_the_transcripts_of_any_script(root):
@@ -153,12 +171,10 @@ def test_the_documented_commands_fine_tune_a_student_with_transformers_and_expor
     others = [
         line for line in COMMANDS if "transformers_" in line or "outputs/ctc_hf" in line or "outputs/keyword" in line
     ]
-    assert len(others) == 4 and {*others, TRAIN, LETTERS} | {line for line in COMMANDS if "letters" in line} == {
-        *COMMANDS
-    }
+    assert len(others) == 5 and {*others} | {line for line in COMMANDS if "letters" in line} == {*COMMANDS}
     for line in others:
         run_command(line, transformers_ctc=FEW_STEPS, transformers_classification=FEW_STEPS)
-    for folder, errors in (("ctc_hf", {"cer", "wer"}), ("keyword", {"accuracy"})):
+    for folder, errors in (("ctc_hf", {"cer", "wer"}), ("ctc_short_hf", {"cer", "wer"}), ("keyword", {"accuracy"})):
         results = json.loads((root / "outputs" / folder / "results.json").read_text())
         assert results.keys() == {"valid", "test"}
         assert {f"test_{name}" for name in errors} <= results["test"].keys()
@@ -205,7 +221,7 @@ def test_labels_of_ones_own_and_letters_that_train_lacks_are_scored(root, capsys
     rows = [f"{header}\tmood", *(f"{line}\t{'calm' if number % 2 else 'glad'}" for number, line in enumerate(lines))]
     rows = [re.sub("^(audio/valid.*)A man", r"\1A жук", row) for row in rows]  # valid, and not test
     table.write_text("\n".join([*rows[:-1], rows[-1].replace("glad", "new").replace("calm", "new"), ""]))
-    (CTC, CLASSES) = (line for line in COMMANDS if "transformers_" in line)
+    CTC, CLASSES, _ = (line for line in COMMANDS if "transformers_" in line)
     run_command(CLASSES.replace("keyword", "mood"), transformers_classification=FEW_STEPS)
     assert "test: left out 1 utterances whose mood train lacks" in capsys.readouterr().out
     # A batch of utterances that differ in length has the transcripts that each has alone.
