@@ -292,7 +292,8 @@ class TargetStore:
         if missing_bytes > free:
             raise InputError(
                 f"task.target_store={self.folder} needs {size_text(missing_bytes)} more for {what}, but the disk"
-                f" has {size_text(free)} free; choose a larger one, fewer layers or a smaller task.target_format"
+                f" has {size_text(free)} free; choose a larger one, fewer layers or a smaller task.target_format,"
+                " such as pq64"
             )
         return free
 
