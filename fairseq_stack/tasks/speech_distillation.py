@@ -29,7 +29,7 @@ from fairseq_stack.growth.events import Growth, announce_start, announced
 from fairseq_stack.models.conv_geometry import receptive_field
 from fairseq_stack.models.stacked_hubert import StackedHubert, StackedHubertConfig
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
-from fairseq_stack.targets.formats import check_format, codebook_shape, kind_of
+from fairseq_stack.targets.formats import CODES, check_format, codebook_shape, kind_of
 from fairseq_stack.targets.source import learn_all_codebooks, targets_of
 from fairseq_stack.targets.store import CNN, TargetStore, size_text
 from fairseq_stack.teachers import load_teacher
@@ -436,6 +436,8 @@ def check_links(model_cfg: Any, node: str, cfg: Any, names: tuple[str, ...]) -> 
 def check_codes(loss: str, cfg: SpeechDistillationConfig) -> None:
     """Raise an InputError if the loss compares codes, and the store has none of their kind."""
     kind = LOSSES.choose(loss).codes
+    if kind and kind not in CODES:
+        raise InputError(f"criterion.loss={loss} was registered with codes={kind!r}; give one of {', '.join(CODES)}")
     if kind and not (cfg.target_store and kind_of(cfg.target_format) == kind):
         example = {"units": "units500", "pq": "pq16"}[kind]
         raise InputError(

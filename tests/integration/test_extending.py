@@ -306,6 +306,15 @@ def test_a_file_that_cannot_be_loaded_ends_the_training_in_one_line(
     assert str(ended.value).startswith(f"error: task.extensions{message}") and "\n" not in str(ended.value)
 
 
+def test_a_loss_of_codes_that_no_store_has_is_refused_in_one_line(examples, speech, teacher_file):
+    Path("coded.py").write_text((examples / "huber.py").read_text().replace('("huber")', '("coded", codes="rvq")'))
+    fields = {"+task.extensions": "[coded.py]", "+criterion.loss": "coded"}
+    with pytest.raises(SystemExit) as ended:
+        train("librispeech_base", tiny(speech, teacher_file, examples, **fields))
+    expected = "error: criterion.loss=coded was registered with codes='rvq'; give one of pq, units"
+    assert str(ended.value) == expected
+
+
 @pytest.mark.parametrize("grown", ["stack", "stack + [7]", "stack[::-1] * 2", "stack * 9"])
 def test_a_growth_method_that_loses_layers_is_refused(grown, monkeypatch):
     monkeypatch.setattr(METHODS, "_found", dict(METHODS._found))
