@@ -24,16 +24,16 @@ class CompleteHubertCtcConfig(HubertCtcConfig):
     )
 
 
-def label_by_bytes(dataset: HubertDataset, index: int, kind: int) -> Any:
+def label_by_bytes(self: HubertDataset, index: int, label_idx: int) -> Any:
     """Return a label of an utterance, as `HubertDataset.get_label` does for texts in ASCII."""
-    if dataset.store_labels:
-        label = dataset.label_list[kind][index]
+    if self.store_labels:
+        label = self.label_list[label_idx][index]
     else:
-        begin, end = dataset.label_offsets_list[kind][index]
-        with open(dataset.label_paths[kind], "rb") as file:
+        begin, end = self.label_offsets_list[label_idx][index]
+        with open(self.label_paths[label_idx], "rb") as file:
             file.seek(begin)
             label = file.read(end - begin).decode()
-    return label if dataset.label_processors is None else dataset.label_processors[kind](label)
+    return label if self.label_processors is None else self.label_processors[label_idx](label)
 
 
 def complete_hubert_ctc() -> None:
