@@ -7,11 +7,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fairseq_stack.models.conv_extractor import as_image, as_image_kernel
+from fairseq_stack.models.conv_extractor import as_image, as_image_kernel, autocast_dtype
 
 # On processors with AMX, oneDNN's bf16 convolution gives wrong results for groups of 4, 6 and 8 channels and
 # correct ones for 24 and 48 (torch 2.14.1).
 NARROW = 24
+
+# Frames of the output that one row of a matrix product gives, see `blockwise_convolution`. The product has
+# (BLOCK + K - 1) / K times the convolution's operations, and its input (BLOCK + K - 1) / BLOCK times the numbers.
+BLOCK = 16
 
 
 def positions(pos_conv: nn.Sequential, x: Tensor, padding: Tensor | None) -> Tensor:
@@ -52,10 +56,10 @@ def with_batch_norm(pos_conv: nn.Sequential) -> nn.Sequential:
 
 def _convolve(x: Tensor, conv: Any) -> Tensor:
     """Apply `conv`, the nn.Conv1d of a positional convolution, to x [B, T, D]: [B, T or T + 1, D]."""
-    if x.device.type != "cpu":
-        return conv(x.transpose(1, 2)).transpose(1, 2)
     for hook in conv._forward_pre_hooks.values():  # torch's weight norm
         hook(conv, None)
+    if x.device.type != "cpu":
+        return _on_gpu(x, conv)
     if conv.weight.requires_grad:
         y = SpectralConvolution.apply(x.float(), conv.weight.float(), conv.padding[0], conv.groups).type_as(x)
         return y + conv.bias
@@ -64,6 +68,45 @@ def _convolve(x: Tensor, conv: Any) -> Tensor:
         x, weight, bias = x.float(), weight.float(), bias.float()
     y = F.conv2d(as_image(x), as_image_kernel(weight), bias, 1, (0, conv.padding[0]), groups=conv.groups)
     return y.squeeze(2).transpose(1, 2).to(dtype)
+
+
+class PositionalConv1d(nn.Module):
+    """The frozen nn.Conv1d of another library's positional convolution, which is slow on a GPU by itself."""
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the convolution to x [B, D, T]."""
+        return self.conv(x) if x.device.type == "cpu" else _on_gpu(x.transpose(1, 2), self.conv).transpose(1, 2)
+
+
+def _on_gpu(x, conv):
+    dtype = autocast_dtype(x, x.dtype)
+    y = blockwise_convolution(x.to(dtype), conv.weight.to(dtype), conv.padding[0], conv.groups)
+    return y + conv.bias.to(dtype)
+
+
+def blockwise_convolution(x: Tensor, weight: Tensor, padding: int, groups: int) -> Tensor:
+    """A grouped convolution of [B, T, D] with long kernels [D, D / groups, K], as one matrix product for each group.
+
+    A row of the product's input holds the BLOCK + K - 1 frames that BLOCK frames of the output depend on. Its matrix
+    holds the kernel BLOCK times, shifted by one more frame for each frame of the output. On an H100, cuDNN's kernels
+    for such convolutions in bf16 do not use the tensor cores, and the teacher's took more time than its layers.
+    """
+    taps = weight.size(2)
+    width, outputs = BLOCK + taps - 1, x.size(1) + 2 * padding - taps + 1
+    blocks = -(-outputs // BLOCK)
+    x = F.pad(x, (0, 0, padding, blocks * BLOCK + taps - 1 - padding - x.size(1)))
+    rows = x.unflatten(2, (groups, -1)).unfold(1, width, BLOCK)  # [B, blocks, groups, C, width]
+    rows = rows.permute(2, 0, 1, 4, 3).flatten(3).flatten(1, 2)
+    # Kernels that are followed by BLOCK zeros, one after another, and cut into rows that are one shorter
+    shifted = F.pad(weight, (0, BLOCK)).unsqueeze(2).expand(-1, -1, BLOCK, -1).flatten(2)[:, :, : BLOCK * width]
+    matrices = shifted.unflatten(2, (BLOCK, width)).unflatten(0, (groups, -1))  # [groups, C', C, BLOCK, width]
+    matrices = matrices.permute(0, 4, 2, 3, 1).flatten(3).flatten(1, 2)
+    y = torch.bmm(rows, matrices).unflatten(1, (-1, blocks)).unflatten(3, (BLOCK, -1))
+    return y.permute(1, 2, 3, 0, 4).flatten(3).flatten(1, 2)[:, :outputs]
 
 
 class SpectralConvolution(torch.autograd.Function):

@@ -26,6 +26,7 @@ from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.errors import InputError, input_errors
 from fairseq_stack.models.conv_extractor import normed_convolution
 from fairseq_stack.models.conv_geometry import frames_from_samples
+from fairseq_stack.models.pos_conv import PositionalConv1d
 from fairseq_stack.models.shape import MOST_LAYERS
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON, normalize_waveforms
 from fairseq_stack.teachers.base import Teacher, exact_fp32, load_weights
@@ -85,6 +86,10 @@ class HuggingFaceTeacher(Teacher):
                 " has; give a model with gelu"
             )
         self.conv_layers = list(zip(shape.conv_dim, shape.conv_kernel, shape.conv_stride))
+        for module in list(self.model.encoder.pos_conv_embed.modules()):
+            for child, conv in list(module.named_children()):
+                if isinstance(conv, torch.nn.Conv1d):
+                    setattr(module, child, PositionalConv1d(conv))
 
     def frames(self, samples: int) -> int:
         return frames_from_samples(samples, self.conv_layers)

@@ -113,6 +113,13 @@ class FP16Optimizer(_ScalerSaved, optim.FP16Optimizer):
 class MemoryEfficientFP16Optimizer(_ScalerSaved, optim.MemoryEfficientFP16Optimizer):
     """fairseq's optimizer for fp16 and bf16 without masters."""
 
+    def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
+        super().load_state_dict(state_dict, optimizer_overrides)
+        # fairseq leaves the moments on the CPU, where it reads a checkpoint, and moves them in every step of its Adam.
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                state[name] = value.to(parameter.device) if torch.is_tensor(value) else value
+
 
 class AMPOptimizer(optim.AMPOptimizer):
     """fairseq's optimizer for automatic mixed precision, with the state of torch's loss scaler in its state.

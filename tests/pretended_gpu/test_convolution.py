@@ -1,10 +1,13 @@
-"""On a GPU, the CNN's gradients are the CPU's and need few launches."""
+"""On a GPU, convolutions give the CPU's values, and the CNN's gradients need few launches."""
 
 import pytest
 import torch
+import transformers
 
 from fairseq_stack.benchmark.pretended_gpu import AVAILABLE, pretended_gpu
 from fairseq_stack.models.conv_extractor import ConvExtractor
+from fairseq_stack.models.conv_geometry import frames_from_samples
+from fairseq_stack.teachers.huggingface import HuggingFaceTeacher
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs a torch that does not ask CUDA's driver, newer than 2.4")
 
@@ -26,3 +29,21 @@ def test_features_and_gradients_are_the_cpus(mode, bias):
             if name in expected:
                 scale = expected[name].abs().max().item()
                 torch.testing.assert_close(parameter.grad.cpu(), expected[name], rtol=0, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.parametrize("model", [transformers.WavLMModel, transformers.Data2VecAudioModel])
+def test_hidden_states_of_transformers_models_are_the_cpus(model):
+    config = model.config_class(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=5, num_conv_pos_embedding_groups=4, conv_pos_kernel_size=5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    teacher = HuggingFaceTeacher("folder", model.__name__, model(config).eval(), normalize=False)
+    waveforms, lengths = torch.randn(2, 9000), torch.tensor([9000, 7000])
+    expected = teacher.hidden_states(waveforms, lengths, (0, 1, 2))
+    with pretended_gpu():
+        found = teacher.hidden_states(waveforms.cuda(), lengths, (0, 1, 2))
+        for layer, states in expected.items():
+            assert found[layer].is_cuda
+            for row, frames in enumerate(frames_from_samples(lengths, teacher.conv_layers)):
+                torch.testing.assert_close(found[layer][row, :frames].cpu(), states[row, :frames], rtol=1e-3, atol=1e-4)

@@ -100,7 +100,8 @@ def test_the_products_of_an_update_are_those_of_its_layers(update):
         return count * frames * (4 * width**2 + 2 * width * inner + 2 * frames * width)
 
     def start(width):
-        return frames * (512 * width + 128 * width * width // 16)
+        # The positional convolution: 38 blocks of 16 frames, and a kernel of 128 in a matrix of 143 frames
+        return frames * 512 * width + 38 * 16 * 143 * width * width // 16
 
     teacher = cnn + start(768) + layers(12, 768, 3072)
     for depth in (3, 12):
@@ -111,20 +112,20 @@ def test_the_products_of_an_update_are_those_of_its_layers(update):
 
 
 def test_an_update_of_the_recipe_stays_within_its_launches_waits_time_and_memory(update):
-    for depth, launches in ((3, 565), (12, 900)):
+    for depth, launches in ((3, 595), (12, 930)):
         assert total(update, depth, "launches") <= launches
         assert total(update, depth, "waits") == 1
         assert update[depth]["parts"]["optimiser"]["launches"] <= 30
-    assert total(update, 12, "seconds") < 0.0946
-    assert total(update, 12, "bytes") < 159.5e9
-    assert update[12]["peak_memory"] < 19.9 * 2**30
+    assert total(update, 12, "seconds") < 0.0954
+    assert total(update, 12, "bytes") < 162.7e9
+    assert update[12]["peak_memory"] < 20.2 * 2**30
 
 
 def test_an_update_with_a_shared_cnn_stays_within_its_time_and_memory(tmp_path):
     shared = roofline(recipe(tmp_path, "shared"), (12,), GPUS["h100"])
-    assert total(shared, 12, "seconds") < 0.0615
-    assert total(shared, 12, "bytes") < 105.5e9
-    assert shared[12]["peak_memory"] < 7.6 * 2**30
+    assert total(shared, 12, "seconds") < 0.063
+    assert total(shared, 12, "bytes") < 110.7e9
+    assert shared[12]["peak_memory"] < 7.8 * 2**30
 
 
 def test_the_costs_of_all_lines_are_those_of_an_update(update):

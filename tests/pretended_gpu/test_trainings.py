@@ -118,6 +118,34 @@ def test_a_training_on_a_gpu_keeps_its_devices_and_types_apart(name, speech, tea
             assert parameter.is_cuda and bool(parameter.isfinite().all())
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {},
+        FP16,
+        BF16,
+        AMP,
+        {**FP16, "common.memory_efficient_fp16": True},
+        {**BF16, "common.memory_efficient_bf16": True},
+        {**FP16, "common.fp16_no_flatten_grads": True},
+    ],
+    ids=lambda fields: ", ".join(name.removeprefix("common.") for name in fields) or "fp32",
+)
+def test_a_resumed_run_finds_its_optimizers_state_on_the_gpu(precision, optimizer, speech, teacher_file, tmp_path):
+    def run(updates):
+        fields = {"optimization.max_update": updates, "optimizer._name": optimizer, "model.stack_method": "none"}
+        fields |= {"model.stack_stages": 1, "dataset.disable_validation": True, **precision}
+        return train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
+
+    with pretended_gpu():
+        run(2)
+        trainer = run(3)
+        assert trainer.get_num_updates() == 3
+        for parameter, state in trainer.optimizer.optimizer.state.items():
+            assert parameter.is_cuda and state["exp_avg"].is_cuda and state["exp_avg_sq"].is_cuda
+
+
 @pytest.mark.parametrize("teacher", ["HuBERT", WAVLM, WHISPER])
 def test_the_cpu_waits_once_for_each_update_of_padded_utterances(teacher, speech, teacher_file, tmp_path):
     teacher = made(teacher_file if teacher == "HuBERT" else teacher, tmp_path)

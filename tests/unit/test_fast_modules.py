@@ -14,7 +14,7 @@ from fairseq_stack.models.conv_extractor import ConvExtractor
 from fairseq_stack.models.conv_geometry import frames_from_samples
 from fairseq_stack.models.dropout import dropout, kept, masked
 from fairseq_stack.models.layer_stack import EncoderLayer, attention
-from fairseq_stack.models.pos_conv import positions, smooth_size
+from fairseq_stack.models.pos_conv import blockwise_convolution, positions, smooth_size
 
 SHAPES = [(16, 10, 5), (16, 3, 2), (24, 3, 2), (24, 2, 2)]
 CNNS = [("default", False), ("default", True), ("layer_norm", True), ("layer_norm", False)]
@@ -170,6 +170,19 @@ def test_the_positional_convolution_is_fairseqs(depth, trained):
     else:
         output = positions(ours.requires_grad_(False), x, None)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames, groups, taps", [(1, 4, 32), (15, 16, 5), (16, 2, 1), (45, 4, 32), (200, 4, 128)])
+def test_the_positional_convolution_of_a_gpu_is_torchs(frames, groups, taps):
+    torch.manual_seed(0)
+    x = torch.randn(3, frames, 16, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(16, 16 // groups, taps, dtype=torch.double, requires_grad=True)
+    found = blockwise_convolution(x, weight, taps // 2, groups)
+    expected = F.conv1d(x.transpose(1, 2), weight, None, 1, taps // 2, 1, groups).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(expected)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (x, weight), upstream) for y in (found, expected))):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_sizes_of_fourier_transforms_are_products_of_small_primes():
