@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,14 +18,25 @@ WHEELS = ROOT / "scripts/gpu_wheels.txt"
 LOGS = ROOT / "outputs/gpu_checks"
 LIMIT = 520  # seconds for all checks together
 TESTS = "tests"
-# Without --rounds 3, three precisions take more than the limit.
-MEASURE = ["-m", "fairseq_stack", "benchmark", "--device", "cuda", "--batch", "64", "--seconds", "12", "--rounds", "3"]
+MEASURE = ["-m", "fairseq_stack", "benchmark", "--device", "cuda", "--seconds", "12", "--rounds", "3"]
+LARGE, SMALL = [*MEASURE, "--batch", "64"], [*MEASURE, "--batch", "8"]
+LIVE, STORED = ["--targets", "live", "--cnn"], ["--targets", "stored", "--cnn"]
+# A check for each case: if one takes too long, only its own figures are lost. The first ones matter most.
 CHECKS = {
     TESTS: ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"],
-    "fp16": [*MEASURE, "--precision", "fp16", "--baseline", "s3prl", "fairseq"],
-    "bf16": [*MEASURE, "--precision", "bf16"],
-    "fp32": [*MEASURE, "--precision", "fp32"],
+    "fp16": [*LARGE, "--precision", "fp16", *LIVE, "trained"],
+    "bf16": [*LARGE, "--precision", "bf16", *LIVE, "trained"],
+    "s3prl": [*LARGE, "--precision", "--baseline", "s3prl"],
+    "fp16, shared CNN": [*LARGE, "--precision", "fp16", *LIVE, "shared"],
+    "fp16, stored targets, shared CNN": [*LARGE, "--precision", "fp16", *STORED, "shared"],
+    "fp32": [*LARGE, "--precision", "fp32", *LIVE, "trained"],
+    "fairseq": [*LARGE, "--precision", "--baseline", "fairseq"],
+    "fp16, 8 utterances": [*SMALL, "--precision", "fp16", *LIVE, "trained"],
+    "s3prl, 8 utterances": [*SMALL, "--precision", "--baseline", "s3prl"],
+    "fp16, stored targets": [*LARGE, "--precision", "fp16", *STORED, "trained"],
 }
+SHARE = 150  # seconds that a check may take at most
+BASELINE = "s3prl"
 HEADER = ["result", "update at full depth, ms", "its parts, ms", "peak memory, GiB", "against s3prl", "check took, s"]
 
 
@@ -97,22 +110,32 @@ def test_rows(file: Path) -> Iterator[list[str]]:
         yield [name, verdict, "", "", "", "", f"{float(case.get('time', 0)):.0f}"]
 
 
-def benchmark_rows(file: Path, s3prl: float | None) -> Iterator[list[str]]:
-    """Yield a row for each case in the benchmark's JSON file.
+def measured(file: Path) -> tuple[int, dict[str, Any]]:
+    """Return the batch size and the figures of the only case in the benchmark's JSON file."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    (figures,) = found["cases"].values()
+    return found["batch"], figures
+
+
+def full_depth(figures: dict[str, Any]) -> str | None:
+    """Return the number of layers of the deepest update that fitted into memory."""
+    return max(figures["update"], key=int, default=None)
+
+
+def cells(figures: dict[str, Any], s3prl: float | None) -> list[str]:
+    """Return the cells of the table for a measured case: update, parts, memory and ratio.
 
     Args:
-        file: written by `fairseq-stack benchmark --output`.
-        s3prl: seconds of an update of s3prl's distiller.
+        figures: of `measured`.
+        s3prl: seconds of an update of s3prl's distiller with as many utterances, or None.
     """
-    for name, figures in json.loads(file.read_text(encoding="utf-8"))["cases"].items():
-        if not figures["update"]:
-            yield [name, "does not fit into memory", "", "", "", "", ""]
-            continue
-        depth, seconds = max(figures["update"].items(), key=lambda item: int(item[0]))
-        parts = ", ".join(f"{part} {1e3 * spent:.0f}" for part, spent in figures["parts"][depth].items())
-        memory = f"{figures['peak_memory'] / 2**30:.1f}" if "peak_memory" in figures else ""
-        ratio = f"{s3prl / seconds:.2f}x" if s3prl else ""
-        yield [name, "measured", f"{1e3 * seconds:.1f}", parts, memory, ratio, ""]
+    depth = full_depth(figures)
+    if depth is None:
+        return ["does not fit into memory", "", "", ""]
+    seconds = figures["update"][depth]
+    parts = ", ".join(f"{part} {1e3 * spent:.0f}" for part, spent in figures["parts"][depth].items())
+    memory = f"{figures['peak_memory'] / 2**30:.1f}" if "peak_memory" in figures else ""
+    return [f"{1e3 * seconds:.1f}", parts, memory, f"{s3prl / seconds:.2f}x" if s3prl else ""]
 
 
 def check(todo: dict[str, list[str]], folder: Path, limit: float = LIMIT) -> tuple[list[list[str]], bool]:
@@ -124,30 +147,35 @@ def check(todo: dict[str, list[str]], folder: Path, limit: float = LIMIT) -> tup
         limit: seconds for all checks together.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows, whole, s3prl, begin = [], True, None, time.monotonic()
+    verdicts, took, begin = {}, {}, time.monotonic()
     for name, command in todo.items():
-        result, start = result_file(name, folder), time.monotonic()
-        result.unlink(missing_ok=True)
+        result_file(name, folder).unlink(missing_ok=True)
         print(f"== {name}", file=sys.stderr, flush=True)
-        verdict = run(command, folder / f"{name}.log", limit - (start - begin))
-        found = []
-        if result.exists() and name == TESTS:
-            found = list(test_rows(result))
-        elif result.exists():
-            updates = json.loads(result.read_text(encoding="utf-8"))["cases"].get("s3prl", {}).get("update", {})
-            s3prl = updates.get("12", s3prl)
-            found = list(benchmark_rows(result, s3prl))
-        if verdict != "passed":
-            verdict = f"{verdict}: see {folder / name}.log"
-        rows += [[name, verdict, "", "", "", "", f"{time.monotonic() - start:.0f}"], *found]
-        whole = whole and verdict == "passed"
-    return rows, whole
+        start = time.monotonic()
+        verdicts[name] = run(command, folder / f"{name}.log", min(SHARE, limit - (start - begin)))
+        took[name] = f"{time.monotonic() - start:.0f}"
+    figures = {
+        name: measured(result_file(name, folder))
+        for name in todo
+        if name != TESTS and result_file(name, folder).exists()
+    }
+    s3prl = {
+        batch: found["update"].get(full_depth(found)) for name, (batch, found) in figures.items() if BASELINE in name
+    }
+    rows = []
+    for name, verdict in verdicts.items():
+        said = verdict if verdict == "passed" else f"{verdict}: see {folder / name}.log"
+        batch, found = figures.get(name, (None, None))
+        rows.append([name, said, *(cells(found, s3prl.get(batch)) if found else [""] * 4), took[name]])
+        if name == TESTS and result_file(name, folder).exists():
+            rows += test_rows(result_file(name, folder))
+    return rows, set(verdicts.values()) == {"passed"}
 
 
 def main() -> None:
     if sys.argv[1:] == ["--dry-run"]:
         for command in commands().values():
-            print(*command)
+            print(shlex.join(command))
         return
     if sys.argv[1:]:
         sys.exit(f"error: {' '.join(sys.argv[1:])} is no option; see scripts/gpu_checks.sh --help")

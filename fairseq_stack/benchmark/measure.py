@@ -31,8 +31,7 @@ def measure(
     seconds: float,
     rounds: int,
     device: str,
-    precisions: Sequence[str],
-    formats: Sequence[str],
+    cases: Sequence[Case],
     baselines: Sequence[str],
     threads: int,
 ) -> dict[str, Any]:
@@ -45,31 +44,32 @@ def measure(
         seconds: length of each utterance.
         rounds: measured updates of each case at each depth; one more update before them warms up.
         device: cpu or cuda.
-        precisions: of our students.
-        formats: of stored targets.
+        cases: of our training.
         baselines: names in BASELINES.
         threads: of each training, on a CPU.
 
     Returns:
         plain values, as `fairseq-stack benchmark` writes them.
     """
-    cases = {str(case): case for case in cases_of(precisions, formats)}
+    ours = {str(case): case for case in cases}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, size, seconds, utterances=batch * (rounds + 1) * len(DEPTHS))
         makers: dict[str, Maker] = {
-            name: (Ours, recipes, folder, size, batch, device, case) for name, case in cases.items()
+            name: (Ours, recipes, folder, size, batch, device, case) for name, case in ours.items()
         }
         makers.update({name: (BASELINES[name], folder, size, batch, seconds, device) for name in baselines})
-        for case in cases_of(precisions[:1], formats):
-            if case.targets == LIVE:
-                continue
+        # One store for all precisions
+        stores = {(case.targets, case.cnn): case for case in reversed(cases) if case.targets != LIVE}
+        for store, case in stores.items():
             try:
                 in_another_process(threads, fill_store, recipes, folder, size, batch, device, case)
             except OutOfMemory:  # the teacher does not fit
-                makers = {name: maker for name, maker in makers.items() if not _same_store(cases.get(name), case)}
-        names = [*cases, *baselines]
-        depths = {name: DEPTHS if name in cases else DEPTHS[-1:] for name in names}
+                for name, other in ours.items():
+                    if (other.targets, other.cnn) == store:
+                        makers.pop(name)
+        names = [*ours, *baselines]
+        depths = {name: DEPTHS if name in ours else DEPTHS[-1:] for name in names}
         measured = measure_each(threads, makers, depths, rounds, one_by_one=device == "cuda")
     unmeasured = {"update": {}, "parts": {}}
     found = {name: measured.get(name, unmeasured) for name in names}
@@ -83,14 +83,10 @@ def measure(
     }
 
 
-def cases_of(precisions: Sequence[str], formats: Sequence[str]) -> list[Case]:
-    """Returns all Cases of these precisions, with live targets and with targets stored in these formats."""
-    ways = itertools.product(precisions, ("trained", "shared"), (LIVE, *formats))
-    return [Case(precision, targets, cnn) for precision, cnn, targets in ways]
-
-
-def _same_store(case, other):
-    return case is not None and (case.targets, case.cnn) == (other.targets, other.cnn)
+def cases_of(precisions: Sequence[str], cnns: Sequence[str], targets: Sequence[str]) -> list[Case]:
+    """Returns the Cases of all combinations of these values of their attributes."""
+    ways = itertools.product(precisions, cnns, targets)
+    return [Case(precision, source, cnn) for precision, cnn, source in ways]
 
 
 def measure_each(

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from fairseq_stack.benchmark.baselines import BASELINES
 from fairseq_stack.benchmark.clock import Clock
 from fairseq_stack.benchmark.inputs import make_inputs
-from fairseq_stack.benchmark.measure import DEPTHS, cases_of, growing
-from fairseq_stack.benchmark.ours import LIVE, Ours, fill_store
+from fairseq_stack.benchmark.measure import DEPTHS, growing
+from fairseq_stack.benchmark.ours import LIVE, Case, Ours, fill_store
 from fairseq_stack.benchmark.pretended_attention import chosen_kernel
 from fairseq_stack.benchmark.pretended_gpu import (
     INDEXING,
@@ -252,15 +252,14 @@ def rooflines(
     size: str,
     batch: int,
     seconds: float,
-    precisions: Sequence[str],
-    formats: Sequence[str],
+    cases: Sequence[Case],
     baselines: Sequence[str],
     gpu: Gpu,
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """Bounds an update of every case of benchmark.measure, and of the baselines.
+    """Bounds an update of our cases and of the baselines.
 
     Args:
-        recipes, size, batch, seconds, precisions, formats, baselines: see measure.
+        recipes, size, batch, seconds, cases, baselines: see measure.
         gpu: the rates.
 
     Returns:
@@ -271,7 +270,7 @@ def rooflines(
         folder = Path(temporary)
         make_inputs(folder, size, seconds, utterances=2 * batch * len(DEPTHS))
         inputs = recipes, folder, size, batch, "cuda"
-        for case in tqdm(cases_of(precisions, formats), desc="cases"):
+        for case in tqdm(cases, desc="cases"):
             if case.targets != LIVE:
                 with pretended_gpu(Shapes(gpu)):  # it stores zeros, which take as long to read
                     fill_store(*inputs, case)

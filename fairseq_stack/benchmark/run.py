@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from fairseq_stack.benchmark.inputs import teacher_shape
-from fairseq_stack.benchmark.measure import measure
+from fairseq_stack.benchmark.measure import cases_of, measure
+from fairseq_stack.benchmark.ours import LIVE
 from fairseq_stack.benchmark.roofline import named_gpu, roofline_tables, rooflines
 from fairseq_stack.benchmark.tables import benchmark_tables
 from fairseq_stack.data.audio import SAMPLE_RATE
@@ -28,6 +29,8 @@ def run(
     seconds: float | None,
     rounds: int,
     precisions: Sequence[str],
+    targets: Sequence[str],
+    cnns: Sequence[str],
     formats: Sequence[str],
     baselines: Sequence[str],
     device: str | None,
@@ -38,7 +41,11 @@ def run(
     """Measures updates, or with `gpu` computes a lower bound of their time, and returns the tables as Markdown.
 
     Args:
-        recipes, size, rounds, precisions, formats, baselines: see measure.
+        recipes, size, rounds, baselines: see measure.
+        precisions: of our students, fp32, bf16 or fp16; without any, only the baselines are measured.
+        targets: live, stored or both.
+        cnns: trained, shared or both.
+        formats: of stored targets.
         batch, seconds: see measure; None for 4 utterances of 8 s, or with `gpu` for 64 of 12 s.
         device: cpu or cuda; None for cuda if there is a GPU, else cpu.
         threads: of each training, on a CPU; None for torch's default.
@@ -54,22 +61,18 @@ def run(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check(batch, seconds, rounds, precisions, formats, baselines, None if gpu else device, threads, output, size)
-    shared = {
-        "size": size,
-        "batch": batch,
-        "seconds": seconds,
-        "precisions": precisions,
-        "formats": formats,
-        "baselines": baselines,
-    }
+    shared = {"size": size, "batch": batch, "seconds": seconds, "baselines": baselines}
+    sources = [source for kind in targets for source in ((LIVE,) if kind == LIVE else formats)]
+    cases = cases_of(precisions, cnns, sources)
     if gpu:
         bounded = named_gpu(gpu)
         logging.disable(logging.WARNING)
-        result = {"cases": rooflines(recipes, gpu=bounded, **shared), "gpu": asdict(bounded), **shared}
+        result = {"cases": rooflines(recipes, gpu=bounded, cases=cases, **shared), "gpu": asdict(bounded), **shared}
         text = roofline_tables(result["cases"], size, batch)
     else:
         given = {**shared, "rounds": rounds, "device": device, "threads": threads}
-        result = {**measure(recipes, **given), "torch": torch.__version__, "machine": platform.machine(), **given}
+        measured = measure(recipes, cases=cases, **given)
+        result = {**measured, "torch": torch.__version__, "machine": platform.machine(), **given}
         text = benchmark_tables(result)
     if output:
         write_whole(output, json.dumps(result, indent=2), f"--output {output}")
@@ -94,6 +97,8 @@ def check(
     frame = receptive_field(parse_conv_layers(teacher_shape(size)["conv_feature_layers"]))
     if round(seconds * SAMPLE_RATE) < frame:
         raise InputError(f"--seconds {seconds} is shorter than a frame; give {frame / SAMPLE_RATE} or more")
+    if not (precisions or baselines):
+        raise InputError("--precision without a precision leaves nothing to measure; name one, or a --baseline")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU that it can use; give --device cpu")
     if device == "cpu" and "fp16" in precisions:

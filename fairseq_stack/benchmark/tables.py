@@ -19,8 +19,10 @@ def benchmark_tables(result: dict[str, Any]) -> str:
     """
     cases = {name: _with_numbers(figures) for name, figures in result["cases"].items()}
     ours = {name: figures for name, figures in cases.items() if name not in result["baselines"]}
-    sections = [_parts(cases, result["did_not_fit"]), _growth(ours)]
-    sections += [_against(baseline, cases[baseline], ours) for baseline in result["baselines"]]
+    sections = [_parts(cases, result["did_not_fit"])]
+    if ours:
+        sections.append(_growth(ours))
+        sections += [_against(baseline, cases[baseline], ours) for baseline in result["baselines"]]
     missing = [(name, depths) for name, depths in result["did_not_fit"].items() if depths]
     if missing:
         sections.append(
@@ -69,12 +71,12 @@ def _against(baseline, reference, ours):
     for name, figures in ours.items():
         at_depth, recipe, memory = "", "", ""
         precision, targets, cnn = name.split(", ")
-        live = ours.get(f"{precision}, {LIVE} targets, {cnn}", figures)
+        live = ours.get(f"{precision}, {LIVE} targets, {cnn}")
         if full and DEPTHS[-1] in figures["update"]:
             at_depth = f"{full / figures['update'][DEPTHS[-1]]:.2f}x"
             if "peak_memory" in figures and "peak_memory" in reference:
                 memory = f"{figures['peak_memory'] / reference['peak_memory']:.2f}x"
-        if full and LIVE not in targets and _whole(figures) and DEPTHS[0] in live["update"]:
+        if full and LIVE not in targets and _whole(figures) and live and DEPTHS[0] in live["update"]:
             recipe = f"{full / with_first_epoch(figures['update'], live['update']):.2f}x"
         rows.append([name, at_depth, recipe, memory])
     return markdown_table(header, rows)

@@ -17,8 +17,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="length of each utterance (default: 8, with --roofline 12)")
     parser.add_argument("--rounds", type=int, default=5, help="updates measured at each depth (default: 5)")
     parser.add_argument(
-        "--precision", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"],
-        help="precision of the student (default: fp32 bf16)",
+        "--precision", nargs="*", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"],
+        help="precision of the student (default: fp32 bf16); without a value, only baselines are measured",
+    )  # fmt: skip
+    parser.add_argument(
+        "--targets", nargs="+", choices=("live", "stored"), default=["live", "stored"],
+        help="where the student's targets come from (default: both)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cnn", nargs="+", choices=("trained", "shared"), default=["trained", "shared"],
+        help="the student's CNN: its own, or the teacher's, frozen (default: both)",
     )  # fmt: skip
     parser.add_argument(
         "--target-format", nargs="+", default=["fp16"], metavar="FORMAT",
@@ -46,5 +54,5 @@ def run(args: Namespace) -> None:
 
     print(run(
         find_recipe("interleaved/librispeech_base").parent, args.size, args.batch, args.seconds, args.rounds,
-        args.precision, args.target_format, args.baseline, args.device, args.threads, args.roofline, args.output,
+        args.precision, args.targets, args.cnn, args.target_format, args.baseline, args.device, args.threads, args.roofline, args.output,
     ))  # fmt: skip

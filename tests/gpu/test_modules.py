@@ -41,8 +41,9 @@ def test_hidden_states_and_gradients_are_the_cpus(shape, dtype):
         states, frames = model.encode(model.features(waveforms, lengths), lengths, range(3))
         last = torch.cat([state[:count] for state, count in zip(states[-1], frames.tolist())]).float()
         (SCALE * last.tanh().square().mean()).backward()  # fp16 needs a scale
+        # Copies: `cuda` below moves the gradients of the model, too.
         gradients = {
-            name: value.grad.float().cpu() for name, value in model.named_parameters() if value.grad is not None
+            name: value.grad.float().cpu().clone() for name, value in model.named_parameters() if value.grad is not None
         }
         return {"hidden states": last.detach().cpu(), **gradients}
 

@@ -36,12 +36,11 @@ def test_its_commands_are_those_of_the_benchmark_and_of_existing_tests():
     assert (ROOT / tests.split()[-2]).is_dir()
     parser = ArgumentParser()
     benchmark.add_arguments(parser)
-    precisions = []
     for line in measurements:
-        options = parser.parse_args(line.split()[4:])
-        assert (options.device, options.batch, options.seconds) == ("cuda", 64, 12)
-        precisions += options.precision
-    assert sorted(precisions) == ["bf16", "fp16", "fp32"]
+        options = parser.parse_args(line.split("--output")[0].split()[4:])
+        assert (options.device, options.seconds) == ("cuda", 12)
+        # The table has a row for each, with the figures of one case.
+        assert len(options.precision) * len(options.targets) * len(options.cnn) + len(options.baseline) == 1
 
 
 def test_an_unknown_option_ends_in_one_line():
@@ -56,35 +55,30 @@ def test_all_missing_packages_are_named_at_once():
 def test_one_table_holds_all_results(tmp_path):
     xml = ("<testsuites><testsuite><testcase name='test_a_b[fp16]' time='2.2'/><testcase name='test_c' time='1'>"
            "<failure/></testcase></testsuite></testsuites>")  # fmt: skip
-    figures = {
+    ours = {
         "update": {"3": 0.1, "12": 0.2},
         "parts": {"12": {"targets": 0.05, "backward": 0.15}},
         "peak_memory": 2**31,
     }
-    cases = {
-        "fp16, live": figures,
-        "s3prl": {"update": {"12": 0.5}, "parts": {"12": {}}},
-        "big": {"update": {}, "parts": {}},
-    }
-    later = {"bf16, live": figures}
+    s3prl = {"update": {"12": 0.5}, "parts": {"12": {}}}
     write = "import sys; open(sys.argv[1], 'w').write(sys.argv[2]); sys.exit(int(sys.argv[3]))"
-    todo = {
-        "tests": [sys.executable, "-c", write, tmp_path / "tests.xml", xml, "1"],
-        "fp16": [sys.executable, "-c", write, tmp_path / "fp16.json", json.dumps({"cases": cases}), "0"],
-        "bf16": [sys.executable, "-c", write, tmp_path / "bf16.json", json.dumps({"cases": later}), "0"],
-    }
+    todo = {"tests": [sys.executable, "-c", write, tmp_path / "tests.xml", xml, "1"]}
+    cases = {"fp16": (64, ours), "s3prl": (64, s3prl), "fp16, 8": (8, ours), "big": (64, {"update": {}, "parts": {}})}
+    for name, (batch, figures) in cases.items():
+        result = json.dumps({"batch": batch, "cases": {"case": figures}})
+        todo[name] = [sys.executable, "-c", write, tmp_path / f"{name}.json", result, "0"]
+    todo["broken"] = [sys.executable, "-c", "raise SystemExit(1)"]
     rows, whole = gpu_checks.check(todo, tmp_path)
     assert not whole
     assert [row[:-1] for row in rows] == [
         ["tests", f"failed: see {tmp_path}/tests.log", "", "", "", ""],
         ["a b[fp16]", "passed", "", "", "", ""],
         ["c", "failed", "", "", "", ""],
-        ["fp16", "passed", "", "", "", ""],
-        ["fp16, live", "measured", "200.0", "targets 50, backward 150", "2.0", "2.50x"],
-        ["s3prl", "measured", "500.0", "", "", "1.00x"],
-        ["big", "does not fit into memory", "", "", "", ""],
-        ["bf16", "passed", "", "", "", ""],
-        ["bf16, live", "measured", "200.0", "targets 50, backward 150", "2.0", "2.50x"],
+        ["fp16", "passed", "200.0", "targets 50, backward 150", "2.0", "2.50x"],
+        ["s3prl", "passed", "500.0", "", "", "1.00x"],
+        ["fp16, 8", "passed", "200.0", "targets 50, backward 150", "2.0", ""],
+        ["big", "passed", "does not fit into memory", "", "", ""],
+        ["broken", f"failed: see {tmp_path}/broken.log", "", "", "", ""],
     ]
     assert all(len(row) == 1 + len(gpu_checks.HEADER) for row in rows)
 
