@@ -54,5 +54,6 @@ def run(args: Namespace) -> None:
 
     print(run(
         find_recipe("interleaved/librispeech_base").parent, args.size, args.batch, args.seconds, args.rounds,
-        args.precision, args.targets, args.cnn, args.target_format, args.baseline, args.device, args.threads, args.roofline, args.output,
+        args.precision, args.targets, args.cnn, args.target_format, args.baseline, args.device, args.threads,
+        args.roofline, args.output,
     ))  # fmt: skip

@@ -54,7 +54,7 @@ hidden_states = student([torch.from_numpy(waveform)])["hidden_states"]
 ```
 
 Padded batches: {padding}.
-
+{last}
 Fine-tuning with masks (SpecAugment): {masks}.
 
 ## Citation
@@ -79,6 +79,13 @@ _MASKS = (
 _NO_MASKS = (
     "the distillation masked nothing, so there is no mask embedding and training masks nothing; with"
     " `mask_time_prob=0.05` in `from_pretrained` transformers masks, and initialises the embedding at random"
+)
+
+
+# A text on pre-norm students.
+_LAST = (
+    "\nLast hidden state: transformers 5.0 to 5.17 leave the final layer norm out of `hidden_states[-1]`, also under"
+    " s3prl; `last_hidden_state` has it, and other versions have it in both.\n"
 )
 
 
@@ -141,6 +148,7 @@ def model_card(student: Student, state: dict, proof: dict, moving_average: bool 
         rows="\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None),
         agreement=_agreement(student, proof),
         padding=proof["padding"],
+        last=_LAST if model.get("layer_norm_first") else "",
         masks=_MASKS if student.mask_emb is not None else _NO_MASKS,
     )
 

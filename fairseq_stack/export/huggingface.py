@@ -1,9 +1,11 @@
 """A student as a folder that transformers' HubertModel loads."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoFeatureExtractor, HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
 
 from fairseq_stack.checkpoints.student import Student
@@ -11,6 +13,8 @@ from fairseq_stack.data.audio import SAMPLE_RATE
 from fairseq_stack.export.formats import FORMATS, ONE_BY_ONE, Outputs
 from fairseq_stack.export.verify import ExportMismatch
 from fairseq_stack.models.waveform_norm import TRANSFORMERS_EPSILON
+
+logger = logging.getLogger(__name__)
 
 # transformers' own default, for fine-tuning with masks (SpecAugment).
 MASK_TIME_PROB = 0.05
@@ -93,7 +97,7 @@ def load_huggingface(folder: str | Path, student: Student) -> Outputs:
 
     Returns:
         a function from a list of [S] to {0: [B, T, D], ..., depth: [B, T, D]}. It calls preprocessor and model as the
-        model card does.
+        model card does. The last of them is last_hidden_state.
 
     Raises:
         ExportMismatch: transformers finds missing or unexpected keys, or loads another mask embedding.
@@ -112,7 +116,14 @@ def load_huggingface(folder: str | Path, student: Student) -> Outputs:
     def outputs(waveforms: list[torch.Tensor]) -> dict[int | str, torch.Tensor]:
         samples = [waveform.numpy() for waveform in waveforms]
         inputs = preprocess(samples, sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
-        return dict(enumerate(model(**inputs, output_hidden_states=True).hidden_states))
+        output = model(**inputs, output_hidden_states=True)
+        *states, last = output.hidden_states
+        if student.config["layer_norm_first"] and not torch.equal(last, output.last_hidden_state):
+            logger.warning(
+                f"transformers {transformers.__version__} leaves the final layer norm out of hidden_states[-1];"
+                " last_hidden_state has it, and transformers before 5.0 and from 5.18 on have it in both"
+            )
+        return dict(enumerate([*states, output.last_hidden_state]))
 
     return outputs
 
@@ -144,8 +155,8 @@ def _config(student: Student) -> HubertConfig:
         # trained without masks has none.
         mask_time_prob=0.0 if student.mask_emb is None else MASK_TIME_PROB,
         mask_feature_prob=0.0,
-        # Without this, transformers from version 5 on leaves the final layer norm of a pre-norm encoder out of the
-        # last hidden state. Earlier versions, fairseq and s3prl include it.
+        # Without this, transformers from version 5 on leaves the final layer norm of a pre-norm encoder out of
+        # hidden_states[-1]. Earlier versions, fairseq and s3prl include it. Versions 5.0 to 5.17 do not read the field.
         tie_last_hidden_states=True,  # pyright: ignore[reportCallIssue]  configurations take any field
     )
 

@@ -19,9 +19,11 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import LINKED, S3PRL_FITS, TINY, stock_hubert
 from documented import blocks
 from omegaconf import OmegaConf
+from packaging.version import Version
 from training import composed
 from transformers import HubertModel, Wav2Vec2FeatureExtractor
 
@@ -33,7 +35,7 @@ from fairseq_stack.errors import InputError
 from fairseq_stack.export.card import model_card
 from fairseq_stack.export.fairseq import export_fairseq
 from fairseq_stack.export.formats import HIDDEN_STATES
-from fairseq_stack.export.huggingface import export_huggingface
+from fairseq_stack.export.huggingface import export_huggingface, load_huggingface
 from fairseq_stack.export.onnx import export_onnx
 from fairseq_stack.export.plain import PlainStudent
 from fairseq_stack.export.s3prl import export_s3prl
@@ -557,6 +559,22 @@ def test_the_command_works_without_fairseq_and_hydra_and_says_what_it_compared_w
     assert done.stdout.count(said) == len(jobs) >= 2 and all(Path(job[5]).exists() for job in jobs)
 
 
+def test_a_transformers_that_leaves_out_the_final_norm_is_named_and_its_last_hidden_state_is_right(
+    tmp_path, speech, caplog
+):
+    student = student_from_checkpoint(load_checkpoint(student_file(tmp_path, speech, 2, **LARGE)))
+    export_huggingface(student, tmp_path / "huggingface")
+    expected = load_huggingface(tmp_path / "huggingface", student)([waveform(8000)])
+    config = tmp_path / "huggingface/config.json"
+    fields = json.loads(config.read_text())
+    del fields["tie_last_hidden_states"]  # which transformers 5.0 to 5.17 do not read
+    config.write_text(json.dumps(fields))
+    found = load_huggingface(tmp_path / "huggingface", student)([waveform(8000)])
+    assert difference(list(found.values()), list(expected.values())) == 0
+    left_out = "leaves the final layer norm out of hidden_states[-1]; last_hidden_state has it"
+    assert (left_out in caplog.text) is (Version("5") <= Version(transformers.__version__))
+
+
 @pytest.mark.parametrize("stage, depth", [(2, 6), (4, 12)])
 @pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
 def test_the_script_exports_a_student_at_any_stage_and_stores_the_proof(
@@ -690,6 +708,7 @@ def test_the_card_and_the_verification_tell_what_its_examples_give(tmp_path, spe
         largest = max(largest, *differences)
     assert proof["largest_difference_alone"] == pytest.approx(largest, rel=0.01, abs=1e-6)
     assert f"by at most {proof['largest_difference_alone']:.2g}" in card
+    assert "`last_hidden_state` has it" in card  # a pre-norm student
     assert (largest <= TOLERANCE) is (epsilon == 1e-7) is ("normalization" not in proof)
     if epsilon == 1e-5:
         assert largest > 0.1 and "transformers adds 1e-07 to the variance" in card and "normalisation: transf" in output

@@ -13,9 +13,16 @@ import pytest
 from fairseq_stack.cli import benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("gpu_checks", ROOT / "scripts/gpu_checks.py")
-gpu_checks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu_checks)
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_checks, gpu_kernels = loaded("gpu_checks"), loaded("gpu_kernels")
 
 
 def script(*options):
@@ -89,3 +96,13 @@ def test_a_command_that_takes_too_long_ends_with_its_children(tmp_path):
     child = int((tmp_path / "child").read_text())
     state = Path(f"/proc/{child}/stat")
     assert not state.exists() or state.read_text().split()[2] in "ZX"
+
+
+def test_the_comparison_of_convolutions_has_a_row_for_each(monkeypatch, capsys):
+    for name, value in {"WIDTHS": (32, 16), "FRAMES": 20, "SAMPLES": 800}.items():
+        monkeypatch.setattr(gpu_kernels, name, value)
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels.py", "--batch", "1", "--precision", "fp32", "bf16"])
+    gpu_kernels.main()
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["fp32"] * 5 + ["bf16"] * 5
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
