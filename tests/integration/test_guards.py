@@ -324,6 +324,13 @@ def test_data_workers_do_not_wait_for_a_next_epoch(monkeypatch, speech, teacher_
     assert loaders and not any(loader.persistent_workers for loader in loaders)
 
 
+@pytest.fixture(scope="module")
+def our_run(speech, teacher_file, tmp_path_factory):
+    """A training of this package. From then on, fairseq's epochs in this process are guarded."""
+    fields = {"optimization.max_update": 1, "model.stack_stages": 1, "model.stack_method": "none"}
+    train("librispeech_base", tiny(speech, teacher_file, tmp_path_factory.mktemp("run"), **fields))
+
+
 def epochs(batches=((0, 1), (2,), (3,), (4, 5)), **options):
     return iterators.EpochBatchIterator(Numbers(), collate_fn=list, batch_sampler=list(batches), **options)
 
@@ -334,6 +341,7 @@ def place_after_one_batch():
     return iterator.state_dict()
 
 
+@pytest.mark.usefixtures("our_run")
 def test_an_epoch_of_the_same_batches_is_gone_through_to_its_end():
     resumed = epochs()
     resumed.load_state_dict(place_after_one_batch())
@@ -341,6 +349,7 @@ def test_an_epoch_of_the_same_batches_is_gone_through_to_its_end():
     assert len(list(resumed.next_epoch_itr())) == 3
 
 
+@pytest.mark.usefixtures("our_run")
 @pytest.mark.parametrize(
     "options",
     [{"num_shards": 2}, {"batches": [[0, 1, 2], [3, 4, 5]]}, {"batches": [[5, 1], [2], [3], [4, 0]]}, {"seed": 2}],
@@ -352,6 +361,7 @@ def test_an_epoch_of_other_batches_is_left_for_the_next(options):
     assert (resumed.epoch, resumed.iterations_in_epoch) == (2, 0)
 
 
+@pytest.mark.usefixtures("our_run")
 def test_a_place_behind_the_end_of_an_epoch_needs_no_layout():
     resumed = epochs(batches=[[0, 1, 2, 3, 4, 5]])
     state = place_after_one_batch()

@@ -196,7 +196,9 @@ def test_a_damaged_checkpoint_is_told_from_one_that_cannot_be_read(tmp_path, dam
     torch.save({"model": {"weight": torch.tensor(list(b"1234" * 100), dtype=torch.uint8)}}, path)
     load_checkpoint(path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DamagedCheckpoint, match=f"{path}: (it is cut off or damaged|the checksum of .* is wrong)"):
+    # To newer versions of Python's zipfile, what lacks its beginning is no zip file.
+    said = ": it is cut off or damaged", ": the checksum of .* is wrong", " is damaged or not a checkpoint"
+    with pytest.raises(DamagedCheckpoint, match=f"{path}({'|'.join(said)})"):
         load_checkpoint(path)
 
 
