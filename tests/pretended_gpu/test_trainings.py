@@ -118,7 +118,6 @@ def test_a_training_on_a_gpu_keeps_its_devices_and_types_apart(name, speech, tea
             assert parameter.is_cuda and bool(parameter.isfinite().all())
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 @pytest.mark.parametrize(
     "precision",
     [
@@ -132,9 +131,9 @@ def test_a_training_on_a_gpu_keeps_its_devices_and_types_apart(name, speech, tea
     ],
     ids=lambda fields: ", ".join(name.removeprefix("common.") for name in fields) or "fp32",
 )
-def test_a_resumed_run_finds_its_optimizers_state_on_the_gpu(precision, optimizer, speech, teacher_file, tmp_path):
+def test_a_resumed_run_finds_its_optimizers_state_on_the_gpu(precision, speech, teacher_file, tmp_path):
     def run(updates):
-        fields = {"optimization.max_update": updates, "optimizer._name": optimizer, "model.stack_method": "none"}
+        fields = {"optimization.max_update": updates, "model.stack_method": "none"}
         fields |= {"model.stack_stages": 1, "dataset.disable_validation": True, **precision}
         return train("librispeech_base", tiny(speech, teacher_file, tmp_path, **fields))
 
