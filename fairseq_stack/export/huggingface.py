@@ -113,12 +113,16 @@ def load_huggingface(folder: str | Path, student: Student) -> Outputs:
     model.eval()
     preprocess = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
 
+    named = False
+
     def outputs(waveforms: list[torch.Tensor]) -> dict[int | str, torch.Tensor]:
+        nonlocal named
         samples = [waveform.numpy() for waveform in waveforms]
         inputs = preprocess(samples, sampling_rate=SAMPLE_RATE, padding=True, return_tensors="pt")
         output = model(**inputs, output_hidden_states=True)
         *states, last = output.hidden_states
-        if student.config["layer_norm_first"] and not torch.equal(last, output.last_hidden_state):
+        if not named and student.config["layer_norm_first"] and not torch.equal(last, output.last_hidden_state):
+            named = True
             logger.warning(
                 f"transformers {transformers.__version__} leaves the final layer norm out of hidden_states[-1];"
                 " last_hidden_state has it, and transformers before 5.0 and from 5.18 on have it in both"
