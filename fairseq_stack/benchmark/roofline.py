@@ -78,12 +78,13 @@ class Gpu:
     launch: float = 2e-6
 
 
-# About 90 % of the bandwidth in the data sheets and, in half precision and TF32 without sparsity, 50 to 75 % of the
-# rates: H100 SXM 3.35 TB/s and 989 TFLOP/s, A100 SXM 80 GB 2.04 and 312, RTX 4090 1.01 and 165. FlashAttention-2
-# reaches 282 TFLOP/s forward and 198 backward on an H100 (512 frames, heads of 64 features: Shah et al. 2024, figures 5
-# and 6), and half of the data sheet's rate or more on an A100 (Dao 2023); the RTX 4090 gets half, too.
+# About 90 % of the bandwidth in the data sheets, and about 75 % of their rates in half precision and TF32 without
+# sparsity: H100 SXM 3.35 TB/s and 989 TFLOP/s, A100 SXM 80 GB 2.04 and 312, RTX 4090 1.01 and 165. On an H100, the
+# CNN's second convolution reached 715 TFLOP/s, and GELU 2.8 TB/s. FlashAttention-2 reaches 282 TFLOP/s forward and 198
+# backward there (512 frames, heads of 64 features: Shah et al. 2024, figures 5 and 6), and half of the data sheet's
+# rate or more on an A100 (Dao 2023); the RTX 4090 gets half, too.
 GPUS = {
-    "h100": Gpu(bandwidth=3.0e12, half=520e12, tf32=260e12, fp32=50e12, attention=280e12),
+    "h100": Gpu(bandwidth=3.0e12, half=740e12, tf32=370e12, fp32=50e12, attention=280e12),
     "a100": Gpu(bandwidth=1.8e12, half=230e12, tf32=115e12, fp32=18e12, attention=156e12),
     "rtx4090": Gpu(bandwidth=0.9e12, half=125e12, tf32=62e12, fp32=60e12, attention=82e12),
 }

@@ -1,11 +1,9 @@
 """Measure the time of an update, how much of it growing saves, and the baselines.
 
-Every case is a real training by fairseq's trainer, in its own process. On a CPU the
-cases take turns, update by update. On a GPU they run one after another, because each
-needs the whole GPU. The table compares medians. If a case does not fit into memory, it
-is named and its cells stay empty. Weights and waveforms are random, which does not
-change the time. The teacher runs in bf16, and in fp32 in the baselines, as in s3prl's
-distiller.
+Every case is a real training in its own process. On a CPU the cases take turns, update
+by update, and on a GPU they run one after another. The tables compare medians. Cells of
+what does not fit into memory stay empty. Weights and waveforms are random. The teacher
+runs in bf16, and in fp32 in the baselines, as in s3prl's distiller.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -13,24 +11,24 @@ from argparse import ArgumentParser, Namespace
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--size", choices=("paper", "demo"), default="paper", help="shapes of teacher and student")
-    parser.add_argument("--batch", type=int, help="utterances in an update (default: 4, with --roofline 64)")
-    parser.add_argument("--seconds", type=float, help="length of each utterance (default: 8, with --roofline 12)")
+    parser.add_argument("--batch", type=int, help="utterances (default: 4; --roofline: 64)")
+    parser.add_argument("--seconds", type=float, help="of an utterance (default: 8; --roofline: 12)")
     parser.add_argument("--rounds", type=int, default=5, help="updates measured at each depth (default: 5)")
     parser.add_argument(
-        "--precision", nargs="*", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"],
-        help="precision of the student (default: fp32 bf16); without a value, only baselines are measured",
+        "--precision", nargs="*", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"], metavar="P",
+        help="fp32, bf16, fp16 of the student, or none for baselines alone (default: fp32 bf16)",
     )  # fmt: skip
     parser.add_argument(
         "--targets", nargs="+", choices=("live", "stored"), default=["live", "stored"],
-        help="where the student's targets come from (default: both)",
+        metavar="SOURCE", help="where targets come from: live, stored (default: both)",
     )  # fmt: skip
     parser.add_argument(
         "--cnn", nargs="+", choices=("trained", "shared"), default=["trained", "shared"],
-        help="the student's CNN: its own, or the teacher's, frozen (default: both)",
+        metavar="KIND", help="the student's CNN: trained, shared (default: both)",
     )  # fmt: skip
     parser.add_argument(
         "--target-format", nargs="+", default=["fp16"], metavar="FORMAT",
-        help="formats of stored targets: fp16, int8, pqN or unitsN (default: fp16)",
+        help="fp16, int8, pqN or unitsN (default: fp16)",
     )  # fmt: skip
     parser.add_argument(
         "--baseline", nargs="*", choices=("s3prl", "fairseq"), default=[], help="baselines to measure too"
@@ -39,8 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="threads of each training on a CPU (default: as torch)")
     parser.add_argument(
         "--roofline", metavar="GPU",
-        help="measure nothing, but compute a lower bound for the time of an update on this GPU, which need not be here:"
-             " h100, a100, rtx4090, or a JSON file with the fields of benchmark.roofline.Gpu",
+        help="compute a lower bound for an update on this GPU instead: h100, a100, rtx4090, or a JSON file with the"
+             " fields of benchmark.roofline.Gpu",
     )  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file too")
 
