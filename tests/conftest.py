@@ -19,10 +19,11 @@ collect_ignore = [] if S3PRL_FITS else ["integration/test_probes.py", "integrati
 
 # Files of tests that take long, the longest first. Files run side by side, and one that starts last runs alone.
 LONG = (
-    "test_resume.py", "test_kill.py", "test_trainings.py", "test_processes.py", "test_experiment.py", "test_export.py",
-    "test_stored_targets.py", "test_training.py", "test_fuzz.py", "test_guards.py", "test_probes.py", "test_superb.py",
-    "test_benchmark.py", "test_finetuning.py", "test_sweep.py", "test_bad_audio.py", "test_other_configurations.py",
-    "test_published_files.py", "test_teachers.py",
+    "test_trainings.py", "test_resume.py", "test_export.py", "test_processes.py", "test_kill.py", "test_recipes.py",
+    "test_stored_targets.py", "test_experiment.py", "test_other_configurations.py", "test_guards.py",
+    "test_benchmark.py", "test_probes.py", "test_superb.py", "test_training.py", "test_fuzz.py", "test_finetuning.py",
+    "test_roofline.py", "test_imports.py", "test_options.py", "test_bad_audio.py", "test_full_depth.py",
+    "test_extending.py", "test_sweep.py", "test_published_files.py", "test_teachers.py",
 )  # fmt: skip
 
 
