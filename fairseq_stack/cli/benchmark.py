@@ -16,7 +16,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="updates measured at each depth (default: 5)")
     parser.add_argument(
         "--precision", nargs="*", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"], metavar="P",
-        help="fp32, bf16, fp16 of the student, or none for baselines alone (default: fp32 bf16)",
+        help="of the student: fp32, bf16, fp16; without any, baselines alone (default: fp32 bf16)",
     )  # fmt: skip
     parser.add_argument(
         "--targets", nargs="+", choices=("live", "stored"), default=["live", "stored"],

@@ -43,11 +43,15 @@ def test_its_commands_are_those_of_the_benchmark_and_of_existing_tests():
     assert (ROOT / tests.split()[-2]).is_dir()
     parser = ArgumentParser()
     benchmark.add_arguments(parser)
+    precisions, baselines = set(), set()
     for line in measurements:
         options = parser.parse_args(line.split("--output")[0].split()[4:])
-        assert (options.device, options.seconds) == ("cuda", 12)
+        assert (options.device, options.seconds) == ("cuda", 12) and options.batch in (8, 64)
+        precisions.update(options.precision)
+        baselines.update(options.baseline)
         # The table has a row for each, with the figures of one case.
         assert len(options.precision) * len(options.targets) * len(options.cnn) + len(options.baseline) == 1
+    assert sorted(precisions) == ["bf16", "fp16", "fp32"] and sorted(baselines) == ["fairseq", "s3prl"]
 
 
 def test_an_unknown_option_ends_in_one_line():
